@@ -1,0 +1,1 @@
+"""Training of the bundled model: data set, autoencoder, denoiser, export (``python -m latentline_worker.training``)."""
