@@ -1,0 +1,119 @@
+"""Every error that latentline raises on purpose.
+
+::
+
+    LatentlineError                    code, HTTP status
+    ├── InvalidRequest                 invalid_request, 422      a field, its value and what is allowed
+    ├── JobNotFound                    job_not_found, 404
+    ├── IdempotencyConflict            idempotency_conflict, 409 same key, another body
+    ├── ServiceUnavailable             503
+    │   ├── BrokerUnavailable          broker_unavailable        Redis does not answer
+    │   └── StoreUnavailable           store_unavailable         the object store does not answer
+    ├── ConfigurationError             configuration_error, 500  a setting is wrong, or an extra is missing
+    │   └── MissingExtra               missing_extra, 500        names the pip install that brings it
+    ├── ModelError                     model_error, 500          a model folder is broken; names the file
+    ├── WaitTimeout                    wait_timeout, 504         the job goes on; ask again
+    ├── JobFailed                      job_failed, 500           ``wait(..., check=True)`` on a failed or cancelled job
+    ├── NumericalError                 numerical_error, 500      latents are no longer finite numbers
+    └── StaleToken                     stale_token, 409          another worker owns the job now
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LatentlineError(Exception):
+    """Root of the tree. ``code`` is stable and machine-readable; the message is for people."""
+
+    code = "error"
+    http_status = 500
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else self.code
+
+
+class InvalidRequest(LatentlineError):
+    """A field of a request is not acceptable.
+
+    Args:
+        field: dotted name of the field, for example ``width`` or ``callback.url``.
+        value: what was given (shortened in the message).
+        allowed: what would be accepted, as a phrase.
+    """
+
+    code = "invalid_request"
+    http_status = 422
+
+    def __init__(self, field: str, value: Any, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}: got {shown}; allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.allowed)
+
+
+class JobNotFound(LatentlineError):
+    code = "job_not_found"
+    http_status = 404
+
+
+class IdempotencyConflict(LatentlineError):
+    code = "idempotency_conflict"
+    http_status = 409
+
+
+class ServiceUnavailable(LatentlineError):
+    code = "service_unavailable"
+    http_status = 503
+
+
+class BrokerUnavailable(ServiceUnavailable):
+    code = "broker_unavailable"
+
+
+class StoreUnavailable(ServiceUnavailable):
+    code = "store_unavailable"
+
+
+class ConfigurationError(LatentlineError):
+    code = "configuration_error"
+
+
+class MissingExtra(ConfigurationError):
+    """A command needs packages that are not installed."""
+
+    code = "missing_extra"
+
+    def __init__(self, what: str, extra: str) -> None:
+        self.what, self.extra = what, extra
+        super().__init__(f"{what} needs more packages: pip install 'latentline[{extra}]'")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.extra)
+
+
+class ModelError(LatentlineError):
+    code = "model_error"
+
+
+class WaitTimeout(LatentlineError):
+    code = "wait_timeout"
+    http_status = 504
+
+
+class JobFailed(LatentlineError):
+    code = "job_failed"
+
+
+class NumericalError(LatentlineError):
+    code = "numerical_error"
+
+
+class StaleToken(LatentlineError):
+    code = "stale_token"
+    http_status = 409

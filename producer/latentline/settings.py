@@ -1,0 +1,25 @@
+"""Connection settings that producers, API and workers share; read from ``LATENTLINE_*`` variables, checked once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Where the broker and the object store are. Secrets are masked in repr."""
+
+    model_config = SettingsConfigDict(env_prefix="LATENTLINE_", frozen=True, extra="ignore")
+
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")  # secret: it may carry a password
+    s3_endpoint_url: str | None = None  # None: AWS itself
+    s3_region: str = "us-east-1"
+    s3_bucket: str = "images"
+    s3_access_key_id: SecretStr | None = None
+    s3_secret_access_key: SecretStr | None = None
+    presign_ttl_s: Annotated[int, Field(ge=1, le=7 * 86400)] = 3600  # S3 allows a week at most
+    retention_s: Annotated[int, Field(ge=60)] = 7 * 86400  # how long a finished job's record is kept
+    callback_secret: SecretStr | None = None  # whsec_...; callbacks need it
+    callback_allow_private: bool = False  # addresses that are not global are refused unless set
