@@ -1,0 +1,7 @@
+"""diffusers schedulers compiled to coefficient tables; diffusers stays the reference."""
+
+from .compile import CompileError, compile_scheduler
+from .presets import make_scheduler, sampler_table
+from .table import MAX_MEMORY, SamplerTable
+
+__all__ = ["MAX_MEMORY", "CompileError", "SamplerTable", "compile_scheduler", "make_scheduler", "sampler_table"]

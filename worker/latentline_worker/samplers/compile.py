@@ -1,0 +1,134 @@
+"""Read a scheduler's coefficients off unit impulses.
+
+Every diffusers scheduler that matters is linear in its inputs. One trajectory in which the first latents,
+each network output and each noise draw are different unit vectors therefore shows, in the latents' own
+components, how every later latent depends on them; a small least-squares fit turns that into a recurrence with
+a short memory. The table is then checked against the scheduler on random inputs, so that a scheduler which is not
+linear (thresholding, sample clipping) is refused and never silently approximated.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .table import MAX_MEMORY, SamplerTable
+
+FIT_TOLERANCE = 1e-5  # relative; schedulers hold their sigmas in float32, which leaves about 2e-7
+_PATCHING = threading.Lock()  # the schedulers' noise source is replaced while one is being read
+
+Array = npt.NDArray[np.float64]
+
+
+class CompileError(ValueError):
+    """The scheduler's configuration cannot be written as a linear recurrence; the message says why."""
+
+
+def compile_scheduler(scheduler: Any, num_inference_steps: int) -> SamplerTable:
+    """Compile a diffusers scheduler for one step count. The scheduler itself is left untouched.
+
+    Raises:
+        CompileError: it is not linear, needs more memory than ``MAX_MEMORY``, or refuses the step count.
+    """
+    name = type(scheduler).__name__
+    for option in ("thresholding", "clip_sample"):
+        if scheduler.config.get(option):
+            raise CompileError(f"{name} with {option}=True is not linear in its inputs and cannot share a batch: set {option}=False")
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps = scheduler.timesteps.clone()
+        count = len(timesteps)
+        dim = 1 + 2 * count  # the first latents, the network's outputs, the noise draws
+        units = torch.eye(dim, dtype=torch.float64)
+        x, scale = _trajectory(scheduler, num_inference_steps, units[0], units[1 : 1 + count], units[1 + count :])
+    except CompileError:
+        raise
+    except (ValueError, IndexError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
+        raise CompileError(f"{name} refuses {num_inference_steps} steps: {error}") from error
+    coefficients, memory = _fit(name, x, units[1 : 1 + count].numpy(), units[1 + count :].numpy())
+    table = SamplerTable(
+        num_steps=count,
+        timesteps=timesteps.double().numpy(),
+        input_scale=scale,
+        coefficients=coefficients,
+        init_noise_sigma=float(scheduler.init_noise_sigma),
+        memory=memory,
+    )
+    _check(name, scheduler, num_inference_steps, table)
+    return table
+
+
+def _trajectory(scheduler: Any, steps: int, x0: torch.Tensor, m: torch.Tensor, z: torch.Tensor) -> tuple[Array, Array]:
+    """Latents (count + 1, dim) and input scales (count,) of a run with given outputs ``m`` and noise ``z``."""
+    scheduler.set_timesteps(steps)  # also resets what multistep schedulers remember
+    x = x0.view(1, 1, 1, -1)
+    shape = x.shape
+    rows, scales = [x0.numpy()], []
+    draws: list[int] = []
+    extra: dict[str, Any] = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = None
+
+    def draw(*_: Any, **__: Any) -> torch.Tensor:
+        draws.append(n)
+        if draws.count(n) > 1:
+            raise CompileError(f"{type(scheduler).__name__} draws noise more than once a step")
+        return z[n].view(shape)
+
+    with _PATCHING, mock.patch.object(sys.modules[type(scheduler).__module__], "randn_tensor", draw, create=True):
+        for n, t in enumerate(scheduler.timesteps):
+            probe = torch.ones(shape, dtype=torch.float64)
+            scales.append(float(scheduler.scale_model_input(probe, t).flatten()[0]))
+            x = scheduler.step(m[n].view(shape), t, x, return_dict=False, **extra)[0].double()
+            rows.append(x.flatten().numpy())
+    return np.stack(rows), np.asarray(scales)
+
+
+def _fit(name: str, x: Array, m: Array, z: Array) -> tuple[Array, int]:
+    """The recurrence with the shortest memory that explains all latents."""
+    worst = np.inf
+    for memory in range(1, MAX_MEMORY + 1):
+        table = np.zeros((len(m), 2 * MAX_MEMORY + 1))
+        worst = 0.0
+        for n in range(len(m)):
+            depth = min(memory, n + 1)
+            basis = np.stack([x[n - j] for j in range(depth)] + [m[n - j] for j in range(depth)] + [z[n]], axis=1)
+            # Columns differ by orders of magnitude (sigma spaces): fit them at unit length.
+            length = np.linalg.norm(basis, axis=0)
+            solution = np.linalg.lstsq(basis / length, x[n + 1], rcond=1e-10)[0]
+            residual = np.linalg.norm(basis / length @ solution - x[n + 1]) / max(np.linalg.norm(x[n + 1]), 1e-12)
+            worst = max(worst, float(residual))
+            solution = solution / length
+            table[n, :depth] = solution[:depth]
+            table[n, MAX_MEMORY : MAX_MEMORY + depth] = solution[depth : 2 * depth]
+            table[n, -1] = solution[-1] if abs(solution[-1]) > 1e-9 else 0.0
+        if worst < FIT_TOLERANCE:
+            return table, memory
+    raise CompileError(f"{name} is no linear recurrence over {MAX_MEMORY} steps (relative residual {worst:.1e})")
+
+
+def _check(name: str, scheduler: Any, steps: int, table: SamplerTable) -> None:
+    """Compare with the scheduler on random inputs large enough to show any clipping."""
+    generator = torch.Generator().manual_seed(0)
+    x0, *rest = torch.randn(1 + 2 * table.num_steps, 64, generator=generator, dtype=torch.float64) * 3
+    m, z = torch.stack(rest[: table.num_steps]), torch.stack(rest[table.num_steps :])
+    x0 = x0 * table.init_noise_sigma
+    expected, _ = _trajectory(scheduler, steps, x0, m, z)
+    x = np.zeros((table.num_steps + 1, 64))
+    x[0] = x0.numpy()
+    for n in range(table.num_steps):
+        a, b, c = np.split(table.coefficients[n], [MAX_MEMORY, 2 * MAX_MEMORY])
+        depth = min(MAX_MEMORY, n + 1)
+        x[n + 1] = sum(a[j] * x[n - j] + b[j] * m[n - j].numpy() for j in range(depth)) + c[0] * z[n].numpy()
+    error = np.abs(x - expected).max() / np.abs(expected).max()
+    if not error < 10 * FIT_TOLERANCE:
+        raise CompileError(f"{name} is not linear in its inputs (error {error:.1e} on random inputs)")

@@ -1,0 +1,57 @@
+"""The scheduler names of the contract, as diffusers schedulers on a model's own noise schedule."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+
+from .compile import CompileError, compile_scheduler
+from .table import SamplerTable
+
+# name -> (diffusers class, options). The keys are latentline.jobs.SCHEDULERS; a test holds them equal.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """The diffusers scheduler that ``name`` stands for, on the model's ``config``.
+
+    DDIM and LCM clip the predicted sample by default, which latents never want; a config that asks for it
+    by name keeps it and is then refused by the compiler.
+
+    Raises:
+        CompileError: the name is not known.
+    """
+    if name not in PRESETS:
+        raise CompileError(f"unknown scheduler {name!r}; known: {', '.join(PRESETS)}")
+    class_name, options = PRESETS[name]
+    cls = getattr(diffusers, class_name)
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    kept = {"clip_sample": False} | kept | options
+    accepted = cls._get_init_keys(cls)
+    return cls(**{key: value for key, value in kept.items() if key in accepted})
+
+
+@functools.lru_cache(maxsize=2048)
+def _table(name: str, config_json: str, num_inference_steps: int) -> SamplerTable:
+    return compile_scheduler(make_scheduler(name, json.loads(config_json)), num_inference_steps)
+
+
+def sampler_table(name: str, config: Mapping[str, Any], num_inference_steps: int) -> SamplerTable:
+    """The compiled table, cached by (name, config, step count).
+
+    Raises:
+        CompileError: see :func:`compile_scheduler`.
+    """
+    return _table(name, json.dumps(dict(config), sort_keys=True, default=str), num_inference_steps)
