@@ -1,0 +1,1 @@
+"""Continuous batching at the level of one denoise step."""

@@ -1,0 +1,136 @@
+"""Stable Diffusion 1.x and 2.x: VAE, U-Net with cross-attention, a CLIP-style or BERT-style text encoder.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752).
+Loads any diffusers-format directory or hub id of that shape, safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+
+from latentline.errors import ModelError
+from latentline.jobs import MAX_SIZE_PX, ModelInfo
+
+PARTS = ("vae", "unet", "text_encoder")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class StableDiffusion:
+    """The :class:`~latentline_worker.models.base.Family` of SD 1.x and 2.x."""
+
+    def __init__(
+        self,
+        model_id: str,
+        *,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        text_encoder: torch.nn.Module,
+        tokenizer: Any,
+        scheduler_config: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        prediction = scheduler_config.get("prediction_type", "epsilon")
+        if prediction not in PREDICTION_TYPES:
+            raise ModelError(f"{model_id}: prediction_type is {prediction!r}; allowed: {', '.join(PREDICTION_TYPES)}")
+        self.vae, self.unet, self.text_encoder = (part.to(device=device, dtype=dtype).eval() for part in (vae, unet, text_encoder))
+        self.tokenizer = tokenizer
+        self.scheduler_config = scheduler_config
+        self.device, self.dtype = device, dtype
+        self.reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # f: pixels per latent along a side
+        # The U-Net halves its input at each block but the last; SD's own pipelines ask for multiples of 8.
+        side = unet.config.sample_size * self.reduction
+        self.info = ModelInfo(
+            id=model_id,
+            family="sd",
+            default_width=side,
+            default_height=side,
+            size_multiple=max(8, self.reduction * 2 ** (len(unet.config.block_out_channels) - 1)),
+            max_pixels=min(MAX_SIZE_PX**2, (2 * side) ** 2),
+        )
+
+    @classmethod
+    def load(cls, source: str, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+        """Load a diffusers-format directory or a hub id.
+
+        Raises:
+            ModelError: the model is missing or broken; the message names the file.
+        """
+        if Path(source).is_dir():
+            check_folder(Path(source))
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise ModelError(f"{source}: cannot be loaded as Stable Diffusion: {str(error).splitlines()[0]}") from error
+        return cls(
+            model_id,
+            vae=pipeline.vae,
+            unet=pipeline.unet,
+            text_encoder=pipeline.text_encoder,
+            tokenizer=pipeline.tokenizer,
+            scheduler_config=dict(pipeline.scheduler.config),
+            device=device,
+            dtype=dtype,
+        )
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return int(self.unet.config.in_channels), height // self.reduction, width // self.reduction
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        # Exactly what StableDiffusionPipeline.encode_prompt does without LoRA and clip_skip.
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        mask = tokens.attention_mask.to(self.device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        states: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        return states.to(self.dtype)
+
+    def count_tokens(self, text: str) -> tuple[int, int]:
+        return len(self.tokenizer(text, truncation=False, verbose=False).input_ids), int(self.tokenizer.model_max_length)
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=states, return_dict=False)[0]
+        return out
+
+    def decode(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
+        z = latents.to(self.dtype) / self.vae.config.scaling_factor
+        images = self.vae.decode(z, return_dict=False)[0]
+        # As diffusers' VaeImageProcessor: denormalise, clamp, round.
+        pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+        return pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+
+
+def check_folder(folder: Path) -> None:
+    """Look at every file that loading needs, so that a broken model is named by its file.
+
+    Raises:
+        ModelError: a file is missing, is not JSON, or is not a whole safetensors file.
+    """
+    for name in ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)):
+        path = folder / name
+        try:
+            json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ModelError(f"{path}: missing from the model") from None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: not readable as JSON: {error}") from None
+    for part in PARTS:
+        weights = sorted((folder / part).glob("*.safetensors"))
+        if not weights:
+            raise ModelError(f"{folder / part}: no .safetensors file (other weight formats are not loaded)")
+        for path in weights:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
