@@ -1,0 +1,47 @@
+# `make demo` and `make test` each do the whole set-up on a machine that has only Python 3.11 or newer and make.
+# On Linux without a configured index of CPU wheels, pip takes torch's CUDA build (a few GB): it runs on a CPU as well.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := worker,api,embedded,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fmt bench docker-lint clean
+
+help: ## What there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+demo: $(STAMP) ## Start the whole stack on this machine, generate a dozen pictures, write them to out/
+	$(BIN)/latentline demo
+
+test: $(STAMP) ## Run every test
+	$(BIN)/pytest
+
+lint: $(STAMP) docker-lint ## Style, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+fmt: $(STAMP) ## Format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Measure throughput and latency of the engine on this machine
+	$(BIN)/pip install -e '.[bench]' -c constraints.txt
+	$(BIN)/python -m benchmarks
+
+docker-lint: $(STAMP) ## Check the Dockerfiles
+	$(BIN)/hadolint docker/Dockerfile.api docker/Dockerfile.worker
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache
+
+# Written last, so that an interrupted install is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"latentline needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[$(EXTRAS)]' -c constraints.txt
+	@touch $@
