@@ -1,0 +1,165 @@
+"""``latentline worker``: one pinned Celery process per visible device.
+
+The parent never imports torch. Each child is pinned by ``CUDA_VISIBLE_DEVICES`` before it does, loads the model,
+warms up, and only then takes work. With one device (or none) there is no parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from latentline.errors import LatentlineError
+
+from .settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run workers until they are told to stop; the exit status says whether all ended well."""
+    parser = argparse.ArgumentParser(prog="latentline worker")
+    parser.add_argument("--model", help="the bundled model's id, a diffusers folder, or a hub id")
+    parser.add_argument("--concurrency", type=int, help="jobs in flight per process")
+    parser.add_argument("--device", help=argparse.SUPPRESS)  # given to children: the index of their one device
+    options = parser.parse_args(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    given = {"model": options.model, "concurrency": options.concurrency}
+    try:
+        settings = WorkerSettings(**{key: value for key, value in given.items() if value is not None})
+        devices = visible_devices()
+        if options.device is None and len(devices) > 1:
+            return _supervise(devices, list(args))
+        return _serve(settings, options.device or (devices[0] if devices else None))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        print(f"latentline worker: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr)
+    except LatentlineError as error:
+        print(f"latentline worker: {error.message}", file=sys.stderr)
+    return 1
+
+
+def visible_devices() -> list[str]:
+    """Indices or UUIDs of the GPUs this process may use, without importing torch; empty on a CPU machine."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [d for d in chosen.split(",") if d.strip() and d.strip() != "-1"]
+    try:
+        listing = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return listing.stdout.split() if listing.returncode == 0 else []
+
+
+def _supervise(devices: Sequence[str], args: list[str]) -> int:
+    """One child per device; a signal goes to all, and when one dies the others are stopped: no half-alive worker."""
+    command = [sys.executable, "-m", "latentline_worker.launch", *args]
+    children = [subprocess.Popen([*command, "--device", d], env={**os.environ, "CUDA_VISIBLE_DEVICES": d}) for d in devices]
+
+    def stop(*_: object) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    codes: list[int] = []
+    while len(codes) < len(children):
+        pid, status = os.wait()
+        if any(child.pid == pid for child in children):
+            codes.append(os.waitstatus_to_exitcode(status))
+            stop()
+    return 0 if all(code == 0 for code in codes) else 1
+
+
+def _serve(settings: WorkerSettings, device_index: str | None) -> int:
+    """Load, warm up, take work until SIGTERM; then drain."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = device_index or ""  # before torch is imported
+    import socket
+
+    from celery.signals import worker_ready, worker_shutting_down
+
+    from latentline.connection import connect
+    from latentline.records import Records
+    from latentline.routing import GENERATE_TASK, queue_name
+
+    from .app import create_app
+    from .callbacks import CallbackSender
+    from .delivery import Delivery
+    from .engine.conditioning import Conditioner
+    from .engine.decoder import Decoder
+    from .engine.engine import Engine
+    from .heartbeat import Heartbeat
+    from .loading import load_model, warm_up
+    from .storage import ImageStore
+    from .tasks import JobRunner
+
+    name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}"
+    family = load_model(settings)
+    store = ImageStore(settings)
+    store.ensure_bucket()
+    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
+    engine, decoder, conditioner = Engine(family, settings.max_rows), Decoder(family, settings.decode_batch), Conditioner(family)
+    engine.start()
+    decoder.start()
+    warm_up(family, engine, conditioner, decoder)
+    log.info("%s: %s is loaded and warm", name, family.info.id)
+
+    def alive() -> None:
+        records.worker_beat(name)
+        if settings.ready_file:
+            settings.ready_file.touch()
+
+    secret = settings.callback_secret.get_secret_value() if settings.callback_secret else None
+    callbacks = CallbackSender(secret, settings.callback_allow_private)
+    heartbeat = Heartbeat(records, name, settings.lease_s, alive)
+    runner = JobRunner(name, family, records, engine, conditioner, Delivery(decoder, store), heartbeat, callbacks, settings.lease_s)
+    app = create_app(settings, family.info.id)
+    app.task(runner.run, name=GENERATE_TASK)
+
+    def on_ready(**_: object) -> None:
+        records.announce_model(family.info)
+        alive()
+        heartbeat.start()
+        log.info("%s: ready", name)
+
+    def on_shutting_down(**_: object) -> None:
+        # Celery waits for running tasks without a bound. After the drain time the engine lets go of
+        # them, and their tasks put them back into the queue.
+        timer = threading.Timer(settings.drain_s, engine.stop)
+        timer.daemon = True
+        timer.start()
+
+    worker_ready.connect(on_ready, weak=False)
+    worker_shutting_down.connect(on_shutting_down, weak=False)
+    worker = app.Worker(
+        hostname=name,
+        pool="threads",
+        concurrency=settings.concurrency,
+        queues=[queue_name(family.info.id)],
+        loglevel="INFO",
+        without_heartbeat=True,
+        without_gossip=True,
+        without_mingle=True,
+    )
+    worker.start()
+    # In the order of the data's way: nothing enters, the engine ends, what is left is told.
+    engine.stop()
+    decoder.stop()
+    heartbeat.stop()
+    callbacks.close(5.0)
+    if settings.ready_file:
+        settings.ready_file.unlink(missing_ok=True)
+    return int(worker.exitcode or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

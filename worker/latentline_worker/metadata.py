@@ -1,0 +1,65 @@
+"""Pixels -> a picture file that carries its own generation parameters.
+
+PNG holds the ``parameters`` text that image tools already read, and JSON under ``latentline``. WebP and JPEG
+hold the same text as the EXIF user comment, and the JSON as the image description.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import latentline
+from latentline.jobs import JobRecord
+
+# How existing image tools name these samplers.
+SAMPLER_NAMES = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+EXIF_IFD, EXIF_USER_COMMENT, EXIF_DESCRIPTION = 0x8769, 0x9286, 0x010E
+
+
+def parameters_text(record: JobRecord, seed: int, width: int, height: int) -> str:
+    """The ``parameters`` text: prompt, negative prompt, and a line of settings."""
+    r = record.request
+    lines = [r.prompt]
+    if r.negative_prompt:
+        lines.append(f"Negative prompt: {r.negative_prompt}")
+    lines.append(
+        f"Steps: {r.num_inference_steps}, Sampler: {SAMPLER_NAMES[r.scheduler]}, CFG scale: {r.guidance_scale:g}, "
+        f"Seed: {seed}, Size: {width}x{height}, Model: {r.model}, Version: latentline {latentline.__version__}"
+    )
+    return "\n".join(lines)
+
+
+def encode_image(pixels: npt.NDArray[np.uint8], record: JobRecord, seed: int) -> bytes:
+    """(height, width, 3) pixels -> bytes in the job's output format, parameters inside."""
+    image = Image.fromarray(pixels)
+    r = record.request
+    text = parameters_text(record, seed, image.width, image.height)
+    fields = {"model", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "scheduler"}
+    data = r.model_dump(mode="json", include=fields)
+    facts = json.dumps({"job_id": record.id, **data, "seed": seed, "width": image.width, "height": image.height})
+    buffer = io.BytesIO()
+    if r.output.format == "png":
+        info = PngInfo()
+        info.add_itxt("parameters", text) if not text.isascii() else info.add_text("parameters", text)
+        info.add_text("latentline", facts)
+        image.save(buffer, "PNG", pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[EXIF_DESCRIPTION] = facts
+        exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\x00" + text.encode("utf-16-be")
+        image.save(buffer, r.output.format.upper(), quality=r.output.quality, exif=exif)
+    return buffer.getvalue()

@@ -1,0 +1,23 @@
+"""Settings of a worker process, on top of the connections it shares with producers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from latentline.settings import Settings
+
+
+class WorkerSettings(Settings):
+    """Read from ``LATENTLINE_*`` variables, checked once at start."""
+
+    model: str = "latentline-emoji"  # the bundled model's id, a diffusers folder, or a hub id
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 16  # jobs in flight per process
+    max_rows: Annotated[int, Field(ge=1, le=1024)] = 16  # network rows of one forward; a guided image costs two
+    decode_batch: Annotated[int, Field(ge=1, le=64)] = 4  # images per VAE call; larger is often slower per image
+    lease_s: Annotated[float, Field(ge=1)] = 30.0  # a worker that says nothing for this long has lost its jobs
+    drain_s: Annotated[float, Field(ge=0)] = 30.0  # after SIGTERM: time to finish before jobs go back to the queue
+    ready_file: Path | None = None  # touched every few seconds while ready, for container probes
