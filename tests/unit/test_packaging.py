@@ -91,6 +91,21 @@ def test_ci_run_is_executable_and_ends_with_make_test() -> None:
     assert subprocess.run(["bash", "-n", run], capture_output=True).returncode == 0
 
 
+@pytest.mark.parametrize("image", ["api", "worker"])
+def test_image_install_points_at_sources_copied_later(image: str, tmp_path: Path) -> None:
+    """Run the image's stand-in commands, then the editable build that pip would run: both source roots are in it."""
+    for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (run,) = re.findall(r"^RUN (mkdir .+?)\\\n\s+&& python -m pip", (ROOT / f"docker/Dockerfile.{image}").read_text(), re.M | re.S)
+    subprocess.run(["sh", "-c", run], cwd=tmp_path, check=True)
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel:editable", "--directory", "dist"]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    (path,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        (pth,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+        assert wheel.read(pth).decode().split() == [str(tmp_path / "producer"), str(tmp_path / "worker")]
+
+
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])
 def test_make_sets_up_from_nothing(target: str, tmp_path: Path) -> None:
     """In a folder with only the tracked build files, the install comes before anything from the environment is run."""
