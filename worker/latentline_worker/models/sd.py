@@ -42,7 +42,11 @@ class StableDiffusion:
         prediction = scheduler_config.get("prediction_type", "epsilon")
         if prediction not in PREDICTION_TYPES:
             raise ModelError(f"{model_id}: prediction_type is {prediction!r}; allowed: {', '.join(PREDICTION_TYPES)}")
-        self.vae, self.unet, self.text_encoder = (part.to(device=device, dtype=dtype).eval() for part in (vae, unet, text_encoder))
+        for part in (vae, unet, text_encoder):
+            part.to(device).eval()
+            if part.dtype != dtype:
+                part.to(dtype)
+        self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
         self.device, self.dtype = device, dtype
