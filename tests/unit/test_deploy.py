@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from latentline.settings import Settings
+from latentline_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -87,7 +87,7 @@ def test_worker_probe_tells_fresh_from_stale(tmp_path: Path) -> None:
     (command,) = re.findall(r"CMD (\[\"python\".+\])$", (ROOT / "docker/Dockerfile.worker").read_text(), re.M)
     container = deployment("worker.yaml")["spec"]["template"]["spec"]["containers"][0]
     code = json.loads(command)[2]
-    assert container["livenessProbe"]["exec"]["command"][2] == container["readinessProbe"]["exec"]["command"][2] == code
+    assert {container[probe]["exec"]["command"][2] for probe in ("startupProbe", "livenessProbe", "readinessProbe")} == {code}
 
     ready = tmp_path / "ready"
     env = os.environ | {"LATENTLINE_READY_FILE": str(ready)}
@@ -180,10 +180,13 @@ def test_pods_are_restricted_probed_and_bounded(name: str) -> None:
     assert container["resources"]["limits"]["memory"]
 
 
-def test_a_worker_pod_has_one_gpu_and_the_drain_time_of_the_compose_file() -> None:
+def test_a_worker_pod_has_one_gpu_and_time_to_drain() -> None:
     pod = deployment("worker.yaml")["spec"]["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert pod["terminationGracePeriodSeconds"] == seconds(services()["worker"]["stop_grace_period"])
+    grace_s = pod["terminationGracePeriodSeconds"]
+    assert grace_s == seconds(services()["worker"]["stop_grace_period"])
+    # Draining, then as long again for decoding, uploads and callbacks that are under way.
+    assert grace_s >= 2 * WorkerSettings.model_fields["drain_s"].default
 
 
 def test_service_selects_the_api_pods() -> None:
@@ -193,9 +196,14 @@ def test_service_selects_the_api_pods() -> None:
 
 def test_only_settings_that_exist_are_set() -> None:
     """Unknown LATENTLINE_* variables would be ignored in silence."""
-    known = {f"LATENTLINE_{name.upper()}" for name in Settings.model_fields}
+    known = {f"LATENTLINE_{name.upper()}" for name in WorkerSettings.model_fields}
     (secret,) = documents("secret.example.yaml")
     assert set(secret["stringData"]) <= known
     for service in services().values():
         names = {name for name in service.get("environment", {}) if name.startswith("LATENTLINE_")}
         assert names <= known
+    for path in DOCKERFILES:
+        assert set(re.findall(r"^ENV (LATENTLINE_\w+)=", path.read_text(), re.M)) <= known
+    for name in ("api.yaml", "worker.yaml"):
+        (container,) = deployment(name)["spec"]["template"]["spec"]["containers"]
+        assert {variable["name"] for variable in container.get("env", [])} <= known
