@@ -11,14 +11,14 @@ import json
 import math
 import secrets
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import InvalidRequest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 # Limits of a request. A worker's own model may allow less (its record in `models` says so).
 MAX_PROMPT_CHARS = 2000
