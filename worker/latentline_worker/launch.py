@@ -7,6 +7,7 @@ warms up, and only then takes work. With one device (or none) there is no parent
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -103,6 +104,8 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from .tasks import JobRunner
 
     name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}"
+    if settings.ready_file:
+        settings.ready_file.unlink(missing_ok=True)  # left by a container that was restarted
     family = load_model(settings)
     store = ImageStore(settings)
     store.ensure_bucket()
@@ -156,6 +159,8 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     decoder.stop()
     heartbeat.stop()
     callbacks.close(5.0)
+    with contextlib.suppress(LatentlineError):  # the broker may have gone first
+        records.worker_gone(name)
     if settings.ready_file:
         settings.ready_file.unlink(missing_ok=True)
     return int(worker.exitcode or 0)

@@ -111,7 +111,8 @@ class StableDiffusion:
         images = self.vae.decode(z, return_dict=False)[0]
         # As diffusers' VaeImageProcessor: denormalise, clamp, round.
         pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round()
-        return pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+        result: npt.NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+        return result
 
 
 def check_folder(folder: Path) -> None:

@@ -105,8 +105,8 @@ def _fit(name: str, x: Array, m: Array, z: Array) -> tuple[Array, int]:
             # Columns differ by orders of magnitude (sigma spaces): fit them at unit length.
             length = np.linalg.norm(basis, axis=0)
             solution = np.linalg.lstsq(basis / length, x[n + 1], rcond=1e-10)[0]
-            residual = np.linalg.norm(basis / length @ solution - x[n + 1]) / max(np.linalg.norm(x[n + 1]), 1e-12)
-            worst = max(worst, float(residual))
+            residual = np.linalg.norm(basis / length @ solution - x[n + 1])
+            worst = max(worst, float(residual) / max(float(np.linalg.norm(x[n + 1])), 1e-12))
             solution = solution / length
             table[n, :depth] = solution[:depth]
             table[n, MAX_MEMORY : MAX_MEMORY + depth] = solution[depth : 2 * depth]

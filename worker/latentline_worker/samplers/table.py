@@ -30,4 +30,4 @@ class SamplerTable:
     @property
     def noisy(self) -> npt.NDArray[np.bool_]:
         """(N,) whether step n draws noise."""
-        return self.coefficients[:, -1] != 0
+        return np.not_equal(self.coefficients[:, -1], 0)

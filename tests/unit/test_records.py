@@ -1,0 +1,241 @@
+"""Records: one conformance suite, run against fakeredis and against a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+
+from latentline import records, routing
+from latentline.connection import connect, connect_async
+from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken
+from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status
+from latentline.records import Beat, Records, Verdict, arun, run
+
+IMAGE = ImageRef(key="t/j/1/0.png", seed=1, width=64, height=64, content_type="image/png", sha256="0" * 64, num_bytes=3)
+
+
+@pytest.fixture(params=["fakeredis", "valkey"])
+def client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
+    if request.param == "fakeredis":
+        yield fakeredis.FakeRedis(decode_responses=True)
+        return
+    real = connect(request.getfixturevalue("valkey_url"))
+    real.flushall()
+    yield real
+    real.close()
+
+
+@pytest.fixture
+def store(client: redis.Redis) -> Records:
+    return Records(client, retention_s=600)
+
+
+def submit(client: redis.Redis, **fields: Any) -> str:
+    request = JobRequest.parse({"prompt": "a cat", **fields})
+    return run(client, records.submit([request], 600))[0].id
+
+
+def kinds(client: redis.Redis, job_id: str) -> list[str]:
+    return [event.type for event in run(client, records.events(job_id))]
+
+
+def test_a_submitted_job_is_queued_with_its_wake_up(client: redis.Redis) -> None:
+    job_id = submit(client, priority=4)
+    record = run(client, records.get(job_id))
+    assert (record.status, record.queue_position, record.num_steps, record.attempt) == (Status.QUEUED, 0, 20, 0)
+    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 4)) == 1
+    assert kinds(client, job_id) == ["job.queued"]
+
+
+def test_the_wake_up_holds_no_prompt(client: redis.Redis) -> None:
+    submit(client, prompt="a very secret cat")
+    message = client.lrange(routing.queue_list(routing.queue_name("latentline-emoji"), 5), 0, -1)[0]
+    assert "secret" not in message
+
+
+def test_queue_position_follows_priority_then_time(client: redis.Redis) -> None:
+    late, urgent = submit(client, priority=5), submit(client, priority=1)
+    assert run(client, records.get(urgent)).queue_position == 0
+    assert run(client, records.get(late)).queue_position == 1
+
+
+def test_the_whole_life_of_a_job(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "cpu@host", 30)
+    assert claim is not None
+    assert (claim.record.status, claim.record.phase, claim.record.attempt, claim.record.worker) == ("running", "encoding", 1, "cpu@host")
+    beat = Beat(job_id, claim.token, Phase.DENOISING, 3, 30, batch_jobs=2)
+    assert store.beat([beat, beat]) == [Verdict.GO, Verdict.GO]
+    running = store.get(job_id)
+    assert (running.phase, running.step, running.queue_position) == (Phase.DENOISING, 3, None)
+    done = store.settle(job_id, claim.token, Status.SUCCEEDED, images=[IMAGE], timings={"denoising_s": 1.5})
+    assert (done.status, done.step, done.images, done.timings) == (Status.SUCCEEDED, 20, (IMAGE,), {"denoising_s": 1.5})
+    assert done.created_at <= (done.started_at or 0) <= (done.finished_at or 0)
+    # The second, equal beat added no event.
+    assert kinds(client, job_id) == ["job.queued", "job.running", "job.progress", "job.succeeded"]
+    assert client.ttl(routing.job_key(job_id)) > 0
+
+
+def test_a_job_is_claimed_once_while_its_lease_lives(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    assert store.claim(job_id, "one", 30) is not None
+    assert store.claim(job_id, "two", 30) is None
+
+
+def test_after_the_lease_the_newest_token_alone_may_settle(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    old = store.claim(job_id, "zombie", 0.0)
+    new = store.claim(job_id, "heir", 30)
+    assert old and new and new.token > old.token and new.record.attempt == 2
+    assert store.beat([Beat(job_id, old.token, Phase.DENOISING, 9, 30)]) == [Verdict.STALE]
+    with pytest.raises(StaleToken):
+        store.settle(job_id, old.token, Status.FAILED)
+    assert not store.release(job_id, old.token)
+    store.settle(job_id, new.token, Status.SUCCEEDED)
+    with pytest.raises(StaleToken):
+        store.settle(job_id, new.token, Status.FAILED)
+    assert kinds(client, job_id).count("job.succeeded") == 1
+
+
+def test_nothing_to_claim(store: Records) -> None:
+    assert store.claim("no-such-job", "w", 30) is None
+
+
+def test_release_puts_it_back_with_a_fresh_wake_up(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.release(job_id, claim.token)
+    record = store.get(job_id)
+    assert (record.status, record.queue_position, record.worker) == (Status.QUEUED, 0, None)
+    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 5)) == 2
+    again = store.claim(job_id, "w", 30)
+    assert again and again.token > claim.token
+
+
+def test_cancel_of_a_queued_job_is_at_once(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    assert run(client, records.cancel(job_id)).status is Status.CANCELLED
+    assert store.claim(job_id, "w", 30) is None
+    assert run(client, records.cancel(job_id)).status is Status.CANCELLED
+    assert kinds(client, job_id) == ["job.queued", "job.cancelled"]
+
+
+def test_cancel_of_a_running_job_reaches_its_worker(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    record = run(client, records.cancel(job_id))
+    assert claim and record.status is Status.RUNNING and record.cancel_requested
+    assert store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30)]) == [Verdict.CANCEL]
+
+
+def test_deadlines(client: redis.Redis, store: Records) -> None:
+    waiting = submit(client, deadline_s=600)
+    client.hset(routing.job_key(waiting), "deadline_at", 1)
+    assert store.claim(waiting, "w", 30) is None
+    record = store.get(waiting)
+    assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "deadline_exceeded")
+    started = submit(client, deadline_s=600)
+    claim = store.claim(started, "w", 30)
+    client.hset(routing.job_key(started), "deadline_at", 1)
+    assert claim and store.beat([Beat(started, claim.token, Phase.DENOISING, 1, 30)]) == [Verdict.EXPIRED]
+
+
+def test_idempotency(client: redis.Redis) -> None:
+    first = submit(client, idempotency_key="k")
+    assert submit(client, idempotency_key="k") == first
+    with pytest.raises(IdempotencyConflict, match="'k'"):
+        submit(client, idempotency_key="k", prompt="a dog")
+    assert submit(client, idempotency_key="k", tenant="other", prompt="a dog") != first
+    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 5)) == 2
+
+
+def test_pages_are_whole_and_without_repeats(client: redis.Redis) -> None:
+    made = [submit(client) for _ in range(12)]
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page, cursor = run(client, records.list_jobs(cursor=cursor, limit=5))
+        seen += [record.id for record in page]
+        if cursor is None:
+            break
+    assert sorted(seen) == sorted(made)
+    times = [run(client, records.get(job_id)).created_at for job_id in seen]
+    assert times == sorted(times, reverse=True)
+
+
+def test_list_by_status_and_without_expired_records(client: redis.Redis, store: Records) -> None:
+    gone, queued, running = submit(client), submit(client), submit(client)
+    store.claim(running, "w", 30)
+    client.delete(routing.job_key(gone))
+    assert [r.id for r in run(client, records.list_jobs(Status.QUEUED))[0]] == [queued]
+    assert [r.id for r in run(client, records.list_jobs(Status.RUNNING))[0]] == [running]
+    assert {r.id for r in run(client, records.list_jobs())[0]} == {queued, running}
+    assert client.zscore(routing.index_key(), gone) is None
+
+
+@pytest.mark.parametrize("cursor", ["!", "bm90LWEtY3Vyc29y", "MTIz"])
+def test_a_bad_cursor(client: redis.Redis, cursor: str) -> None:
+    with pytest.raises(InvalidRequest, match="cursor"):
+        run(client, records.list_jobs(cursor=cursor))
+
+
+@pytest.mark.parametrize("limit", [0, 201])
+def test_a_bad_limit(client: redis.Redis, limit: int) -> None:
+    with pytest.raises(InvalidRequest, match="1 to 200"):
+        run(client, records.list_jobs(limit=limit))
+
+
+def test_events_resume_after_an_id(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    store.claim(job_id, "w", 30)
+    first, second = run(client, records.events(job_id))
+    assert [e.id for e in run(client, records.events(job_id, first.id))] == [second.id]
+    assert run(client, records.events(job_id, second.id)) == []
+    with pytest.raises(InvalidRequest, match="last_event_id"):
+        run(client, records.events(job_id, "yesterday"))
+
+
+def test_unknown_ids(client: redis.Redis) -> None:
+    for operation in (records.get("x"), records.cancel("x"), records.events("x")):
+        with pytest.raises(JobNotFound):
+            run(client, operation)  # type: ignore[arg-type]
+
+
+def test_models_and_workers(client: redis.Redis, store: Records) -> None:
+    info = ModelInfo(id="m", family="sd", default_width=64, default_height=64, max_pixels=4096)
+    store.announce_model(info)
+    store.worker_beat("cpu@a")
+    assert store.models() == {"m": info}
+    assert store.workers() == ["cpu@a"]
+    store.worker_gone("cpu@a")
+    assert store.workers() == []
+
+
+def test_a_settled_failure_tells_why(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim
+    error = JobError(code="numerical_error", message="not finite")
+    assert store.settle(job_id, claim.token, Status.FAILED, error=error).error == error
+    assert run(client, records.events(job_id))[-1].data["error"]["code"] == "numerical_error"
+
+
+def test_a_dead_broker_is_an_error_in_both_worlds() -> None:
+    url = "redis://127.0.0.1:1/0"  # nothing listens there
+    with pytest.raises(BrokerUnavailable):
+        run(connect(url), records.get("x"))
+
+    async def ask() -> None:
+        client = connect_async(url)
+        try:
+            await arun(client, records.get("x"))
+        finally:
+            await client.aclose()
+
+    with pytest.raises(BrokerUnavailable):
+        asyncio.run(ask())
