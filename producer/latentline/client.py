@@ -73,7 +73,7 @@ def _fit(request: JobRequest, known: dict[str, ModelInfo]) -> JobRequest:
         raise InvalidRequest("width", width, f"width * height at most {info.max_pixels} for model {info.id}")
     if request.scheduler not in info.schedulers:
         raise InvalidRequest("scheduler", request.scheduler, f"one of: {', '.join(info.schedulers)}")
-    # model_copy marks only what the caller set: a filled-in size does not change the fingerprint's meaning.
+    # The record then says what is made, whatever a later version of the model takes as its default.
     return request.model_copy(update={"width": width, "height": height})
 
 

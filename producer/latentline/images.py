@@ -1,0 +1,84 @@
+"""Read access to result images: presigned URLs, and whether the object store answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from .errors import StoreUnavailable
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+CHECK_CACHE_S = 2.0  # a burst of submissions asks the store once
+
+
+class Images:
+    """The bucket of result images as producers see it. boto3 is imported on first use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._checked_at = float("-inf")
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _s3(self) -> S3Client:
+        return connect(self._settings, read_timeout_s=2)
+
+    def presign(self, key: str) -> str:
+        """A URL that gives the object to anyone who has it, for ``presign_ttl_s`` seconds. Signed here, offline."""
+        params = {"Bucket": self._settings.s3_bucket, "Key": key}
+        return self._s3.generate_presigned_url("get_object", Params=params, ExpiresIn=self._settings.presign_ttl_s)
+
+    def check(self) -> None:
+        """Raise StoreUnavailable unless the bucket answers; asked at most every two seconds."""
+        with self._lock:
+            if time.monotonic() - self._checked_at < CHECK_CACHE_S:
+                return
+            from botocore.exceptions import BotoCoreError, ClientError
+
+            try:
+                self._s3.head_bucket(Bucket=self._settings.s3_bucket)
+            except (BotoCoreError, ClientError) as error:
+                raise StoreUnavailable(f"the object store does not answer for bucket {self._settings.s3_bucket!r}: {error}") from error
+            self._checked_at = time.monotonic()
+
+    def download(self, key: str) -> bytes:
+        """The object's bytes."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return self._s3.get_object(Bucket=self._settings.s3_bucket, Key=key)["Body"].read()
+        except (BotoCoreError, ClientError) as error:
+            raise StoreUnavailable(f"the object store does not give {key!r}: {error}") from error
+
+
+def connect(settings: Settings, read_timeout_s: float, retries: int = 1) -> S3Client:
+    """An S3 client with time limits; one client serves many threads."""
+    import boto3
+    from botocore.config import Config
+
+    def secret(value: object) -> str | None:
+        return value.get_secret_value() if value is not None else None  # type: ignore[attr-defined]
+
+    return boto3.client(
+        "s3",
+        endpoint_url=settings.s3_endpoint_url,
+        region_name=settings.s3_region,
+        aws_access_key_id=secret(settings.s3_access_key_id),
+        aws_secret_access_key=secret(settings.s3_secret_access_key),
+        config=Config(
+            signature_version="s3v4",
+            connect_timeout=2,
+            read_timeout=read_timeout_s,
+            retries={"mode": "standard", "total_max_attempts": retries},
+            max_pool_connections=32,
+            s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
+            # Not every S3-compatible store knows the newer checksum trailers.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )

@@ -1,0 +1,109 @@
+"""A child process that never outlives its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from latentline.errors import ConfigurationError
+
+LOG_TAIL_LINES = 12
+PR_SET_PDEATHSIG = 1
+# Loaded here, because between fork and exec only what is already there is safe to call.
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def free_port(offset: int = 0) -> int:
+    """A loopback port that is free now, and ``offset`` above it as well."""
+    for _ in range(200):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if not offset:
+            return port
+        # The kernel hands out high ports; with an offset they may leave the range.
+        port = port if port + offset < 65536 else port - offset
+        with socket.socket() as low, socket.socket() as high:
+            try:
+                low.bind(("127.0.0.1", port))
+                high.bind(("127.0.0.1", port + offset))
+            except OSError:
+                continue
+            return port
+    raise ConfigurationError("no free loopback port found")
+
+
+class Child:
+    """One service process: its log in a file, stopped by SIGTERM and then by SIGKILL.
+
+    It runs in a session of its own, so that Ctrl-C reaches only the parent, which then stops its children in order; and
+    the kernel stops it when the parent dies hard (Linux; the signal follows the thread that started the child,
+    which therefore has to be the main thread or one that lives as long).
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
+        self.name = name
+        self.log = log
+        self._stream = log.open("ab")
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it died before the line above
+                os._exit(1)
+
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._stream,
+                stderr=self._stream,
+                env=dict(env),
+                start_new_session=True,
+                pass_fds=pass_fds,
+                preexec_fn=die_with_parent,
+            )
+        except OSError as error:
+            self._stream.close()
+            raise ConfigurationError(f"{name} cannot be started: {error}") from error
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        """Return once ``ready()``; raise with the log's last lines when the child ends or time runs out first."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            if not self.alive:
+                raise ConfigurationError(f"{self.name} ended with status {self.process.returncode}:\n{self.tail()}")
+            if time.monotonic() > deadline:
+                raise ConfigurationError(f"{self.name} was not ready after {timeout_s:g} s:\n{self.tail()}")
+            time.sleep(0.05)
+
+    def tail(self) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the child and everything in its session."""
+        if self.alive:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        self._stream.close()
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """This environment without other LATENTLINE and AWS settings, which must not leak into embedded services."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LATENTLINE_", "AWS_"))}
+    return kept | extra

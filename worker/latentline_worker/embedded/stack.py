@@ -1,0 +1,189 @@
+"""Broker, object store, API and worker on this machine: ``latentline up``."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO, Self
+
+import httpx
+
+from latentline.errors import ConfigurationError, LatentlineError
+from latentline.settings import Settings
+
+from .broker import Broker
+from .process import Child, clean_env
+from .store import Store
+
+READY_TIMEOUT_S = 180.0  # a cold start imports torch and loads a model
+DRAIN_S = 5.0  # jobs that run at the end go back to the queue after this
+
+
+class Stack:
+    """All of latentline on embedded services. Stopped in the order of the work: worker, API, store, broker.
+
+    Args:
+        data_dir: where broker and store keep their data, credentials and logs; kept between runs.
+        port: of the API on 127.0.0.1; 0 for any free one.
+        model: what the worker serves; None for the bundled model.
+
+    Raises:
+        ConfigurationError: on entry, when a part does not start; the message ends with its log's last lines.
+    """
+
+    def __init__(self, data_dir: Path, port: int = 0, model: str | None = None) -> None:
+        self._folder = data_dir.resolve()
+        self._port = port
+        self._model = model
+        self._lock: IO[str] | None = None
+        self._socket: socket.socket | None = None
+        self._broker: Broker | None = None
+        self._store: Store | None = None
+        self._api: Child | None = None
+        self._worker: Child | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The LATENTLINE variables of every process that uses this stack."""
+        if self._broker is None or self._store is None:
+            raise ConfigurationError("the stack is not started")
+        return {"LATENTLINE_REDIS_URL": self._broker.url, **self._store.environment}
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**{key.removeprefix("LATENTLINE_").lower(): value for key, value in self.environment.items()})  # type: ignore[arg-type]
+
+    def start(self) -> None:
+        try:
+            self._take_folder()
+            self._take_port()
+            keys = self._credentials()
+            self._broker = Broker(self._folder / "broker", keys["password"])
+            self._store = Store(self._folder / "store", keys["access_key"], keys["secret_key"])
+            self._broker.start()
+            self._store.start()
+            env = self.environment | {"LATENTLINE_CALLBACK_SECRET": keys["callback_secret"], "LATENTLINE_DRAIN_S": str(DRAIN_S)}
+            # What the operator chose about callbacks, model and batching counts here as well; where the services are does not.
+            given = {key: value for key, value in os.environ.items() if key.startswith("LATENTLINE_") and key not in env}
+            env = clean_env(**(given | env))
+            worker = [sys.executable, "-m", "latentline_worker.launch", *(["--model", self._model] if self._model else [])]
+            self._worker = Child("the worker", worker, self._folder / "worker.log", env)
+            assert self._socket is not None  # _take_port made it
+            fd = self._socket.fileno()
+            api = [sys.executable, "-m", "uvicorn", "--factory", "latentline.api.app:create_app", "--fd", str(fd), "--no-access-log"]
+            self._api = Child("the API", api, self._folder / "api.log", env, pass_fds=[fd])
+            self._worker.wait_until(self._ready, READY_TIMEOUT_S)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End every process, the work's end first; then the port and the folder are free."""
+        if self._worker:
+            self._worker.stop(DRAIN_S + 10)
+        if self._api:
+            self._api.stop()
+        if self._socket:
+            self._socket.close()
+        if self._store:
+            self._store.stop()
+        if self._broker:
+            self._broker.stop()
+        if self._lock:
+            self._lock.close()
+
+    def dead(self) -> Child | None:
+        """A part that has ended on its own, if any."""
+        parts = (self._worker, self._api, self._store and self._store.child, self._broker and self._broker.child)
+        return next((part for part in parts if part and not part.alive), None)
+
+    def _ready(self) -> bool:
+        if self._api and not self._api.alive:
+            raise ConfigurationError(f"the API ended with status {self._api.process.returncode}:\n{self._api.tail()}")
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _take_folder(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigurationError(f"--data-dir: {self._folder} is in use by another latentline up") from None
+
+    def _take_port(self) -> None:
+        # Bound here and handed to the API, so that nobody can take the port in between.
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind(("127.0.0.1", self._port))
+        except (OSError, OverflowError) as error:
+            raise ConfigurationError(f"--port: {self._port} cannot be used: {error}") from None
+        self._port = self._socket.getsockname()[1]
+
+    def _credentials(self) -> dict[str, str]:
+        path = self._folder / "credentials.json"
+        if path.exists():
+            kept: dict[str, str] = json.loads(path.read_text())
+            return kept
+        from latentline.webhooks import generate_secret
+
+        made = {
+            "password": secrets.token_hex(16),
+            "access_key": secrets.token_hex(10),
+            "secret_key": secrets.token_hex(20),
+            "callback_secret": generate_secret(),
+        }
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(made))
+        return made
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def up(data_dir: Path | None, port: int, model: str | None) -> int:
+    """Run a stack in the foreground until SIGINT, SIGTERM or SIGHUP; 1 when a part fails."""
+    ending = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if ending.is_set():
+            return  # already stopping: let it finish in order
+        ending.set()
+        raise KeyboardInterrupt  # also out of a start that is under way
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    with tempfile.TemporaryDirectory(prefix="latentline-") as scratch:
+        stack = Stack(data_dir or Path(scratch), port, model)
+        try:
+            with stack:
+                print(f"ready {stack.url}", flush=True)
+                print("Ctrl-C stops everything; try: " f"latentline submit --url {stack.url} 'a red apple' --wait -o apple.png", file=sys.stderr)
+                while (dead := stack.dead()) is None:
+                    time.sleep(0.5)
+                raise ConfigurationError(f"{dead.name} ended with status {dead.process.returncode}:\n{dead.tail()}")
+        except KeyboardInterrupt:
+            return 0
+        except LatentlineError as error:
+            print(f"latentline up: {error.message}", file=sys.stderr)
+            return 1

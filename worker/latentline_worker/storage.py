@@ -1,0 +1,62 @@
+"""Finished images into any S3-compatible store."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from latentline.errors import ConfigurationError, StoreUnavailable
+from latentline.images import connect
+from latentline.settings import Settings
+
+TRIES = 3  # botocore waits between them, with jitter
+# Answers that no retry mends: the settings are wrong.
+MISCONFIGURED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "NoSuchBucket", "403", "404"}
+
+
+class ImageStore:
+    """Write access to the bucket of result images."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._bucket = settings.s3_bucket
+        self._s3 = connect(settings, read_timeout_s=10, retries=TRIES)
+
+    def ensure_bucket(self) -> None:
+        """Create the bucket when it is not there.
+
+        Raises:
+            ConfigurationError: the store refuses these credentials.
+            StoreUnavailable: it does not answer.
+        """
+        try:
+            self._s3.head_bucket(Bucket=self._bucket)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
+                raise self._domain_error(error, "check") from error
+            try:
+                self._s3.create_bucket(Bucket=self._bucket)
+            except (ClientError, BotoCoreError) as failure:
+                raise self._domain_error(failure, "create") from failure
+        except BotoCoreError as error:
+            raise self._domain_error(error, "check") from error
+
+    def put(self, key: str, data: bytes, content_type: str, metadata: dict[str, str]) -> None:
+        """Store one object; the store refuses it when what arrives is not what was sent (Content-MD5).
+
+        Raises:
+            ConfigurationError, StoreUnavailable: as :meth:`ensure_bucket`.
+        """
+        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        try:
+            self._s3.put_object(
+                Bucket=self._bucket, Key=key, Body=data, ContentType=content_type, ContentMD5=digest, Metadata=metadata
+            )
+        except (ClientError, BotoCoreError) as error:
+            raise self._domain_error(error, f"store {key!r} in") from error
+
+    def _domain_error(self, error: Exception, what: str) -> ConfigurationError | StoreUnavailable:
+        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
+        message = f"cannot {what} bucket {self._bucket!r}: {code}"
+        return ConfigurationError(message) if code in MISCONFIGURED else StoreUnavailable(message)
