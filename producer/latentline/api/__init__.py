@@ -1,0 +1,1 @@
+"""The HTTP API: ``app`` assembles it, one file per dialect."""

@@ -1,0 +1,91 @@
+"""The FastAPI application: error shape, body limit, health; the dialects are mounted on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from latentline import __version__
+from latentline.client import AsyncClient
+from latentline.errors import InvalidRequest, LatentlineError
+from latentline.settings import Settings
+
+from . import jobs
+
+log = logging.getLogger(__name__)
+
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
+
+
+def create_app(settings: Settings | None = None, client: AsyncClient | None = None) -> FastAPI:
+    """The application; ``client`` is for tests, otherwise one is opened for the application's life."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.client = client or AsyncClient(settings)
+        yield
+        await app.state.client.close()
+
+    app = FastAPI(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.include_router(jobs.router)
+
+    @app.get("/healthz", tags=["health"], summary="Whether this process is alive")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["health"], summary="Whether a job would be served now", responses={503: {"description": "Not ready; says why"}})
+    async def readyz(request: Request) -> JSONResponse:
+        reasons: list[str] = []
+        try:
+            if not await request.app.state.client.workers():
+                reasons.append("no worker has said that it is alive lately")
+        except LatentlineError as error:
+            reasons.append(error.message)
+        try:
+            await request.app.state.client.check_store()
+        except LatentlineError as error:
+            reasons.append(error.message)
+        return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
+
+    app.add_exception_handler(LatentlineError, _domain_error)
+    app.add_exception_handler(RequestValidationError, _bad_parameter)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
+    return app
+
+
+def error_answer(status: int, code: str, message: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
+    """Every error looks like this."""
+    return JSONResponse({"error": {"code": code, "message": message, **more}}, status, headers=headers)
+
+
+async def _domain_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LatentlineError)  # registered for it
+    if isinstance(error, InvalidRequest):
+        return error_answer(error.http_status, error.code, error.message, field=error.field, allowed=error.allowed)
+    return error_answer(error.http_status, error.code, error.message)
+
+
+async def _bad_parameter(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    problem = InvalidRequest(str(first["loc"][-1]), first.get("input"), first["msg"])
+    return await _domain_error(_, problem)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = HTTP_CODES.get(error.status_code, "http_error")
+    return error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}", dict(error.headers or {}))
+
+
+async def _internal_error(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_answer(500, "internal_error", "the server failed on this request; its log has the details")

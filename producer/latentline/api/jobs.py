@@ -1,0 +1,211 @@
+"""The native dialect: ``/v1/jobs`` and ``/v1/models``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from latentline.client import AsyncClient
+from latentline.errors import InvalidRequest, LatentlineError
+from latentline.jobs import MAX_BODY_BYTES, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Phase, Status
+from latentline.records import MAX_PAGE
+
+EVENT_BLOCK_MS = 1000  # how long one read waits; also how soon a closed connection is noticed
+KEEP_ALIVE_READS = 10  # empty reads between keep-alive comments
+
+
+class ErrorBody(BaseModel):
+    code: str
+    message: str
+    field: str | None = None
+    allowed: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorBody
+
+
+class ImageAnswer(BaseModel):
+    url: str
+    seed: int
+    width: int
+    height: int
+    content_type: str
+    sha256: str
+
+
+class JobAnswer(BaseModel):
+    """A job as clients see it."""
+
+    id: str
+    status: Status
+    phase: Phase | None
+    step: int
+    num_steps: int
+    queue_position: int | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested: bool
+    images: list[ImageAnswer]
+    error: JobError | None
+    timings: dict[str, float]
+    request: dict[str, Any]
+
+
+class JobPage(BaseModel):
+    jobs: list[JobAnswer]
+    next_cursor: str | None
+
+
+class ModelList(BaseModel):
+    models: list[ModelInfo]
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorAnswer} for status in (*statuses, 500, 503)}
+
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+
+@router.post(
+    "/jobs",
+    status_code=202,
+    response_model=JobAnswer,
+    responses=_errors(400, 409, 413, 415, 422),
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": JobRequest.model_json_schema()}}}},
+)
+async def submit(request: Request, idempotency_key: Annotated[str | None, Header()] = None) -> JSONResponse:
+    """Accept a job. The same ``Idempotency-Key`` and body give the same job; another body is a conflict."""
+    data = await _json_object(request)
+    if idempotency_key is not None:
+        data["idempotency_key"] = idempotency_key
+    record = await _client(request).submit(JobRequest.parse(data))
+    return JSONResponse(answer(record).model_dump(mode="json"), 202, headers={"Location": f"/v1/jobs/{record.id}"})
+
+
+@router.get("/jobs", response_model=JobPage, responses=_errors(422))
+async def list_jobs(
+    request: Request,
+    status: Annotated[Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, Query()] = None,
+    cursor: Annotated[str | None, Query(max_length=300)] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
+) -> JobPage:
+    """Jobs, newest first; ``next_cursor`` leads to the next page."""
+    records, following = await _client(request).list(status, cursor, limit)
+    return JobPage(jobs=[answer(record) for record in records], next_cursor=following)
+
+
+@router.get("/jobs/{job_id}", response_model=JobAnswer, responses=_errors(404))
+async def get_job(request: Request, job_id: str) -> JobAnswer:
+    """One job; its images' URLs are presigned now."""
+    return answer(await _client(request).get(job_id))
+
+
+@router.post("/jobs/{job_id}/cancel", response_model=JobAnswer, responses=_errors(404))
+async def cancel_job(request: Request, job_id: str) -> JobAnswer:
+    """Cancel: at once when queued, at the next step when running, without effect when it has ended."""
+    return answer(await _client(request).cancel(job_id))
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **_errors(404, 422)},
+)
+async def job_events(request: Request, job_id: str, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
+    """Server-sent events up to the terminal one, resumable by ``Last-Event-ID``."""
+    client = _client(request)
+    # The first read happens before the answer starts, so that its errors still have a status of their own.
+    first = await client.new_events(job_id, last_event_id, 1)
+    if not first and (await client.get(job_id)).status.terminal:
+        # All has been seen. 204 tells an EventSource not to come back.
+        return StreamingResponse(iter(()), 204)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_stream(request, client, job_id, list(first), last_event_id), media_type="text/event-stream", headers=headers)
+
+
+@router.get("/models", response_model=ModelList, tags=["models"], responses=_errors())
+async def list_models(request: Request) -> ModelList:
+    """Models that workers have announced."""
+    return ModelList(models=list((await _client(request).models()).values()))
+
+
+def answer(record: JobRecord) -> JobAnswer:
+    """A record in the API's words."""
+
+    def moment(seconds: float | None) -> datetime | None:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+    return JobAnswer(
+        id=record.id,
+        status=record.status,
+        phase=record.phase,
+        step=record.step,
+        num_steps=record.num_steps,
+        queue_position=record.queue_position,
+        created_at=datetime.fromtimestamp(record.created_at, UTC),
+        started_at=moment(record.started_at),
+        finished_at=moment(record.finished_at),
+        cancel_requested=record.cancel_requested,
+        images=[ImageAnswer.model_validate(image.model_dump(), extra="ignore") for image in record.images],
+        error=record.error,
+        timings=record.timings,
+        request=record.request.model_dump(mode="json", exclude={"idempotency_key"}),
+    )
+
+
+def _client(request: Request) -> AsyncClient:
+    client: AsyncClient = request.app.state.client
+    return client
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, f"content type {kind or '(none)'!r}; allowed: application/json")
+    body = bytearray()
+    async for chunk in request.stream():  # counted while it comes: a chunked body names no length
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
+    try:
+        data = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("body", bytes(body[:60]), f"a JSON object ({str(error)[:100]})") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest("body", data, "a JSON object")
+    return data
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+async def _stream(request: Request, client: AsyncClient, job_id: str, events: list[JobEvent], last: str | None) -> AsyncIterator[str]:
+    quiet = 0
+    while True:
+        for event in events:
+            last = event.id
+            data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
+            yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data)}\n\n"
+            if event.terminal:
+                return
+        quiet = 0 if events else quiet + 1
+        if quiet >= KEEP_ALIVE_READS:
+            quiet = 0
+            yield ": keep-alive\n\n"
+        if await request.is_disconnected():
+            return
+        try:
+            events = list(await client.new_events(job_id, last, EVENT_BLOCK_MS))
+        except LatentlineError:
+            return  # the client resumes with Last-Event-ID, and then hears what is wrong
