@@ -123,3 +123,8 @@ class StaleToken(LatentlineError):
 class WebhookError(LatentlineError):
     code = "webhook_error"
     http_status = 400
+
+
+class WebhookError(LatentlineError):
+    code = "invalid_webhook"
+    http_status = 400

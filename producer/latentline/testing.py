@@ -1,0 +1,139 @@
+"""Test doubles: an application that submits jobs can be tested without a GPU, a worker or an object store.
+
+::
+
+    redis = fakeredis.FakeRedis(decode_responses=True)
+    worker = FakeWorker(redis, FakeImages())
+    worker.announce()
+    ...                 # the application submits, through the same Redis
+    worker.run_all()    # claims, beats and settles as a real worker does
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+
+import redis as redis_py
+
+from . import routing
+from .errors import StoreUnavailable
+from .jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
+from .records import Beat, Records, Verdict
+
+MODEL = ModelInfo(id="latentline-emoji", family="fake", default_width=64, default_height=64, max_pixels=256 * 256)
+
+# A grey PNG of one pixel: small, and real enough for whatever opens it.
+TINY_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
+
+
+class FakeImages:
+    """The object store of a test, in memory; has what :class:`latentline.images.Images` has."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.down = False
+        """Set it, and the store answers as one that is unreachable."""
+
+    def put(self, key: str, data: bytes) -> None:
+        self.check()
+        self.objects[key] = data
+
+    def presign(self, key: str) -> str:
+        return f"memory://{key}"
+
+    def check(self) -> None:
+        if self.down:
+            raise StoreUnavailable("the fake object store is down")
+
+    def download(self, key: str) -> bytes:
+        self.check()
+        try:
+            return self.objects[key]
+        except KeyError:
+            raise StoreUnavailable(f"the fake object store has no {key!r}") from None
+
+
+class FakeWorker:
+    """Plays a worker of one model over real records; every image is :data:`TINY_PNG`.
+
+    Args:
+        redis: the client on which the wake-ups are taken (``decode_responses=True``).
+        images: where results go.
+        fail_with: when set, each job fails with this error.
+    """
+
+    def __init__(
+        self,
+        redis: redis_py.Redis,
+        images: FakeImages,
+        *,
+        model: ModelInfo = MODEL,
+        name: str = "fake@test",
+        fail_with: JobError | None = None,
+    ) -> None:
+        self.redis, self.images, self.model, self.name, self.fail_with = redis, images, model, name, fail_with
+        self.records = Records(redis)
+
+    def announce(self) -> None:
+        """Say that this worker is alive and serves its model; submissions are refused before."""
+        self.records.announce_model(self.model)
+        self.records.worker_beat(self.name)
+
+    def take(self) -> str | None:
+        """Take the next wake-up, as Celery would: the job id in it, or None when no job waits."""
+        queue = routing.queue_name(self.model.id)
+        for priority in routing.PRIORITY_STEPS:
+            message = self.redis.rpop(routing.queue_list(queue, priority))
+            if message is not None:
+                (job_id,), _, _ = json.loads(base64.b64decode(json.loads(str(message))["body"]))
+                return str(job_id)
+        return None
+
+    def run_all(self) -> list[JobRecord]:
+        """Do every waiting job, one after another, and return the records of those that this worker settled."""
+        settled = []
+        while (job_id := self.take()) is not None:
+            record = self.run(job_id)
+            if record is not None:
+                settled.append(record)
+        return settled
+
+    def run(self, job_id: str) -> JobRecord | None:
+        """Do one job from claim to settled record; None when there is nothing to do for it."""
+        claim = self.records.claim(job_id, self.name, lease_s=30)
+        return None if claim is None else self.finish(claim)
+
+    def finish(self, claim: Claim) -> JobRecord:
+        """Denoise (in name only), upload and settle a claimed job; a cancel or a deadline is obeyed between two steps."""
+        record = claim.record
+        for step in range(1, record.num_steps + 1):
+            verdict = self.progress(claim, Phase.DENOISING, step)
+            if verdict is Verdict.EXPIRED:
+                error = JobError(code="deadline_exceeded", message="the deadline passed before the job ended")
+                return self.records.settle(record.id, claim.token, Status.FAILED, error=error)
+            if verdict is Verdict.CANCEL:
+                return self.records.settle(record.id, claim.token, Status.CANCELLED)
+        if self.fail_with:
+            return self.records.settle(record.id, claim.token, Status.FAILED, error=self.fail_with)
+        self.progress(claim, Phase.UPLOADING, record.num_steps)
+        refs = [self._upload(record, i) for i in range(record.request.num_images)]
+        return self.records.settle(record.id, claim.token, Status.SUCCEEDED, images=refs, timings={"denoising_s": 0.0})
+
+    def progress(self, claim: Claim, phase: Phase, step: int) -> Verdict:
+        """One heartbeat."""
+        return self.records.beat([Beat(claim.record.id, claim.token, phase, step, lease_s=30, batch_jobs=1)])[0]
+
+    def _upload(self, record: JobRecord, i: int) -> ImageRef:
+        key = f"{record.request.tenant}/{record.id}/{record.attempt}/{i}.png"
+        self.images.put(key, TINY_PNG)
+        return ImageRef(
+            key=key,
+            seed=record.request.seed + i,
+            width=1,
+            height=1,
+            content_type="image/png",
+            sha256=hashlib.sha256(TINY_PNG).hexdigest(),
+            num_bytes=len(TINY_PNG),
+        )
