@@ -74,7 +74,7 @@ def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes
             given = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError):
             continue
-        if any([hmac.compare_digest(given, digest) for digest in expected]):
+        if any(hmac.compare_digest(given, digest) for digest in expected):
             return
     raise WebhookError("no signature matches")
 

@@ -24,7 +24,7 @@ from typing import Any
 import httpcore
 import httpx
 
-from latentline.errors import ConfigurationError, LatentlineError
+from latentline.errors import LatentlineError
 from latentline.jobs import Callback, JobRecord
 from latentline.webhooks import sign
 
@@ -34,6 +34,7 @@ TIMEOUT_S = 15.0  # of one try, from the name look-up to the status line; the sp
 PAUSES_S = (0.0, 1.0, 5.0)  # before each try
 MAX_PENDING = 1000  # callbacks waiting or under way; more are dropped, the record stays the truth
 MAX_CONNECTIONS = 32
+CONNECT_TIMEOUT_S = 5.0  # to one address, so that a dead one leaves time for the next
 # Ranges that Python's own tables call global, or came to know only in later patch releases.
 _NOT_GLOBAL = [ipaddress.ip_network(n) for n in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "5f00::/16")]
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -58,7 +59,7 @@ def is_global(address: str) -> bool:
     """Whether packets for this address leave for the public internet, also when it wraps an IPv4 address."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        embedded = ip.ipv4_mapped or ip.sixtofour
         if ip in _NAT64:
             embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if embedded is not None:
@@ -128,6 +129,7 @@ class CallbackSender:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._pool: httpcore.AsyncConnectionPool | None = None
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)  # waiting for one is not the receiver's time
         self._closed = False
 
     def notify(self, record: JobRecord, event_type: str) -> None:
@@ -205,7 +207,7 @@ class CallbackSender:
         for pause_s in self._pauses_s:
             await asyncio.sleep(pause_s)
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with self._slots, asyncio.timeout(self._timeout_s):
                     status = await self._post(secret, url, message_id, body)
             except AddressRefused as error:
                 outcome, reason = Outcome.REFUSED, error.message
@@ -230,11 +232,9 @@ class CallbackSender:
     async def _post(self, secret: str, url: str, message_id: str, body: bytes) -> int:
         if self._pool is None:
             # No connection is kept: each one is made to an address that was just checked.
-            self._pool = httpcore.AsyncConnectionPool(
-                max_connections=MAX_CONNECTIONS, max_keepalive_connections=0, network_backend=self._backend
-            )
+            self._pool = httpcore.AsyncConnectionPool(max_keepalive_connections=0, max_connections=None, network_backend=self._backend)
         target = httpx.URL(url)  # also turns international names into what DNS and TLS know
-        headers = {
+        headers: dict[bytes | str, bytes | str] = {
             "host": target.netloc.decode(),
             "user-agent": "latentline",
             "content-type": "application/json",
@@ -243,7 +243,7 @@ class CallbackSender:
             **sign(secret, message_id, int(time.time()), body),
         }
         request = httpcore.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
-        limits = dict.fromkeys(("connect", "read", "write", "pool"), self._timeout_s)
+        limits = {"connect": min(CONNECT_TIMEOUT_S, self._timeout_s), "read": self._timeout_s, "write": self._timeout_s}
         # Only the status counts; nothing of the answer's body is read.
         async with self._pool.stream("POST", request, headers=headers, content=body, extensions={"timeout": limits}) as answer:
             return int(answer.status)
