@@ -1,0 +1,107 @@
+"""The wake-up that producers write without Celery is one that a real Celery worker takes, in order of priority."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.contrib.testing.worker import start_worker
+
+from latentline import records
+from latentline.connection import connect
+from latentline.jobs import JobRequest, Status
+from latentline.records import Records
+from latentline.routing import GENERATE_TASK, queue_list, queue_name
+from latentline.testing import MODEL, FakeImages, FakeWorker
+from latentline_worker.app import create_app
+from latentline_worker.settings import WorkerSettings
+
+PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
+
+
+@pytest.fixture
+def client(valkey_url: str) -> Iterator[redis.Redis]:
+    client = connect(valkey_url)
+    client.flushall()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def app(valkey_url: str) -> Iterator[Celery]:
+    """The application of a real worker, with its real delivery policy."""
+    app = create_app(WorkerSettings.model_validate({"redis_url": valkey_url}), MODEL.id)
+    yield app
+    app.close()
+
+
+def submit(client: redis.Redis, *priorities: int, **fields: Any) -> list[str]:
+    requests = [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "priority": p, **fields}) for p in priorities]
+    return [record.id for record in records.run(client, records.submit(requests, 600))]
+
+
+def run_worker(app: Celery, pool: str = "solo") -> Any:
+    # No ping task: it would need a result backend, which this application has not.
+    return start_worker(app, pool=pool, concurrency=1, perform_ping_check=False, shutdown_timeout=PATIENCE_S)
+
+
+def test_wake_ups_of_every_priority_run_once_and_in_order(client: redis.Redis, app: Celery) -> None:
+    priorities = list(range(9, -1, -1))
+    ids = submit(client, *priorities)
+    taken: list[str] = []
+    all_taken = threading.Event()
+
+    def generate(job_id: str) -> None:
+        taken.append(job_id)
+        if len(taken) >= len(ids):
+            all_taken.set()
+
+    app.task(generate, name=GENERATE_TASK, shared=False)
+    with run_worker(app):
+        assert all_taken.wait(PATIENCE_S)
+    # kombu keeps four lists; within one it is first come, first served.
+    steps = {9: 3, **dict.fromkeys((6, 7, 8), 2), **dict.fromkeys((3, 4, 5), 1), **dict.fromkeys((0, 1, 2), 0)}
+    expected = [job_id for _, job_id in sorted(zip(priorities, ids, strict=True), key=lambda pair: steps[pair[0]])]
+    assert taken == expected
+    assert not any(client.exists(queue_list(queue_name(MODEL.id), p)) for p in range(10))
+    assert client.hlen("unacked") == 0
+
+
+def test_from_submission_to_a_settled_record_through_celery(client: redis.Redis, app: Celery) -> None:
+    worker = FakeWorker(client, FakeImages())
+    (job_id,) = submit(client, 5)
+
+    def generate(job_id: str) -> None:
+        worker.run(job_id)
+
+    app.task(generate, name=GENERATE_TASK, shared=False)
+    with run_worker(app, pool="threads"):
+        last = None
+        while last is None or not last.terminal:
+            new = records.run(client, records.events(job_id, last.id if last else None, 1000))
+            last = new[-1] if new else last
+    record = Records(client).get(job_id)
+    assert (record.status, record.worker, record.attempt) == (Status.SUCCEEDED, worker.name, 1)
+
+
+def test_a_released_job_is_taken_again_before_those_that_wait(client: redis.Redis, app: Celery) -> None:
+    store = Records(client)
+    first, second = submit(client, 5, 5)
+    claim = store.claim(first, "leaving", 30)
+    client.delete(queue_list(queue_name(MODEL.id), 5))  # the wake-ups of both are gone: only the fresh one is left
+    assert claim is not None and store.release(first, claim.token)
+    taken: list[str] = []
+    heard = threading.Event()
+
+    def generate(job_id: str) -> None:
+        taken.append(job_id)
+        heard.set()
+
+    app.task(generate, name=GENERATE_TASK, shared=False)
+    with run_worker(app):
+        assert heard.wait(PATIENCE_S)
+    assert taken == [first] and store.get(second).status is Status.QUEUED
