@@ -16,7 +16,7 @@
     ├── JobFailed                      job_failed, 500           ``wait(..., check=True)`` on a failed or cancelled job
     ├── NumericalError                 numerical_error, 500      latents are no longer finite numbers
     ├── StaleToken                     stale_token, 409          another worker owns the job now
-    └── WebhookError                   webhook_error, 400        a callback is not authentic or not fresh
+    └── WebhookError                   invalid_webhook, 400      a callback is not authentic or not fresh
 """
 
 from __future__ import annotations
@@ -118,11 +118,6 @@ class NumericalError(LatentlineError):
 class StaleToken(LatentlineError):
     code = "stale_token"
     http_status = 409
-
-
-class WebhookError(LatentlineError):
-    code = "webhook_error"
-    http_status = 400
 
 
 class WebhookError(LatentlineError):

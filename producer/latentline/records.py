@@ -151,19 +151,16 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
     records: list[JobRecord] = []
     offset = 0
     while len(records) <= limit:
-        start = offset
-        page = yield lambda client: client.zrange(
-            key, before, "-inf", desc=True, byscore=True, offset=start, num=limit + 1, withscores=True
-        )
+        page = yield _index_page(key, before, offset, limit + 1)
         if not page:
             break
         offset += len(page)
         # Equal scores come in descending order of id: skip up to and including the cursor's own.
         wanted = [job_id for job_id, score in page if not (last_id and score == float(before) and job_id >= last_id)]
-        raws = yield lambda client: _hgetall_many(client, wanted)
+        raws = yield _hgetall_many(wanted)
         gone = [job_id for job_id, raw in zip(wanted, raws, strict=True) if not raw]
         if gone:  # expired: the index is trimmed when somebody looks
-            yield lambda client: client.zrem(key, *gone)
+            yield _zrem(key, gone)
             offset -= len(gone)
         records += [_record(raw) for raw in raws if raw]
     if len(records) <= limit:
@@ -345,11 +342,22 @@ def _hget(job_id: str, field: str) -> Operation[str | None]:
     return value
 
 
-def _hgetall_many(client: Any, job_ids: Sequence[str]) -> Any:
-    pipeline = client.pipeline(transaction=False)
-    for job_id in job_ids:
-        pipeline.hgetall(routing.job_key(job_id))
-    return pipeline.execute()
+def _index_page(key: str, before: str, offset: int, count: int) -> Call:
+    return lambda client: client.zrange(key, before, "-inf", desc=True, byscore=True, offset=offset, num=count, withscores=True)
+
+
+def _zrem(key: str, members: Sequence[str]) -> Call:
+    return lambda client: client.zrem(key, *members)
+
+
+def _hgetall_many(job_ids: Sequence[str]) -> Call:
+    def call(client: Any) -> Any:
+        pipeline = client.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.hgetall(routing.job_key(job_id))
+        return pipeline.execute()
+
+    return call
 
 
 def _pairs(flat: Sequence[str]) -> dict[str, str]:
@@ -394,4 +402,3 @@ def _read_cursor(cursor: str) -> tuple[str, str]:
 __all__ = [
     "Beat", "Operation", "Records", "Verdict", "arun", "cancel", "events", "get", "list_jobs", "models", "run", "submit", "workers",
 ]  # fmt: skip
-

@@ -31,7 +31,9 @@ def work(family: StableDiffusion, conditioner: Conditioner, job_id: str, prompt:
     )
 
 
-def alone(pipeline: StableDiffusionPipeline, prompt: str, scheduler: str, steps: int, guidance: float, seeds: tuple[int, ...]) -> torch.Tensor:
+def alone(
+    pipeline: StableDiffusionPipeline, prompt: str, scheduler: str, steps: int, guidance: float, seeds: tuple[int, ...]
+) -> torch.Tensor:
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     result = pipeline(
         [prompt] * len(seeds),

@@ -14,7 +14,13 @@ from latentline_worker.samplers import MAX_MEMORY, CompileError, compile_schedul
 from latentline_worker.samplers.presets import PRESETS
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-BUNDLED = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+BUNDLED = {
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+}
 
 
 def test_presets_are_the_contracts_schedulers() -> None:

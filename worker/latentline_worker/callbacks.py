@@ -240,8 +240,9 @@ class CallbackSender:
             "content-type": "application/json",
             "content-length": str(len(body)),
             "connection": "close",
-            **sign(secret, message_id, int(time.time()), body),
         }
+        for name, value in sign(secret, message_id, int(time.time()), body).items():
+            headers[name] = value
         request = httpcore.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
         limits = {"connect": min(CONNECT_TIMEOUT_S, self._timeout_s), "read": self._timeout_s, "write": self._timeout_s}
         # Only the status counts; nothing of the answer's body is read.

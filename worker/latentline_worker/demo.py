@@ -130,7 +130,14 @@ def _report(console: Console, records: list[JobRecord]) -> None:
         url = (record.images[0].url or "").split("?")[0] if record.images else (record.error.message if record.error else "")
         request = record.request
         table.add_row(
-            record.id[:13], request.prompt, request.scheduler, str(record.num_steps), f"{wait:.2f} s", f"{took:.2f} s", str(request.seed), url
+            record.id[:13],
+            request.prompt,
+            request.scheduler,
+            str(record.num_steps),
+            f"{wait:.2f} s",
+            f"{took:.2f} s",
+            str(request.seed),
+            url,
         )
     console.print(table)
     steps = sum(r.timings.get("denoise_steps", 0) for r in records)

@@ -50,9 +50,7 @@ class ImageStore:
         """
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         try:
-            self._s3.put_object(
-                Bucket=self._bucket, Key=key, Body=data, ContentType=content_type, ContentMD5=digest, Metadata=metadata
-            )
+            self._s3.put_object(Bucket=self._bucket, Key=key, Body=data, ContentType=content_type, ContentMD5=digest, Metadata=metadata)
         except (ClientError, BotoCoreError) as error:
             raise self._domain_error(error, f"store {key!r} in") from error
 

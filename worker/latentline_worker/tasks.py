@@ -132,7 +132,9 @@ class JobRunner:
             priority=request.priority,
         )
 
-    def _settle(self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: dict[str, float]) -> None:
+    def _settle(
+        self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: dict[str, float]
+    ) -> None:
         job_id = claim.record.id
         try:
             record = self._insist(lambda: self._records.settle(job_id, claim.token, status, images=images, error=error, timings=timings))
@@ -176,4 +178,3 @@ def _job_error(problem: Exception) -> JobError:
         return JobError(code=problem.code, message=problem.message)
     # No internals in a client's answer: the worker's log has the traceback.
     return JobError(code="internal_error", message="the worker failed on this job; its log has the details")
-

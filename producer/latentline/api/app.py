@@ -40,7 +40,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], summary="Whether a job would be served now", responses={503: {"description": "Not ready; says why"}})
+    @app.get("/readyz", tags=["health"], summary="Whether a job would be served now", responses={503: {"description": "Not ready"}})
     async def readyz(request: Request) -> JSONResponse:
         reasons: list[str] = []
         try:

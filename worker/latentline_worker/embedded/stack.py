@@ -178,7 +178,7 @@ def up(data_dir: Path | None, port: int, model: str | None) -> int:
         try:
             with stack:
                 print(f"ready {stack.url}", flush=True)
-                print("Ctrl-C stops everything; try: " f"latentline submit --url {stack.url} 'a red apple' --wait -o apple.png", file=sys.stderr)
+                print(f"Ctrl-C stops everything; try: latentline submit --url {stack.url} 'a red apple' -o apple.png", file=sys.stderr)
                 while (dead := stack.dead()) is None:
                     time.sleep(0.5)
                 raise ConfigurationError(f"{dead.name} ended with status {dead.process.returncode}:\n{dead.tail()}")
