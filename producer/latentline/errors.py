@@ -118,3 +118,8 @@ class NumericalError(LatentlineError):
 class StaleToken(LatentlineError):
     code = "stale_token"
     http_status = 409
+
+
+class WebhookError(LatentlineError):
+    code = "invalid_webhook"
+    http_status = 400
