@@ -42,7 +42,7 @@ class _Operations:
         return self._with_urls((yield from records.get(job_id)))
 
     def _cancel(self, job_id: str) -> Operation[JobRecord]:
-        return self._with_urls((yield from records.cancel(job_id)))
+        return self._with_urls((yield from records.cancel(job_id, self.settings.retention_s)))
 
     def _list(self, status: Status | str | None, cursor: str | None, limit: int) -> Operation[tuple[list[JobRecord], str | None]]:
         try:
@@ -85,7 +85,11 @@ def _finish(record: JobRecord, check: bool) -> JobRecord:
 
 
 def _request(request: JobRequest | None, fields: dict[str, Any]) -> JobRequest:
-    return request if request is not None and not fields else JobRequest.parse(fields)
+    if request is None:
+        return JobRequest.parse(fields)
+    if fields:
+        raise InvalidRequest("request", ", ".join(fields), "a JobRequest, or its fields by name, but not both")
+    return request
 
 
 class Client(_Operations):
@@ -123,12 +127,12 @@ class Client(_Operations):
 
     def events(self, job_id: str, last_event_id: str | None = None) -> Iterator[JobEvent]:
         """Events after ``last_event_id`` as they come, up to the terminal one."""
-        while True:
-            for event in run(self._redis, records.events(job_id, last_event_id, POLL_MS)):
+        ended = False
+        while not ended:
+            found, ended = run(self._redis, records.follow(job_id, last_event_id, POLL_MS))
+            for event in found:
                 last_event_id = event.id
                 yield event
-                if event.terminal:
-                    return
 
     def wait(self, job_id: str, timeout_s: float | None = None, *, check: bool = False) -> JobRecord:
         """The record once the job has ended.
@@ -141,10 +145,10 @@ class Client(_Operations):
         last: str | None = None
         while True:
             left_ms = POLL_MS if deadline is None else int(min(POLL_MS, max(1.0, (deadline - time.monotonic()) * 1000)))
-            for event in run(self._redis, records.events(job_id, last, left_ms)):
-                last = event.id
-                if event.terminal:
-                    return _finish(self.get(job_id), check)
+            found, ended = run(self._redis, records.follow(job_id, last, left_ms))
+            if ended:
+                return _finish(self.get(job_id), check)
+            last = found[-1].id if found else last
             if deadline is not None and time.monotonic() >= deadline:
                 raise WaitTimeout(f"job {job_id} has not ended within {timeout_s:g} s; it goes on")
 
@@ -197,18 +201,18 @@ class AsyncClient(_Operations):
         """Names of the workers that are alive."""
         return await arun(self._redis, records.workers())
 
-    async def new_events(self, job_id: str, last_event_id: str | None = None, block_ms: int = POLL_MS) -> Sequence[JobEvent]:
-        """One read of the event stream: what came after ``last_event_id``, waiting up to ``block_ms`` for it."""
-        return await arun(self._redis, records.events(job_id, last_event_id, block_ms))
+    async def follow(self, job_id: str, last_event_id: str | None = None, block_ms: int = POLL_MS) -> tuple[Sequence[JobEvent], bool]:
+        """One read of the events after ``last_event_id``, waiting up to ``block_ms``, and whether nothing more can come."""
+        return await arun(self._redis, records.follow(job_id, last_event_id, block_ms))
 
     async def events(self, job_id: str, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Events after ``last_event_id`` as they come, up to the terminal one."""
-        while True:
-            for event in await self.new_events(job_id, last_event_id):
+        ended = False
+        while not ended:
+            found, ended = await self.follow(job_id, last_event_id)
+            for event in found:
                 last_event_id = event.id
                 yield event
-                if event.terminal:
-                    return
 
     async def wait(self, job_id: str, timeout_s: float | None = None, *, check: bool = False) -> JobRecord:
         """The record once the job has ended; raises as :meth:`Client.wait`."""

@@ -271,6 +271,9 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     }
     if kind == "missing":
         value = None
+    if field.startswith("metadata."):  # a union's errors speak of its first branch only
+        field = ".".join(field.split(".")[:2])
+        phrases[kind] = "text, a finite number, true, false or null"
     allowed = phrases.get(kind) or str(context.get("error") or first["msg"])
     if kind == "value_error" and field == "request":
         field, value = "seed", value.get("seed") if isinstance(value, dict) else None

@@ -27,6 +27,8 @@ T = TypeVar("T")
 Call = Callable[[Any], Any]
 Operation = Generator[Call, Any, T]
 
+# A broker that is away, that has become a replica, or that is full.
+UNAVAILABLE = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, OSError)
 MAX_PAGE = 200
 WORKER_ALIVE_S = 10  # a worker that has not beaten for this long is gone
 
@@ -44,8 +46,8 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
     except StopIteration as done:
         result: T = done.value
         return result
-    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-        raise BrokerUnavailable(f"the broker does not answer: {type(error).__name__}") from error
+    except UNAVAILABLE as error:
+        raise BrokerUnavailable(f"the broker does not answer as it should: {type(error).__name__}") from error
 
 
 async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
@@ -57,8 +59,8 @@ async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
     except StopIteration as done:
         result: T = done.value
         return result
-    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-        raise BrokerUnavailable(f"the broker does not answer: {type(error).__name__}") from error
+    except UNAVAILABLE as error:
+        raise BrokerUnavailable(f"the broker does not answer as it should: {type(error).__name__}") from error
 
 
 class Verdict(StrEnum):
@@ -106,7 +108,7 @@ def submit(requests: Sequence[JobRequest], retention_s: int) -> Operation[list[J
                 job_id,
                 request.model_dump_json(),
                 request.num_inference_steps,
-                request.priority,
+                routing.priority_step(request.priority),  # the order in which kombu serves
                 request.deadline_s or 0,
                 routing.wake_up(job_id, queue, request.priority),
                 request.fingerprint() if request.idempotency_key else "",
@@ -116,13 +118,13 @@ def submit(requests: Sequence[JobRequest], retention_s: int) -> Operation[list[J
 
     replies = yield call
     records = []
-    for request, (outcome, payload) in zip(requests, replies, strict=True):
+    for request, (outcome, payload, *position) in zip(requests, replies, strict=True):
         if outcome == "conflict":
             raise IdempotencyConflict(f"idempotency key {request.idempotency_key!r} was used with another request (job {payload})")
         if outcome == "same":
             records.append((yield from get(payload)))
         else:
-            records.append(_record(_pairs(payload)))
+            records.append(_record(_pairs(payload)).model_copy(update={"queue_position": position[0]}))
     return records
 
 
@@ -163,13 +165,13 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
             yield _zrem(key, gone)
             offset -= len(gone)
         records += [_record(raw) for raw in raws if raw]
-    if len(records) <= limit:
-        return records, None
-    records = records[:limit]
-    return records, _cursor(records[-1])
+    following = _cursor(records[limit - 1]) if len(records) > limit else None
+    positions = yield _positions(records[:limit])
+    placed = [record.model_copy(update={"queue_position": place}) for record, place in zip(records[:limit], positions, strict=True)]
+    return placed, following
 
 
-def cancel(job_id: str) -> Operation[JobRecord]:
+def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
     """Cancel at once when queued, at the next step when running; a terminal job stays as it is."""
     record = yield from get(job_id)
     keys = [
@@ -179,7 +181,7 @@ def cancel(job_id: str) -> Operation[JobRecord]:
         routing.index_key(Status.QUEUED),
         routing.index_key(Status.CANCELLED),
     ]
-    yield lambda client: client.eval(CANCEL, len(keys), *keys, job_id)
+    yield lambda client: client.eval(CANCEL, len(keys), *keys, job_id, retention_s)
     return (yield from get(job_id))
 
 
@@ -201,6 +203,14 @@ def events(job_id: str, last_event_id: str | None = None, block_ms: int | None =
             data = json.loads(fields.get("data") or "{}")
             found.append(JobEvent(id=event_id, type=fields["type"], job_id=job_id, at=float(fields["at"]), data=data))
     return found
+
+
+def follow(job_id: str, last_event_id: str | None, block_ms: int) -> Operation[tuple[list[JobEvent], bool]]:
+    """One read of a job's events, and whether nothing more can come."""
+    # Asked first: a job that ends between the two calls then still has its last event in the read.
+    ended = (yield from get(job_id)).status.terminal
+    found = yield from events(job_id, last_event_id, None if ended else block_ms)
+    return found, ended or any(event.terminal for event in found)
 
 
 def models() -> Operation[dict[str, ModelInfo]]:
@@ -270,7 +280,7 @@ class Records:
         return run(self._client, operation())
 
     def release(self, job_id: str, token: int) -> bool:
-        """Back to the queue with a fresh wake-up; False when somebody else owns the job now."""
+        """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when somebody else owns the job now."""
         record = self.get(job_id)
         queue = routing.queue_name(record.request.model)
         keys = [
@@ -280,8 +290,10 @@ class Records:
             routing.index_key(Status.QUEUED),
             routing.index_key(Status.RUNNING),
             routing.queue_list(queue, record.request.priority),
+            routing.index_key(Status.CANCELLED),
         ]
-        return bool(self._eval(RELEASE, keys, job_id, token, routing.wake_up(job_id, queue, record.request.priority)))
+        wake_up = routing.wake_up(job_id, queue, record.request.priority)
+        return bool(self._eval(RELEASE, keys, job_id, token, wake_up, self._retention_s))
 
     def settle(
         self,
@@ -296,7 +308,10 @@ class Records:
 
         Raises:
             StaleToken: the token is not the newest, or the job has ended.
+            ValueError: the status is not terminal.
         """
+        if not status.terminal:
+            raise ValueError(f"status: got {status.value!r}; allowed: a terminal status")
         keys = [routing.job_key(job_id), routing.events_key(job_id), routing.index_key(Status.RUNNING), routing.index_key(status)]
         stored = json.dumps([image.model_dump(mode="json", exclude={"url"}) for image in images])
         reply = self._eval(
@@ -355,6 +370,18 @@ def _hgetall_many(job_ids: Sequence[str]) -> Call:
         pipeline = client.pipeline(transaction=False)
         for job_id in job_ids:
             pipeline.hgetall(routing.job_key(job_id))
+        return pipeline.execute()
+
+    return call
+
+
+def _positions(records: Sequence[JobRecord]) -> Call:
+    """A call that gives the queue position of each record, None where it is not queued."""
+
+    def call(client: Any) -> Any:
+        pipeline = client.pipeline(transaction=False)
+        for record in records:
+            pipeline.zrank(routing.waiting_key(record.request.model), record.id)
         return pipeline.execute()
 
     return call

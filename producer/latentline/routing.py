@@ -24,9 +24,14 @@ def queue_name(model: str) -> str:
     return f"{PREFIX}.generate.{model}"
 
 
+def priority_step(priority: int) -> int:
+    """The list into which a priority falls: jobs of one step are served first come, first served."""
+    return max(step for step in PRIORITY_STEPS if step <= priority)
+
+
 def queue_list(queue: str, priority: int) -> str:
     """The Redis list in which kombu looks for messages of ``priority`` (0 to 9) of ``queue``."""
-    step = max(s for s in PRIORITY_STEPS if s <= priority)
+    step = priority_step(priority)
     return queue if step == 0 else f"{queue}{PRIORITY_SEPARATOR}{step}"
 
 

@@ -12,7 +12,7 @@ end
 """
 
 # KEYS job, events, index, index:queued, waiting, queue list, idempotency
-# ARGV id, request, num_steps, priority, deadline_s, wake-up, fingerprint, retention_s
+# ARGV id, request, num_steps, priority step, deadline_s, wake-up, fingerprint, retention_s
 SUBMIT = (
     _PRELUDE
     + """
@@ -35,7 +35,7 @@ redis.call('ZADD', KEYS[4], ms, ARGV[1])
 redis.call('ZADD', KEYS[5], string.format('%.0f', tonumber(ARGV[4]) * 1e14 + ms), ARGV[1])
 event('job.queued', {status = 'queued'})
 redis.call('LPUSH', KEYS[6], ARGV[6])
-return {'new', redis.call('HGETALL', KEYS[1])}
+return {'new', redis.call('HGETALL', KEYS[1]), redis.call('ZRANK', KEYS[5], ARGV[1])}
 """
 )
 
@@ -86,7 +86,7 @@ return 'go'
 """
 )
 
-# KEYS job, events, waiting, index:queued, index:cancelled; ARGV id
+# KEYS job, events, waiting, index:queued, index:cancelled; ARGV id, retention_s
 CANCEL = (
     _PRELUDE
     + """
@@ -98,6 +98,8 @@ if job[1] == 'queued' then
   redis.call('HSET', KEYS[1], 'status', 'cancelled', 'finished_at', now, 'cancel_requested', 1)
   redis.call('HINCRBY', KEYS[1], 'token', 1)
   event('job.cancelled', {status = 'cancelled'})
+  redis.call('EXPIRE', KEYS[1], ARGV[2])
+  redis.call('EXPIRE', KEYS[2], ARGV[2])
 elseif job[1] == 'running' then
   redis.call('HSET', KEYS[1], 'cancel_requested', 1)
 end
@@ -105,13 +107,23 @@ return 1
 """
 )
 
-# KEYS job, events, waiting, index:queued, index:running, queue list; ARGV id, token, wake-up
+# KEYS job, events, waiting, index:queued, index:running, queue list, index:cancelled; ARGV id, token, wake-up, retention_s
 RELEASE = (
     _PRELUDE
     + """
-local job = redis.call('HMGET', KEYS[1], 'status', 'token', 'score', 'order')
+local job = redis.call('HMGET', KEYS[1], 'status', 'token', 'score', 'order', 'cancel_requested')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return false end
 redis.call('HINCRBY', KEYS[1], 'token', 1)
+if job[5] == '1' then
+  redis.call('HSET', KEYS[1], 'status', 'cancelled', 'finished_at', now)
+  redis.call('HDEL', KEYS[1], 'phase', 'lease_until')
+  redis.call('ZREM', KEYS[5], ARGV[1])
+  redis.call('ZADD', KEYS[7], job[3], ARGV[1])
+  event('job.cancelled', {status = 'cancelled'})
+  redis.call('EXPIRE', KEYS[1], ARGV[4])
+  redis.call('EXPIRE', KEYS[2], ARGV[4])
+  return 1
+end
 redis.call('HSET', KEYS[1], 'status', 'queued', 'step', 0)
 redis.call('HDEL', KEYS[1], 'phase', 'worker', 'lease_until', 'started_at')
 redis.call('ZREM', KEYS[5], ARGV[1])

@@ -234,7 +234,6 @@ def test_events_arrive_while_the_job_runs(server: fakeredis.FakeServer, worker: 
         assert not watcher.is_alive() and seen[-1].type == "job.succeeded"
 
 
-@pytest.mark.xfail(strict=True, reason="connection.py: the retry of connecting nests in that of a command: four attempts of 4 s each")
 def test_a_broker_that_accepts_and_never_answers_is_an_error_within_five_seconds() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -253,7 +252,6 @@ def test_a_broker_that_accepts_and_never_answers_is_an_error_within_five_seconds
         assert num_attempts >= 1 and num_attempts * client.connection_pool.connection_kwargs["socket_timeout"] <= 5
 
 
-@pytest.mark.xfail(strict=True, reason="scripts.CANCEL sets no expiry on a job that is cancelled while queued: its record stays for ever")
 def test_a_job_cancelled_in_the_queue_expires_as_every_ended_job(client: Any, worker: FakeWorker) -> None:
     job_id = client.submit(prompt="a cat").id
     client.cancel(job_id)

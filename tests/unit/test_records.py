@@ -119,18 +119,45 @@ def test_release_puts_it_back_with_a_fresh_wake_up(client: redis.Redis, store: R
 
 def test_cancel_of_a_queued_job_is_at_once(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
-    assert run(client, records.cancel(job_id)).status is Status.CANCELLED
+    assert run(client, records.cancel(job_id, 600)).status is Status.CANCELLED
     assert store.claim(job_id, "w", 30) is None
-    assert run(client, records.cancel(job_id)).status is Status.CANCELLED
+    assert run(client, records.cancel(job_id, 600)).status is Status.CANCELLED
     assert kinds(client, job_id) == ["job.queued", "job.cancelled"]
 
 
 def test_cancel_of_a_running_job_reaches_its_worker(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
     claim = store.claim(job_id, "w", 30)
-    record = run(client, records.cancel(job_id))
+    record = run(client, records.cancel(job_id, 600))
     assert claim and record.status is Status.RUNNING and record.cancel_requested
     assert store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30)]) == [Verdict.CANCEL]
+
+
+def test_a_job_whose_cancel_was_asked_for_is_not_queued_again(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    run(client, records.cancel(job_id, 600))
+    assert claim and store.release(job_id, claim.token)
+    assert store.get(job_id).status is Status.CANCELLED
+    assert kinds(client, job_id)[-1] == "job.cancelled"
+
+
+def test_a_status_that_is_not_terminal_settles_nothing(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim
+    with pytest.raises(ValueError, match="terminal"):
+        store.settle(job_id, claim.token, Status.RUNNING)
+
+
+def test_follow_knows_the_end(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    first, ended = run(client, records.follow(job_id, None, 1))
+    assert [e.type for e in first] == ["job.queued"] and not ended
+    run(client, records.cancel(job_id, 600))
+    rest, ended = run(client, records.follow(job_id, first[-1].id, 1))
+    assert [e.type for e in rest] == ["job.cancelled"] and ended
+    assert run(client, records.follow(job_id, rest[-1].id, 60_000)) == ([], True)
 
 
 def test_deadlines(client: redis.Redis, store: Records) -> None:
@@ -201,7 +228,7 @@ def test_events_resume_after_an_id(client: redis.Redis, store: Records) -> None:
 
 
 def test_unknown_ids(client: redis.Redis) -> None:
-    for operation in (records.get("x"), records.cancel("x"), records.events("x")):
+    for operation in (records.get("x"), records.cancel("x", 600), records.events("x")):
         with pytest.raises(JobNotFound):
             run(client, operation)  # type: ignore[arg-type]
 

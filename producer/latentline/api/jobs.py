@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -125,12 +125,12 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
     """Server-sent events up to the terminal one, resumable by ``Last-Event-ID``."""
     client = _client(request)
     # The first read happens before the answer starts, so that its errors still have a status of their own.
-    first = await client.new_events(job_id, last_event_id, 1)
-    if not first and (await client.get(job_id)).status.terminal:
+    first, ended = await client.follow(job_id, last_event_id, 1)
+    if ended and not first:
         # All has been seen. 204 tells an EventSource not to come back.
         return StreamingResponse(iter(()), 204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(request, client, job_id, list(first), last_event_id), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_stream(request, client, job_id, first, ended, last_event_id), media_type="text/event-stream", headers=headers)
 
 
 @router.get("/models", response_model=ModelList, tags=["models"], responses=_errors())
@@ -190,22 +190,22 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-async def _stream(request: Request, client: AsyncClient, job_id: str, events: list[JobEvent], last: str | None) -> AsyncIterator[str]:
+async def _stream(
+    request: Request, client: AsyncClient, job_id: str, events: Sequence[JobEvent], ended: bool, last: str | None
+) -> AsyncIterator[str]:
     quiet = 0
     while True:
         for event in events:
             last = event.id
             data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
             yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data)}\n\n"
-            if event.terminal:
-                return
+        if ended or await request.is_disconnected():
+            return
         quiet = 0 if events else quiet + 1
         if quiet >= KEEP_ALIVE_READS:
             quiet = 0
             yield ": keep-alive\n\n"
-        if await request.is_disconnected():
-            return
         try:
-            events = list(await client.new_events(job_id, last, EVENT_BLOCK_MS))
+            events, ended = await client.follow(job_id, last, EVENT_BLOCK_MS)
         except LatentlineError:
             return  # the client resumes with Last-Event-ID, and then hears what is wrong

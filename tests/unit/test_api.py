@@ -1,0 +1,450 @@
+"""The HTTP API on a loopback port: a real server over fakeredis and the fake worker."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import fakeredis
+import httpx
+import pytest
+import uvicorn
+
+from latentline import AsyncClient
+from latentline.api import jobs as api_jobs
+from latentline.api.app import create_app
+from latentline.jobs import MAX_BODY_BYTES, JobError, JobEvent, Phase
+from latentline.testing import MODEL, FakeImages, FakeWorker
+
+JSON = {"Content-Type": "application/json"}
+
+
+@dataclass
+class Live:
+    """A running API and what stands behind it."""
+
+    http: httpx.Client
+    client: AsyncClient
+    redis: fakeredis.FakeServer
+    images: FakeImages
+    worker: FakeWorker
+
+    def submit(self, **fields: Any) -> dict[str, Any]:
+        answer = self.http.post("/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 2, **fields})
+        assert answer.status_code == 202, answer.text
+        job: dict[str, Any] = answer.json()
+        return job
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
+    redis, images = fakeredis.FakeServer(), FakeImages()
+    monkeypatch.setattr("latentline.client.Images", lambda settings: images)
+    monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
+    worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
+    worker.announce()
+    client = AsyncClient()
+    server = uvicorn.Server(uvicorn.Config(create_app(client=client), log_config=None, ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    assert thread.is_alive()
+    with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30, trust_env=False) as http:
+        yield Live(http, client, redis, images, worker)
+    redis.connected = True  # whatever a test did to it
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+    listener.close()
+
+
+def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The error of an answer, in the one shape that all errors have."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
+    assert set(answer.json()) == {"error"}
+    error: dict[str, Any] = answer.json()["error"]
+    assert error["code"] == code and error["message"]
+    assert set(error) - {"field", "allowed"} == {"code", "message"}
+    return error
+
+
+def sse(text: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """``(id, event, data)`` of each server-sent event."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields:
+            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
+    return found
+
+
+# Submitting and reading
+
+
+def test_a_submitted_job_is_accepted_and_found_at_its_location(live: Live) -> None:
+    answer = live.http.post("/v1/jobs", json={"prompt": "a cat", "seed": 7, "idempotency_key": "k"})
+    job = answer.json()
+    assert answer.status_code == 202 and answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert set(job) == {
+        "id", "status", "phase", "step", "num_steps", "queue_position", "created_at", "started_at", "finished_at",
+        "cancel_requested", "images", "error", "timings", "request",
+    }  # fmt: skip
+    assert (job["status"], job["queue_position"], job["step"], job["num_steps"], job["images"]) == ("queued", 0, 0, 20, [])
+    assert (job["request"]["prompt"], job["request"]["seed"], job["request"]["width"]) == ("a cat", 7, MODEL.default_width)
+    assert "idempotency_key" not in job["request"]
+    assert datetime.fromisoformat(job["created_at"]).utcoffset() == timedelta(0)
+    assert live.http.get(answer.headers["location"]).json() == job
+
+
+def test_a_finished_job_shows_its_images_with_urls(live: Live) -> None:
+    job_id = live.submit(num_images=2, seed=7)["id"]
+    live.worker.run_all()
+    job = live.http.get(f"/v1/jobs/{job_id}").json()
+    assert (job["status"], job["step"], job["queue_position"], job["error"]) == ("succeeded", 2, None, None)
+    assert [image["seed"] for image in job["images"]] == [7, 8]
+    for image in job["images"]:
+        assert set(image) == {"url", "seed", "width", "height", "content_type", "sha256"}
+        assert image["url"].removeprefix("memory://") in live.images.objects
+    assert job["created_at"] <= job["started_at"] <= job["finished_at"]
+
+
+def test_a_failed_job_says_why(live: Live) -> None:
+    live.worker.fail_with = JobError(code="numerical_error", message="not finite")
+    job_id = live.submit()["id"]
+    live.worker.run_all()
+    job = live.http.get(f"/v1/jobs/{job_id}").json()
+    assert (job["status"], job["error"]) == ("failed", {"code": "numerical_error", "message": "not finite"})
+
+
+def test_a_running_job_shows_phase_and_step(live: Live) -> None:
+    job_id = live.submit(num_inference_steps=9)["id"]
+    claim = live.worker.records.claim(job_id, "w", 30)
+    assert claim is not None
+    live.worker.progress(claim, Phase.DENOISING, 4)
+    job = live.http.get(f"/v1/jobs/{job_id}").json()
+    assert (job["status"], job["phase"], job["step"], job["queue_position"]) == ("running", "denoising", 4, None)
+
+
+def test_an_idempotency_key_gives_one_job_for_one_body(live: Live) -> None:
+    def post(prompt: str, key: str) -> httpx.Response:
+        return live.http.post("/v1/jobs", json={"prompt": prompt}, headers={"Idempotency-Key": key})
+
+    first = post("a cat", "k")
+    again = post("a cat", "k")
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    problem(post("a dog", "k"), 409, "idempotency_conflict")
+    assert post("a dog", "other").json()["id"] != first.json()["id"]
+    assert len(live.http.get("/v1/jobs").json()["jobs"]) == 2
+    assert problem(post("a cat", "k" * 201), 422, "invalid_request")["field"] == "idempotency_key"
+
+
+def test_cancel(live: Live) -> None:
+    queued, running = live.submit()["id"], live.submit()["id"]
+    assert live.http.post(f"/v1/jobs/{queued}/cancel").json()["status"] == "cancelled"
+    claim = live.worker.records.claim(running, "w", 30)
+    assert claim is not None
+    job = live.http.post(f"/v1/jobs/{running}/cancel").json()
+    assert (job["status"], job["cancel_requested"]) == ("running", True)
+    live.worker.finish(claim)
+    again = live.http.post(f"/v1/jobs/{running}/cancel")
+    assert (again.status_code, again.json()["status"]) == (200, "cancelled")
+
+
+def test_list_pages_and_filters(live: Live) -> None:
+    made = [live.submit()["id"] for _ in range(5)]
+    live.http.post(f"/v1/jobs/{made[2]}/cancel")
+    seen, cursor = [], None
+    for expected in (2, 2, 1):
+        page = live.http.get("/v1/jobs", params={"limit": 2} | ({"cursor": cursor} if cursor else {})).json()
+        assert len(page["jobs"]) == expected
+        seen += [job["id"] for job in page["jobs"]]
+        cursor = page["next_cursor"]
+    assert cursor is None and sorted(seen) == sorted(made)
+    assert [job["id"] for job in live.http.get("/v1/jobs?status=cancelled").json()["jobs"]] == [made[2]]
+
+
+def test_models(live: Live) -> None:
+    assert live.http.get("/v1/models").json() == {"models": [MODEL.model_dump(mode="json")]}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"", "body"),
+        (b'{"prompt": "a cat"', "body"),
+        (b'{"prompt": NaN}', "body"),
+        (b"\xff\xfe\xfa", "body"),
+        (b"[" * 60_000, "body"),
+        (b'[{"prompt": "a cat"}]', "body"),
+        (b"null", "body"),
+        (b"{}", "prompt"),
+        (b'{"prompt": "  "}', "prompt"),
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b'{"prompt": "a cat", "promt": 1}', "promt"),
+        (b'{"prompt": "a cat", "width": 65}', "width"),
+        (b'{"prompt": "a cat", "width": 4096}', "width"),
+        (b'{"prompt": "a cat", "num_inference_steps": 0}', "num_inference_steps"),
+        (b'{"prompt": "a cat", "guidance_scale": 1e999}', "guidance_scale"),
+        (b'{"prompt": "a cat", "num_images": 9}', "num_images"),
+        (b'{"prompt": "a cat", "scheduler": "magic"}', "scheduler"),
+        (b'{"prompt": "a cat", "seed": "7"}', "seed"),
+        (b'{"prompt": "a cat", "seed": -1}', "seed"),
+        (b'{"prompt": "a cat", "output": {"format": "gif"}}', "output.format"),
+        (b'{"prompt": "a cat", "callback": {"url": "ftp://a.example"}}', "callback.url"),
+        pytest.param(
+            b'{"prompt": "a cat", "metadata": {"a": "\\ud800"}}',
+            "metadata",
+            marks=pytest.mark.xfail(reason="jobs.JobRequest takes lone surrogates in metadata, and writing the record then fails: 500"),
+        ),
+    ],
+)
+def test_a_body_that_is_not_acceptable(live: Live, body: bytes, field: str) -> None:
+    error = problem(live.http.post("/v1/jobs", content=body, headers=JSON), 422, "invalid_request")
+    assert error["field"].startswith(field) and error["allowed"]
+    assert live.worker.take() is None
+
+
+def test_an_unknown_model_is_answered_with_the_known_ones(live: Live) -> None:
+    error = problem(live.http.post("/v1/jobs", json={"prompt": "a cat", "model": "no-such"}), 422, "invalid_request")
+    assert error["field"] == "model" and MODEL.id in error["allowed"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}])
+def test_another_content_type(live: Live, headers: dict[str, str]) -> None:
+    problem(live.http.post("/v1/jobs", content=b'{"prompt": "a cat"}', headers=headers), 415, "unsupported_media_type")
+
+
+def test_a_content_type_may_have_parameters(live: Live) -> None:
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert live.http.post("/v1/jobs", content=b'{"prompt": "a cat"}', headers=headers).status_code == 202
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_the_cap(live: Live, chunked: bool) -> None:
+    def send(size: int) -> httpx.Response:
+        body = b'{"prompt": "a cat"}'.ljust(size)
+        pieces = (body[i : i + 5000] for i in range(0, size, 5000))
+        return live.http.post("/v1/jobs", content=pieces if chunked else body, headers=JSON)
+
+    assert send(MAX_BODY_BYTES).status_code == 202
+    problem(send(MAX_BODY_BYTES + 1), 413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("status=done", "status"), ("limit=0", "limit"), ("limit=201", "limit"), ("limit=many", "limit"),
+        ("cursor=%21", "cursor"), ("cursor=Zm9v", "cursor"), ("cursor=%C3%A9", "cursor"), ("cursor=" + "a" * 301, "cursor"),
+    ],
+)  # fmt: skip
+def test_a_query_that_is_not_acceptable(live: Live, query: str, field: str) -> None:
+    assert problem(live.http.get(f"/v1/jobs?{query}"), 422, "invalid_request")["field"] == field
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/cancel"), ("GET", "/events")])
+@pytest.mark.parametrize("job_id", ["no-such-job", "%00", "%ff", "a" * 5000])
+def test_an_unknown_id(live: Live, method: str, path: str, job_id: str) -> None:
+    problem(live.http.request(method, f"/v1/jobs/{job_id}{path}"), 404, "job_not_found")
+
+
+def test_unknown_paths_and_methods(live: Live) -> None:
+    problem(live.http.get("/v1/no-such-thing"), 404, "not_found")
+    answer = live.http.delete("/v1/jobs")
+    problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"]
+
+
+# Events
+
+
+def test_events_tell_the_whole_story_and_end(live: Live) -> None:
+    job_id = live.submit()["id"]
+    live.worker.run_all()
+    answer = live.http.get(f"/v1/jobs/{job_id}/events")
+    story = sse(answer.text)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert [kind for _, kind, _ in story] == ["job.queued", "job.running", *["job.progress"] * 3, "job.succeeded"]
+    assert all(data["type"] == kind and data["job_id"] == job_id for _, kind, data in story)
+    assert [data["step"] for _, kind, data in story if kind == "job.progress"] == [1, 2, 2]
+
+
+def test_events_resume_after_the_last_one_seen(live: Live) -> None:
+    job_id = live.submit()["id"]
+    live.worker.run_all()
+    story = sse(live.http.get(f"/v1/jobs/{job_id}/events").text)
+
+    def resume(last: str) -> httpx.Response:
+        return live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": last})
+
+    assert sse(resume(story[2][0]).text) == story[3:]
+    assert resume(story[-1][0]).status_code == 204  # an EventSource then stays away
+    for malformed in ("x", "1-2-3", "-1", "1-x", "9" * 30):
+        assert problem(resume(malformed), 422, "invalid_request")["field"] == "last_event_id"
+
+
+def test_events_arrive_while_the_job_runs(live: Live) -> None:
+    job_id = live.submit()["id"]
+    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("id: ") and next(lines) == "event: job.queued"
+        live.worker.run_all()  # only now: what follows has to come over the open answer
+        assert [line for line in lines if line.startswith("event: ")][-1] == "event: job.succeeded"
+
+
+def test_a_quiet_stream_is_kept_alive(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_jobs, "EVENT_BLOCK_MS", 10)
+    monkeypatch.setattr(api_jobs, "KEEP_ALIVE_READS", 2)
+    job_id = live.submit()["id"]
+    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+        assert any(line.startswith(":") for line in answer.iter_lines())
+
+
+@pytest.mark.xfail(reason="api.jobs.job_events reads the record after the events: what comes between is answered with 204")
+def test_a_job_that_ends_while_the_stream_opens_still_shows_its_end(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = live.submit()["id"]
+    last = sse_first_id(live, job_id)
+    read = live.client.new_events
+
+    async def read_then_end(*args: Any) -> list[JobEvent]:
+        found = list(await read(*args))
+        live.worker.run_all()
+        return found
+
+    monkeypatch.setattr(live.client, "new_events", read_then_end)
+    story = sse(live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": last}).text)
+    assert story and story[-1][1] == "job.succeeded"
+
+
+def sse_first_id(live: Live, job_id: str) -> str:
+    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+        return next(answer.iter_lines()).removeprefix("id: ")
+
+
+SERVER = """
+import fakeredis, socket, uvicorn
+from latentline import client
+from latentline.testing import FakeImages, FakeWorker
+redis = fakeredis.FakeServer()
+client.Images = lambda settings: FakeImages()
+client.connect_async = lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True)
+FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), FakeImages()).announce()
+from latentline.api.app import create_app
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+uvicorn.Server(uvicorn.Config(create_app(), log_config=None, ws="none")).run(sockets=[listener])
+"""
+
+
+@pytest.mark.xfail(raises=subprocess.TimeoutExpired, reason="nothing tells an open event stream that its server is to stop")
+def test_a_server_that_is_told_to_stop_ends_its_streams() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+            job_id = http.post("/v1/jobs", json={"prompt": "a cat"}).json()["id"]
+            with http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+                next(answer.iter_lines())
+                process.send_signal(signal.SIGTERM)
+                process.wait(6)  # only a guard: a stream is to end within one read
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+# Health and failures
+
+
+def test_health(live: Live) -> None:
+    assert live.http.get("/healthz").json() == {"status": "ok"}
+    ready = live.http.get("/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ok", "reasons": []})
+    live.worker.records.worker_gone(live.worker.name)
+    live.images.down = True
+    ready = live.http.get("/readyz")
+    assert ready.status_code == 503 and len(ready.json()["reasons"]) == 2
+    live.redis.connected = False
+    ready = live.http.get("/readyz")
+    assert ready.status_code == 503 and any("broker" in reason for reason in ready.json()["reasons"])
+    assert live.http.get("/healthz").status_code == 200
+
+
+def test_a_broker_that_is_down(live: Live) -> None:
+    live.redis.connected = False
+    for answer in (live.http.post("/v1/jobs", json={"prompt": "a cat"}), live.http.get("/v1/jobs"), live.http.get("/v1/jobs/x/events")):
+        problem(answer, 503, "broker_unavailable")
+
+
+def test_a_store_that_is_down(live: Live) -> None:
+    live.images.down = True
+    problem(live.http.post("/v1/jobs", json={"prompt": "a cat"}), 503, "store_unavailable")
+    live.images.down = False
+    assert live.http.get("/v1/jobs").json()["jobs"] == []
+
+
+def test_what_nobody_expected_is_logged_and_kept_from_the_client(
+    live: Live, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken() -> None:
+        raise RuntimeError("an inner secret")
+
+    monkeypatch.setattr(live.client, "models", broken)
+    with caplog.at_level(logging.ERROR):
+        answer = live.http.get("/v1/models")
+    problem(answer, 500, "internal_error")
+    assert "secret" not in answer.text and "Traceback" not in answer.text
+    assert any(record.name.startswith("latentline") and record.exc_info for record in caplog.records)
+
+
+# OpenAPI
+
+
+def references(node: Any) -> Iterator[str]:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, dict) and isinstance(node.get("$ref"), str):
+        yield node["$ref"]
+    for child in children:
+        yield from references(child)
+
+
+def test_the_document_shows_the_request_and_the_errors(live: Live) -> None:
+    document = live.http.get("/openapi.json").json()
+    submit = document["paths"]["/v1/jobs"]["post"]
+    schema = submit["requestBody"]["content"]["application/json"]["schema"]
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    assert schema["required"] == ["prompt"] and "guidance_scale" in schema["properties"]
+    assert {"202", "409", "413", "415", "422", "503"} <= set(submit["responses"])
+    assert "404" in document["paths"]["/v1/jobs/{job_id}"]["get"]["responses"]
+
+
+@pytest.mark.xfail(reason="the request's schema points to #/$defs, which in an OpenAPI document leads nowhere")
+def test_every_reference_of_the_document_leads_somewhere(live: Live) -> None:
+    document = live.http.get("/openapi.json").json()
+    for reference in references(document):
+        place = document
+        for part in reference.removeprefix("#/").split("/"):
+            assert part in place, reference
+            place = place[part]
+
+
+@pytest.mark.xfail(reason="where no 422 is declared FastAPI documents its own shape of it, which this API never answers")
+def test_the_document_knows_one_shape_of_errors(live: Live) -> None:
+    assert "HTTPValidationError" not in live.http.get("/openapi.json").json()["components"]["schemas"]
