@@ -119,8 +119,7 @@ class Up:
     """``latentline up`` as a user runs it, in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
-        code = "import sys; from pathlib import Path; from latentline_worker.embedded.stack import up; sys.exit(up(Path(sys.argv[1]), 0, None))"
-        # Its own temporary folder and no terminal: nothing of the test run's reaches it.
+        code = "import pathlib, sys; from latentline_worker.embedded.stack import up; sys.exit(up(pathlib.Path(sys.argv[1]), 0, None))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(folder)],
             stdin=subprocess.DEVNULL,
