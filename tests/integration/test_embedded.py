@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import secrets
@@ -27,9 +28,17 @@ from latentline_worker.embedded.stack import Stack
 from latentline_worker.embedded.store import Store
 from latentline_worker.storage import ImageStore
 
-from .conftest import need_embedded
-
 PATIENCE_S = 120  # how long a test waits before it fails; no test measures time
+
+
+def need_embedded(distribution: str) -> None:
+    """Skip on a laptop, and fail in CI, without the wheel of an embedded service (not each has a module to import)."""
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        if os.environ.get("CI"):
+            pytest.fail(f"{distribution} is missing, and CI must have it")
+        pytest.skip(f"{distribution} is not installed")
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
