@@ -8,12 +8,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import redis
 
 
-def missing(service: str) -> None:
+def missing(service: str) -> NoReturn:
     """A service that is not there skips on a laptop and fails in CI."""
     if os.environ.get("CI"):
         pytest.fail(f"{service} is missing, and CI must have it")

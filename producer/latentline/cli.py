@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE = 1, 2, 3
 TIMEOUT_S = 10.0
+SHUTDOWN_S = 3  # event streams may be open for hours: they are cut after this, and resume elsewhere
 # Top-level module -> the extra that brings it.
 EXTRA_OF = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "celery", "kombu", "numpy", "PIL", "safetensors"), "worker"),
@@ -260,7 +261,7 @@ def api(host: str, port: int) -> None:
     """Serve the HTTP API (settings from LATENTLINE_* variables)."""
     uvicorn = load("uvicorn", "latentline api", "api")
     load("latentline.api.app", "latentline api", "api")
-    uvicorn.run("latentline.api.app:create_app", factory=True, host=host, port=port, access_log=False)
+    uvicorn.run("latentline.api.app:create_app", factory=True, host=host, port=port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
 
 
 @main.command()

@@ -130,9 +130,11 @@ class JobRequest(Message):
             raise ValueError(f"1 to {MAX_PROMPT_CHARS} characters, not all of them blank")
         return prompt
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator("prompt", "negative_prompt", "idempotency_key")
     @classmethod
-    def _encodable(cls, text: str) -> str:
+    def _encodable(cls, text: str | None) -> str | None:
+        if text is None:
+            return None
         if "\x00" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
             raise ValueError("text without NUL characters and lone surrogates")
         return text
@@ -142,7 +144,8 @@ class JobRequest(Message):
     def _small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         if any(isinstance(v, float) and not math.isfinite(v) for v in metadata.values()):
             raise ValueError("finite numbers")
-        if len(json.dumps(metadata).encode()) > MAX_METADATA_BYTES:
+        # Written out as it is, so that a lone surrogate is found here (UnicodeEncodeError is a ValueError).
+        if len(json.dumps(metadata, ensure_ascii=False).encode()) > MAX_METADATA_BYTES:
             raise ValueError(f"at most {MAX_METADATA_BYTES} bytes as JSON")
         return metadata
 

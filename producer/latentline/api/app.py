@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from latentline import __version__
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, LatentlineError
+from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
 from . import jobs
@@ -54,11 +55,26 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
             reasons.append(error.message)
         return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
 
+    _document_request(app)
     app.add_exception_handler(LatentlineError, _domain_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     return app
+
+
+def _document_request(app: FastAPI) -> None:
+    """Add the request's schema to the document: the body is parsed by hand, so FastAPI does not know it."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            schema = JobRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= {**schema.pop("$defs", {}), "JobRequest": schema}
+        return generate()
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def error_answer(status: int, code: str, message: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:

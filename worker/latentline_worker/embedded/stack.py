@@ -83,7 +83,8 @@ class Stack:
             self._worker = Child("the worker", worker, self._folder / "worker.log", env)
             assert self._socket is not None  # _take_port made it
             fd = self._socket.fileno()
-            api = [sys.executable, "-m", "uvicorn", "--factory", "latentline.api.app:create_app", "--fd", str(fd), "--no-access-log"]
+            api = [sys.executable, "-m", "uvicorn", "--factory", "latentline.api.app:create_app", "--fd", str(fd)]
+            api += ["--no-access-log", "--timeout-graceful-shutdown", "2"]  # event streams may be open
             self._api = Child("the API", api, self._folder / "api.log", env, pass_fds=[fd])
             self._worker.wait_until(self._ready, READY_TIMEOUT_S)
         except BaseException:

