@@ -7,7 +7,7 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .errors import StoreUnavailable
+from .errors import ConfigurationError, StoreUnavailable
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Images:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._checked_at = float("-inf")
+        self._problem: str | None = None
         self._lock = threading.Lock()
 
     @cached_property
@@ -30,21 +31,31 @@ class Images:
 
     def presign(self, key: str) -> str:
         """A URL that gives the object to anyone who has it, for ``presign_ttl_s`` seconds. Signed here, offline."""
+        from botocore.exceptions import BotoCoreError
+
         params = {"Bucket": self._settings.s3_bucket, "Key": key}
-        return self._s3.generate_presigned_url("get_object", Params=params, ExpiresIn=self._settings.presign_ttl_s)
+        try:
+            return self._s3.generate_presigned_url("get_object", Params=params, ExpiresIn=self._settings.presign_ttl_s)
+        except BotoCoreError as error:
+            raise ConfigurationError(
+                f"URLs cannot be presigned: {error} (LATENTLINE_S3_ACCESS_KEY_ID and ..._SECRET_ACCESS_KEY)"
+            ) from error
 
     def check(self) -> None:
-        """Raise StoreUnavailable unless the bucket answers; asked at most every two seconds."""
-        with self._lock:
-            if time.monotonic() - self._checked_at < CHECK_CACHE_S:
-                return
-            from botocore.exceptions import BotoCoreError, ClientError
+        """Raise StoreUnavailable unless the bucket answers; the answer, good or bad, counts for two seconds."""
+        from botocore.exceptions import BotoCoreError, ClientError
 
-            try:
-                self._s3.head_bucket(Bucket=self._settings.s3_bucket)
-            except (BotoCoreError, ClientError) as error:
-                raise StoreUnavailable(f"the object store does not answer for bucket {self._settings.s3_bucket!r}: {error}") from error
-            self._checked_at = time.monotonic()
+        with self._lock:
+            # A failure is remembered as well: with a store that hangs, those who waited here must not each wait again.
+            if time.monotonic() - self._checked_at >= CHECK_CACHE_S:
+                try:
+                    self._s3.head_bucket(Bucket=self._settings.s3_bucket)
+                    self._problem = None
+                except (BotoCoreError, ClientError) as error:
+                    self._problem = f"the object store does not answer for bucket {self._settings.s3_bucket!r}: {error}"
+                self._checked_at = time.monotonic()
+            if self._problem is not None:
+                raise StoreUnavailable(self._problem)
 
     def download(self, key: str) -> bytes:
         """The object's bytes."""

@@ -179,7 +179,8 @@ def test_command_line(stack: Stack, tmp_path: Path) -> None:
     done = subprocess.run([*command, "--format", "webp", "--json"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "succeeded"
-    assert Image.open(tmp_path / "a.webp").format == "WEBP"
+    with Image.open(tmp_path / "a.webp") as image:
+        assert image.format == "WEBP"
     bad = subprocess.run([*command, "--scheduler", "heun3"], capture_output=True, text=True, timeout=60)
     assert bad.returncode == 2 and "scheduler: got 'heun3'; allowed: one of" in bad.stderr and "Traceback" not in bad.stderr
 

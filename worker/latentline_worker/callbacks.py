@@ -145,6 +145,8 @@ class CallbackSender:
     def close(self, timeout_s: float) -> None:
         """Take no more, wait for those under way, give up the rest."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             loop, thread, pending = self._loop, self._thread, list(self._pending)
         if loop is None or thread is None:

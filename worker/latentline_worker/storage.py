@@ -20,7 +20,7 @@ class ImageStore:
     """Write access to the bucket of result images."""
 
     def __init__(self, settings: Settings) -> None:
-        self._bucket = settings.s3_bucket
+        self._bucket, self._region = settings.s3_bucket, settings.s3_region
         self._s3 = connect(settings, read_timeout_s=10, retries=TRIES)
 
     def ensure_bucket(self) -> None:
@@ -36,7 +36,11 @@ class ImageStore:
             if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
                 raise self._domain_error(error, "check") from error
             try:
-                self._s3.create_bucket(Bucket=self._bucket)
+                # AWS wants every region but its first named.
+                region = {} if self._region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": self._region}}
+                self._s3.create_bucket(Bucket=self._bucket, **region)
+            except self._s3.exceptions.BucketAlreadyOwnedByYou:
+                return  # another worker was faster
             except (ClientError, BotoCoreError) as failure:
                 raise self._domain_error(failure, "create") from failure
         except BotoCoreError as error:

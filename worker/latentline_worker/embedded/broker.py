@@ -35,7 +35,7 @@ class Broker:
             config = self._folder / "valkey.conf"
             config.touch(mode=0o600)  # the password stands in a file and not on the command line
             config.write_text(
-                f"bind 127.0.0.1\nport {self.port}\nrequirepass {self._password}\ndir {self._folder}\n"
+                f'bind 127.0.0.1\nport {self.port}\nrequirepass {self._password}\ndir "{self._folder}"\n'
                 "appendonly yes\nappendfsync everysec\nsave ''\nmaxmemory-policy noeviction\n".replace("''", '""')
             )
             self._child = Child("the broker", [str(_binary()), str(config)], self._folder / "valkey.log", clean_env())

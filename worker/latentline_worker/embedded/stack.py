@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,9 @@ from typing import IO, Self
 
 import httpx
 
+from latentline.connection import connect
 from latentline.errors import ConfigurationError, LatentlineError
+from latentline.routing import workers_key
 from latentline.settings import Settings
 
 from .broker import Broker
@@ -74,6 +77,8 @@ class Stack:
             self._broker = Broker(self._folder / "broker", keys["password"])
             self._store = Store(self._folder / "store", keys["access_key"], keys["secret_key"])
             self._broker.start()
+            with contextlib.closing(connect(self._broker.url)) as client:
+                client.delete(workers_key())  # a beat kept from the last run would make this one ready too early
             self._store.start()
             env = self.environment | {"LATENTLINE_CALLBACK_SECRET": keys["callback_secret"], "LATENTLINE_DRAIN_S": str(DRAIN_S)}
             # What the operator chose about callbacks, model and batching counts here as well; where the services are does not.
@@ -133,6 +138,7 @@ class Stack:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind(("127.0.0.1", self._port))
+            self._socket.listen()  # two sockets may be bound to one port until one of them listens
         except (OSError, OverflowError) as error:
             raise ConfigurationError(f"--port: {self._port} cannot be used: {error}") from None
         self._port = self._socket.getsockname()[1]

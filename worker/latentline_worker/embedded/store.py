@@ -15,6 +15,7 @@ from .process import Child, clean_env, free_port
 
 GRPC_OFFSET = 10000  # every one of its ports has a gRPC twin this far above
 START_TIMEOUT_S = 40.0
+PORT_TAKEN = ("address already in use", "Port allocation failed")  # what it says when a port was lost in a race
 
 
 class Store:
@@ -47,7 +48,7 @@ class Store:
         data.mkdir(parents=True, exist_ok=True)
         binary = _binary()
         for attempt in range(3):
-            ports = {name: free_port(GRPC_OFFSET) for name in ("s3", "master", "volume", "filer")}
+            ports = dict(zip(("s3", "master", "volume", "filer"), _distinct_ports(4), strict=True))
             self.port = ports["s3"]
             command = [
                 str(binary), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={self._bucket}",
@@ -61,12 +62,14 @@ class Store:
                 return
             except ConfigurationError as error:
                 self._child.stop()
-                if attempt == 2 or "address already in use" not in str(error):
+                if attempt == 2 or not any(text in str(error) for text in PORT_TAKEN):
                     raise
 
     def stop(self) -> None:
         if self._child:
             self._child.stop()
+            # It puts a socket here whatever TMPDIR says, and leaves it.
+            Path(f"/tmp/seaweedfs-s3-{self.port}.sock").unlink(missing_ok=True)
 
     @property
     def child(self) -> Child | None:
@@ -85,6 +88,16 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _distinct_ports(count: int) -> list[int]:
+    """Free ports none of which is another one or another one's gRPC twin."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = free_port(GRPC_OFFSET)
+        if all(port not in (other, other + GRPC_OFFSET, other - GRPC_OFFSET) for other in ports):
+            ports.append(port)
+    return ports
 
 
 def _binary() -> Path:
