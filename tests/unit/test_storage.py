@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from moto import mock_aws
 
 from latentline.errors import ConfigurationError, StoreUnavailable
-from latentline.images import Images, connect
+from latentline.images import CHECK_CACHE_S, Images, connect
 from latentline.settings import Settings
 from latentline_worker.storage import ImageStore
 
@@ -138,8 +139,12 @@ def test_a_burst_asks_once_and_a_failure_is_asked_again(settings: Settings, monk
         return {}
 
     monkeypatch.setattr(images._s3, "_make_api_call", head)
-    with pytest.raises(StoreUnavailable):
-        images.check()
+    now = time.monotonic()
+    monkeypatch.setattr("latentline.images.time.monotonic", lambda: now)
+    for _ in range(20):
+        with pytest.raises(StoreUnavailable):
+            images.check()
+    now += CHECK_CACHE_S
     for _ in range(20):
         images.check()
     assert calls == ["HeadBucket", "HeadBucket"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -37,7 +38,7 @@ class ImageStore:
                 raise self._domain_error(error, "check") from error
             try:
                 # AWS wants every region but its first named.
-                region = {} if self._region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": self._region}}
+                region: Any = {} if self._region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": self._region}}
                 self._s3.create_bucket(Bucket=self._bucket, **region)
             except self._s3.exceptions.BucketAlreadyOwnedByYou:
                 return  # another worker was faster
