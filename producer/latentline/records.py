@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from . import routing
 from .errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken
 from .jobs import Claim, ImageRef, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Phase, Status
-from .scripts import BEAT, CANCEL, CLAIM, RELEASE, SETTLE, SUBMIT
+from .scripts import BEAT, CANCEL, CLAIM, RECLAIM, RELEASE, SETTLE, SUBMIT
 
 T = TypeVar("T")
 Call = Callable[[Any], Any]
@@ -30,6 +30,8 @@ Operation = Generator[Call, Any, T]
 # A broker that is away, that has become a replica, or that is full.
 UNAVAILABLE = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, OSError)
 MAX_PAGE = 200
+MAX_ATTEMPTS = 3  # workers that a job may lose before it fails
+MAX_RECLAIM = 1000  # running jobs that one look at the leases covers, oldest first
 WORKER_ALIVE_S = 10  # a worker that has not beaten for this long is gone
 
 
@@ -281,19 +283,27 @@ class Records:
 
     def release(self, job_id: str, token: int) -> bool:
         """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when somebody else owns the job now."""
-        record = self.get(job_id)
-        queue = routing.queue_name(record.request.model)
-        keys = [
-            routing.job_key(job_id),
-            routing.events_key(job_id),
-            routing.waiting_key(record.request.model),
-            routing.index_key(Status.QUEUED),
-            routing.index_key(Status.RUNNING),
-            routing.queue_list(queue, record.request.priority),
-            routing.index_key(Status.CANCELLED),
-        ]
-        wake_up = routing.wake_up(job_id, queue, record.request.priority)
+        keys, wake_up = _back_to_queue(self.get(job_id))
         return bool(self._eval(RELEASE, keys, job_id, token, wake_up, self._retention_s))
+
+    def reclaim(self) -> list[str]:
+        """Take jobs away from workers whose lease has run out and queue them again; the ids of those jobs.
+
+        A job that has lost ``MAX_ATTEMPTS`` workers fails with ``worker_lost``: it may be what kills them.
+        """
+        seconds, _ = self._one(lambda client: client.time())
+        running = self._one(lambda client: client.zrange(routing.index_key(Status.RUNNING), 0, MAX_RECLAIM - 1))
+        leases = self._one(_leases(running))
+        reclaimed = []
+        for job_id, lease in zip(running, leases, strict=True):
+            if lease is None:
+                self._one(_zrem(routing.index_key(Status.RUNNING), [job_id]))  # its record has expired
+            elif float(lease) <= seconds:
+                keys, wake_up = _back_to_queue(self.get(job_id))
+                keys.append(routing.index_key(Status.FAILED))
+                if self._eval(RECLAIM, keys, job_id, wake_up, MAX_ATTEMPTS, self._retention_s):
+                    reclaimed.append(job_id)
+        return reclaimed
 
     def settle(
         self,
@@ -373,6 +383,32 @@ def _hgetall_many(job_ids: Sequence[str]) -> Call:
         return pipeline.execute()
 
     return call
+
+
+def _leases(job_ids: Sequence[str]) -> Call:
+    def call(client: Any) -> Any:
+        pipeline = client.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.hget(routing.job_key(job_id), "lease_until")
+        return pipeline.execute()
+
+    return call
+
+
+def _back_to_queue(record: JobRecord) -> tuple[list[str], str]:
+    """The keys that RELEASE and RECLAIM share, and a fresh wake-up."""
+    model, priority = record.request.model, record.request.priority
+    queue = routing.queue_name(model)
+    keys = [
+        routing.job_key(record.id),
+        routing.events_key(record.id),
+        routing.waiting_key(model),
+        routing.index_key(Status.QUEUED),
+        routing.index_key(Status.RUNNING),
+        routing.queue_list(queue, priority),
+        routing.index_key(Status.CANCELLED),
+    ]
+    return keys, routing.wake_up(record.id, queue, priority)
 
 
 def _positions(records: Sequence[JobRecord]) -> Call:

@@ -157,3 +157,37 @@ redis.call('EXPIRE', KEYS[2], ARGV[7])
 return redis.call('HGETALL', KEYS[1])
 """
 )
+
+# KEYS as RELEASE, and index:failed; ARGV id, wake-up, max_attempts, retention_s
+RECLAIM = (
+    _PRELUDE
+    + """
+local job = redis.call('HMGET', KEYS[1], 'status', 'lease_until', 'score', 'order', 'cancel_requested', 'attempt')
+if job[1] ~= 'running' or tonumber(job[2] or 0) > tonumber(now) then return false end
+redis.call('HINCRBY', KEYS[1], 'token', 1)
+redis.call('HDEL', KEYS[1], 'phase', 'lease_until')
+redis.call('ZREM', KEYS[5], ARGV[1])
+local function finish(status, index, data)
+  redis.call('HSET', KEYS[1], 'status', status, 'finished_at', now)
+  redis.call('ZADD', index, job[3], ARGV[1])
+  event('job.' .. status, data)
+  redis.call('EXPIRE', KEYS[1], ARGV[4])
+  redis.call('EXPIRE', KEYS[2], ARGV[4])
+end
+if job[5] == '1' then
+  finish('cancelled', KEYS[7], {status = 'cancelled'})
+elseif tonumber(job[6]) >= tonumber(ARGV[3]) then
+  local error = {code = 'worker_lost', message = 'every worker that took the job was lost'}
+  redis.call('HSET', KEYS[1], 'error', cjson.encode(error))
+  finish('failed', KEYS[8], {status = 'failed', error = error})
+else
+  redis.call('HSET', KEYS[1], 'status', 'queued', 'step', 0)
+  redis.call('HDEL', KEYS[1], 'worker', 'started_at')
+  redis.call('ZADD', KEYS[4], job[3], ARGV[1])
+  redis.call('ZADD', KEYS[3], job[4], ARGV[1])
+  event('job.queued', {status = 'queued'})
+  redis.call('RPUSH', KEYS[6], ARGV[2])
+end
+return 1
+"""
+)

@@ -102,6 +102,37 @@ def test_after_the_lease_the_newest_token_alone_may_settle(client: redis.Redis, 
     assert kinds(client, job_id).count("job.succeeded") == 1
 
 
+def test_a_lost_workers_job_is_queued_again_and_fails_after_three(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    for attempt in (1, 2, 3):
+        claim = store.claim(job_id, f"w{attempt}", 0.0)
+        assert claim and claim.record.attempt == attempt
+        client.hset(routing.job_key(job_id), "lease_until", 1)
+        assert store.reclaim() == [job_id]
+        with pytest.raises(StaleToken):
+            store.settle(job_id, claim.token, Status.SUCCEEDED)
+        if attempt < 3:
+            assert store.get(job_id).status is Status.QUEUED
+    record = store.get(job_id)
+    assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "worker_lost")
+    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 5)) == 3
+    assert store.reclaim() == []
+
+
+def test_a_live_lease_is_left_alone(client: redis.Redis, store: Records) -> None:
+    store.claim(submit(client), "w", 30)
+    assert store.reclaim() == []
+
+
+def test_a_lost_job_whose_cancel_was_asked_for_is_cancelled(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    store.claim(job_id, "w", 30)
+    run(client, records.cancel(job_id, 600))
+    client.hset(routing.job_key(job_id), "lease_until", 1)
+    assert store.reclaim() == [job_id]
+    assert store.get(job_id).status is Status.CANCELLED
+
+
 def test_nothing_to_claim(store: Records) -> None:
     assert store.claim("no-such-job", "w", 30) is None
 

@@ -118,6 +118,8 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
 
     def alive() -> None:
         records.worker_beat(name)
+        for job_id in records.reclaim():
+            log.warning("job %s: its worker is lost, the job is taken from it", job_id)
         if settings.ready_file:
             settings.ready_file.touch()
 
