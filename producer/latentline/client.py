@@ -65,14 +65,7 @@ def _fit(request: JobRequest, known: dict[str, ModelInfo]) -> JobRequest:
     if info is None:
         allowed = f"one of: {', '.join(known)}" if known else "a model that a worker serves (none has announced one yet)"
         raise InvalidRequest("model", request.model, allowed)
-    width, height = request.width or info.default_width, request.height or info.default_height
-    for name, value in (("width", width), ("height", height)):
-        if value % info.size_multiple:
-            raise InvalidRequest(name, value, f"a multiple of {info.size_multiple} for model {info.id}")
-    if width * height > info.max_pixels:
-        raise InvalidRequest("width", width, f"width * height at most {info.max_pixels} for model {info.id}")
-    if request.scheduler not in info.schedulers:
-        raise InvalidRequest("scheduler", request.scheduler, f"one of: {', '.join(info.schedulers)}")
+    width, height = info.size_of(request)
     # The record then says what is made, whatever a later version of the model takes as its default.
     return request.model_copy(update={"width": width, "height": height})
 

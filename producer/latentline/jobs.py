@@ -241,6 +241,22 @@ class ModelInfo(Message):
     max_pixels: int
     schedulers: tuple[str, ...] = SCHEDULERS
 
+    def size_of(self, request: JobRequest) -> tuple[int, int]:
+        """(width, height) that this model makes for a request.
+
+        Raises:
+            InvalidRequest: it does not make that size, or does not offer the scheduler.
+        """
+        width, height = request.width or self.default_width, request.height or self.default_height
+        for name, value in (("width", width), ("height", height)):
+            if value % self.size_multiple:
+                raise InvalidRequest(name, value, f"a multiple of {self.size_multiple} for model {self.id}")
+        if width * height > self.max_pixels:
+            raise InvalidRequest("width", width, f"width * height at most {self.max_pixels} for model {self.id}")
+        if request.scheduler not in self.schedulers:
+            raise InvalidRequest("scheduler", request.scheduler, f"one of: {', '.join(self.schedulers)}")
+        return width, height
+
 
 class Claim(Message):
     """A worker's hold on a job: the record, and the fencing token that only the newest holder has."""

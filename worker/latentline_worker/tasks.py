@@ -107,12 +107,7 @@ class JobRunner:
             InvalidRequest: the model or its scheduler refuses it.
         """
         info = self._family.info
-        width, height = request.width or info.default_width, request.height or info.default_height
-        for name, value in (("width", width), ("height", height)):
-            if value % info.size_multiple:
-                raise InvalidRequest(name, value, f"a multiple of {info.size_multiple} for model {info.id}")
-        if width * height > info.max_pixels:
-            raise InvalidRequest("width", width, f"width * height at most {info.max_pixels} for model {info.id}")
+        width, height = info.size_of(request)
         try:
             table = sampler_table(request.scheduler, self._family.scheduler_config, request.num_inference_steps)
         except CompileError as error:
