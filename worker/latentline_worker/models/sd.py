@@ -73,7 +73,7 @@ class StableDiffusion:
             check_folder(Path(source))
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                source, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+                source, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ModelError(f"{source}: cannot be loaded as Stable Diffusion: {str(error).splitlines()[0]}") from error
