@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,3 +24,9 @@ class Settings(BaseSettings):
     retention_s: Annotated[int, Field(ge=60)] = 7 * 86400  # how long a finished job's record is kept
     callback_secret: SecretStr | None = None  # whsec_...; callbacks need it
     callback_allow_private: bool = False  # addresses that are not global are refused unless set
+
+    @classmethod
+    def from_variables(cls, variables: Mapping[str, str]) -> Self:
+        """Settings from ``LATENTLINE_*`` variables that stand in a mapping: field names are theirs without the prefix."""
+        fields: dict[str, Any] = {key.removeprefix("LATENTLINE_").lower(): value for key, value in variables.items()}
+        return cls(**fields)

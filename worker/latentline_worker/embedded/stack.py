@@ -67,7 +67,7 @@ class Stack:
 
     @property
     def settings(self) -> Settings:
-        return Settings(**{key.removeprefix("LATENTLINE_").lower(): value for key, value in self.environment.items()})  # type: ignore[arg-type]
+        return Settings.from_variables(self.environment)
 
     def start(self) -> None:
         try:

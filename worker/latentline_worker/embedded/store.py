@@ -39,8 +39,7 @@ class Store:
 
     @property
     def settings(self) -> Settings:
-        # Field names are the variables without their prefix.
-        return Settings(**{key.removeprefix("LATENTLINE_").lower(): value for key, value in self.environment.items()})  # type: ignore[arg-type]
+        return Settings.from_variables(self.environment)
 
     def start(self) -> None:
         """Start and wait until the bucket answers; other ports are tried when some were lost in a race."""
