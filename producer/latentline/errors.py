@@ -15,6 +15,7 @@
     ├── WaitTimeout                    wait_timeout, 504         the job goes on; ask again
     ├── JobFailed                      job_failed, 500           ``wait(..., check=True)`` on a failed or cancelled job
     ├── NumericalError                 numerical_error, 500      latents are no longer finite numbers
+    ├── OutOfMemory                    out_of_memory, 500        the job does not fit on the worker; names the bytes
     ├── StaleToken                     stale_token, 409          another worker owns the job now
     └── WebhookError                   invalid_webhook, 400      a callback is not authentic or not fresh
 """
@@ -113,6 +114,10 @@ class JobFailed(LatentlineError):
 
 class NumericalError(LatentlineError):
     code = "numerical_error"
+
+
+class OutOfMemory(LatentlineError):
+    code = "out_of_memory"
 
 
 class StaleToken(LatentlineError):

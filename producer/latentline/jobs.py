@@ -11,7 +11,7 @@ import json
 import math
 import secrets
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -33,7 +33,11 @@ MAX_METADATA_BYTES = 4096
 MAX_KEY_CHARS = 200
 MAX_BODY_BYTES = 64 * 1024  # of a submission over HTTP
 
-SCHEDULERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "lcm")
+SchedulerName = Literal[
+    "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_karras",
+    "dpmpp_3m", "dpmpp_2s", "deis", "unipc", "sa_solver", "lcm", "tcd",
+]  # fmt: skip
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 
 
 class Status(StrEnum):
@@ -110,7 +114,7 @@ class JobRequest(Message):
     height: Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multiple_of=SIZE_MULTIPLE_PX)] | None = None
     num_inference_steps: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] = 20
     guidance_scale: Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE)] = 5.0
-    scheduler: Literal["ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "lcm"] = "dpmpp_2m"
+    scheduler: SchedulerName = "dpmpp_2m"
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(2**31))
     num_images: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES)] = 1
     output: Output = Output()
@@ -119,6 +123,8 @@ class JobRequest(Message):
     """0 is served first, 9 last, as Celery's Redis transport does."""
     deadline_s: Annotated[float, Field(gt=0, le=7 * 86400)] | None = None
     """Seconds after submission at which the job fails with ``deadline_exceeded`` unless it has ended."""
+    preview_every: Annotated[int, Field(strict=True, ge=0, le=MAX_STEPS)] = 0
+    """Network calls between ``job.preview`` events, each with a small picture of the unfinished images; 0 for none."""
     tenant: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")] = "default"
     metadata: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
@@ -220,7 +226,7 @@ class JobEvent(Message):
     """One entry of a job's event stream; ``id`` is the Redis stream id that ``Last-Event-ID`` resumes from."""
 
     id: str
-    type: Literal["job.queued", "job.running", "job.progress", "job.succeeded", "job.failed", "job.cancelled"]
+    type: Literal["job.queued", "job.running", "job.progress", "job.preview", "job.succeeded", "job.failed", "job.cancelled"]
     job_id: str
     at: float
     data: dict[str, Any] = Field(default_factory=dict)

@@ -84,6 +84,7 @@ class Beat:
     step: int
     lease_s: float
     batch_jobs: int = 0
+    preview: tuple[str, ...] = ()  # a data: URL per image, when there is a new one
 
 
 def submit(requests: Sequence[JobRequest], retention_s: int) -> Operation[list[JobRecord]]:
@@ -272,7 +273,18 @@ class Records:
             pipeline = client.pipeline(transaction=False)
             for b in beats:
                 keys = [routing.job_key(b.job_id), routing.events_key(b.job_id)]
-                pipeline.eval(BEAT, 2, *keys, b.job_id, b.token, b.phase.value, b.step, b.lease_s, b.batch_jobs)
+                pipeline.eval(
+                    BEAT,
+                    2,
+                    *keys,
+                    b.job_id,
+                    b.token,
+                    b.phase.value,
+                    b.step,
+                    b.lease_s,
+                    b.batch_jobs,
+                    json.dumps(b.preview) if b.preview else "",
+                )
             return pipeline.execute()
 
         def operation() -> Operation[list[Verdict]]:

@@ -70,7 +70,7 @@ return redis.call('HGETALL', KEYS[1])
 """
 )
 
-# KEYS job, events; ARGV id, token, phase, step, lease_s, batch_jobs
+# KEYS job, events; ARGV id, token, phase, step, lease_s, batch_jobs, previews
 BEAT = (
     _PRELUDE
     + """
@@ -79,6 +79,9 @@ if job[1] ~= 'running' or job[2] ~= ARGV[2] then return 'stale' end
 redis.call('HSET', KEYS[1], 'lease_until', string.format('%.6f', now + ARGV[5]), 'phase', ARGV[3], 'step', ARGV[4])
 if job[3] ~= ARGV[3] or job[4] ~= ARGV[4] then
   event('job.progress', {phase = ARGV[3], step = tonumber(ARGV[4]), num_steps = tonumber(job[5]), batch_jobs = tonumber(ARGV[6])})
+end
+if ARGV[7] ~= '' then
+  event('job.preview', {step = tonumber(ARGV[4]), num_steps = tonumber(job[5]), images = cjson.decode(ARGV[7])})
 end
 if job[6] == '1' then return 'cancel' end
 if job[7] and tonumber(job[7]) <= tonumber(now) then return 'expired' end

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KarrasVeScheduler,
+)
 
 from latentline.jobs import SCHEDULERS
 from latentline_worker.samplers import MAX_MEMORY, CompileError, compile_scheduler, make_scheduler, sampler_table
@@ -42,7 +49,8 @@ def test_table_follows_the_scheduler(name: str, steps: int, config: dict[str, An
         return torch.sin(x) + x.flip(-1) * 0.3 + t / 1000
 
     x, noise = first.clone(), torch.Generator().manual_seed(2)
-    extra = {"generator": noise} if name in ("euler_ancestral", "lcm", "ddim") else {}
+    given = {"generator": noise, "eta": 0.0}  # as diffusers' pipelines do
+    extra = {key: given[key] for key in inspect.signature(scheduler.step).parameters if key in given}
     for t in scheduler.timesteps:
         m = network(scheduler.scale_model_input(x, t), float(t))
         x = scheduler.step(m, t, x, return_dict=False, **extra)[0]
@@ -53,7 +61,7 @@ def test_table_follows_the_scheduler(name: str, steps: int, config: dict[str, An
         ms.insert(0, network(xs[0] * table.input_scale[n], table.timesteps[n]))
         a, b, c = np.split(table.coefficients[n], [MAX_MEMORY, 2 * MAX_MEMORY])
         new = sum(a[j] * xs[j] + b[j] * ms[j] for j in range(min(MAX_MEMORY, n + 1)))
-        if c[0]:
+        if table.draws[n]:
             new = new + c[0] * torch.randn(first.shape, generator=noise)
         xs.insert(0, new)
     assert (xs[0] - x).abs().max() <= 1e-4 * x.abs().max()
@@ -84,6 +92,27 @@ def test_a_step_count_the_scheduler_refuses() -> None:
         sampler_table("ddim", SD15, 2000)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler(), CMStochasticIterativeScheduler(), CogVideoXDPMScheduler(), KarrasVeScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_schedulers_are_refused_with_a_reason(scheduler: Any) -> None:
+    with pytest.raises(CompileError, match=type(scheduler).__name__):
+        compile_scheduler(scheduler, 5)
+
+
+def test_clean_latents_are_read_off_the_network(config: dict[str, Any] = SD15) -> None:
+    """With a network that knows the noise, every call points to the same clean latents."""
+    table = sampler_table("euler", config, 10)
+    alpha_bar = make_scheduler("ddim", config).alphas_cumprod.double().numpy()
+    clean, noise = np.linspace(-1, 1, 5), np.linspace(2, -2, 5)
+    for n, t in enumerate(table.timesteps):
+        a = np.interp(t, np.arange(1000), alpha_bar)
+        seen = np.sqrt(a) * clean + np.sqrt(1 - a) * noise
+        assert np.allclose(table.denoised[n, 0] * seen + table.denoised[n, 1] * noise, clean)
+
+
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(CompileError, match="known: ddim, euler"):
+    with pytest.raises(CompileError, match="known: ddim, ddpm"):
         make_scheduler("heun3", SD15)

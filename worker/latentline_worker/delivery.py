@@ -1,16 +1,14 @@
-"""Decoded image -> file -> storage -> what the record says of it."""
+"""Decoded image -> file -> storage -> what the record says of it. On task threads, away from the device."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
-
-import torch
 
 from latentline.jobs import Claim, ImageRef
 
-from .engine.decoder import Decoder, Pixels
-from .metadata import encode_image
+from .metadata import Pixels, encode_image
 
 
 class Store(Protocol):
@@ -20,18 +18,12 @@ class Store(Protocol):
 
 
 class Delivery:
-    """Decodes, encodes and uploads one job's images on the calling thread."""
+    """Encodes and uploads one job's images on the calling thread."""
 
-    def __init__(self, decoder: Decoder, store: Store) -> None:
-        self._decoder = decoder
+    def __init__(self, store: Store) -> None:
         self._store = store
 
-    def decode(self, latents: torch.Tensor) -> list[Pixels]:
-        """(images, c, h, w) latents -> pixels; shares the decoder's micro-batches with other jobs."""
-        futures = [self._decoder.decode(image) for image in latents]
-        return [future.result() for future in futures]
-
-    def upload(self, claim: Claim, images: list[Pixels]) -> tuple[ImageRef, ...]:
+    def upload(self, claim: Claim, images: Sequence[Pixels]) -> tuple[ImageRef, ...]:
         """Encode and upload; the key carries the attempt, so that an outdated worker overwrites nothing.
 
         Raises:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from latentline.errors import LatentlineError
 from latentline.jobs import Claim, Phase
 from latentline.records import Beat, Records, Verdict
 
 from .engine.request import Request
+from .metadata import encode_preview
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +25,16 @@ class Tracked:
     """One claimed job as the heartbeat sees it. ``stop_reason`` is set once and never taken back."""
 
     claim: Claim
-    phase: Phase = Phase.ENCODING
     request: Request | None = None
+    uploading: bool = False
+    shown: int = 0  # the step of the newest preview that was sent
     stop_reason: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def attach(self, request: Request) -> None:
         """From now on the engine's request is watched, and stopped when the job is."""
         with self._lock:
-            self.request, self.phase = request, Phase.DENOISING
+            self.request = request
             if self.stop_reason:
                 request.cancel(self.stop_reason)
 
@@ -97,11 +99,13 @@ class Heartbeat:
 
     def _describe(self, one: Tracked) -> Beat:
         request = one.request
-        return Beat(
-            job_id=one.claim.record.id,
-            token=one.claim.token,
-            phase=one.phase,
-            step=request.step if request else 0,
-            lease_s=self._lease_s,
-            batch_jobs=request.batch_jobs if request else 0,
-        )
+        beat = Beat(job_id=one.claim.record.id, token=one.claim.token, phase=Phase.ENCODING, step=0, lease_s=self._lease_s)
+        if request is None:
+            return beat
+        # In the job's own steps: some samplers call the network more than once for each.
+        step = request.step * one.claim.record.num_steps // request.num_steps
+        preview = request.preview
+        if preview and preview.step > one.shown:
+            one.shown = preview.step
+            beat = replace(beat, preview=tuple(encode_preview(image) for image in preview.pixels.cpu().numpy()))
+        return replace(beat, phase=Phase.UPLOADING if one.uploading else request.phase, step=step, batch_jobs=request.batch_jobs)

@@ -95,11 +95,8 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from .app import create_app
     from .callbacks import CallbackSender
     from .delivery import Delivery
-    from .engine.conditioning import Conditioner
-    from .engine.decoder import Decoder
-    from .engine.engine import Engine
     from .heartbeat import Heartbeat
-    from .loading import load_model, warm_up
+    from .loading import load_model, make_engine
     from .storage import ImageStore
     from .tasks import JobRunner
 
@@ -110,10 +107,8 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     store = ImageStore(settings)
     store.ensure_bucket()
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
-    engine, decoder, conditioner = Engine(family, settings.max_rows), Decoder(family, settings.decode_batch), Conditioner(family)
+    engine = make_engine(settings, family)
     engine.start()
-    decoder.start()
-    warm_up(family, engine, conditioner, decoder)
     log.info("%s: %s is loaded and warm", name, family.info.id)
 
     def alive() -> None:
@@ -126,7 +121,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     secret = settings.callback_secret.get_secret_value() if settings.callback_secret else None
     callbacks = CallbackSender(secret, settings.callback_allow_private)
     heartbeat = Heartbeat(records, name, settings.lease_s, alive)
-    runner = JobRunner(name, family, records, engine, conditioner, Delivery(decoder, store), heartbeat, callbacks, settings.lease_s)
+    runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, callbacks, settings.lease_s)
     app = create_app(settings, family.info.id)
     app.task(runner.run, name=GENERATE_TASK)
 
@@ -158,7 +153,6 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     worker.start()
     # In the order of the data's way: nothing enters, the engine ends, what is left is told.
     engine.stop()
-    decoder.stop()
     heartbeat.stop()
     callbacks.close(5.0)
     with contextlib.suppress(LatentlineError):  # the broker may have gone first

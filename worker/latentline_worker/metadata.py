@@ -6,6 +6,7 @@ hold the same text as the EXIF user comment, and the JSON as the image descripti
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 
@@ -20,14 +21,27 @@ from latentline.jobs import JobRecord
 # How existing image tools name these samplers.
 SAMPLER_NAMES = {
     "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "pndm": "PNDM",
+    "lms": "LMS",
     "euler": "Euler",
     "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpm2_ancestral": "DPM2 a",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "dpmpp_3m": "DPM++ 3M",
+    "dpmpp_2s": "DPM++ 2S",
+    "deis": "DEIS",
     "unipc": "UniPC",
+    "sa_solver": "SA-Solver",
     "lcm": "LCM",
+    "tcd": "TCD",
 }
 EXIF_IFD, EXIF_USER_COMMENT, EXIF_DESCRIPTION = 0x8769, 0x9286, 0x010E
+
+Pixels = npt.NDArray[np.uint8]  # (height, width, 3)
 
 
 def parameters_text(record: JobRecord, seed: int, width: int, height: int) -> str:
@@ -43,7 +57,14 @@ def parameters_text(record: JobRecord, seed: int, width: int, height: int) -> st
     return "\n".join(lines)
 
 
-def encode_image(pixels: npt.NDArray[np.uint8], record: JobRecord, seed: int) -> bytes:
+def encode_preview(pixels: Pixels) -> str:
+    """A small picture as a ``data:`` URL: WebP of a few kilobytes at most."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def encode_image(pixels: Pixels, record: JobRecord, seed: int) -> bytes:
     """(height, width, 3) pixels -> bytes in the job's output format, parameters inside."""
     image = Image.fromarray(pixels)
     r = record.request

@@ -16,7 +16,11 @@ class WorkerSettings(Settings):
     model: str = "latentline-emoji"  # the bundled model's id, a diffusers folder, or a hub id
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16  # jobs in flight per process
-    max_rows: Annotated[int, Field(ge=1, le=1024)] = 16  # network rows of one forward; a guided image costs two
+    # Network rows of one forward, at most; a guided image costs two. Measured costs and memory may allow fewer.
+    max_rows: Annotated[int, Field(ge=1, le=1024)] = 64
+    # Same seed, same bits: every forward has exactly this many rows, padded, so that a picture does not depend on its batch.
+    reproducible_rows: Annotated[int, Field(ge=1, le=1024)] | None = None
+    memory_limit_mb: Annotated[int, Field(ge=1)] | None = None  # beside the weights; default: most of what is free
     decode_batch: Annotated[int, Field(ge=1, le=64)] = 4  # images per VAE call; larger is often slower per image
     lease_s: Annotated[float, Field(ge=1)] = 30.0  # a worker that says nothing for this long has lost its jobs
     drain_s: Annotated[float, Field(ge=0)] = 30.0  # after SIGTERM: time to finish before jobs go back to the queue

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from latentline.errors import BrokerUnavailable, InvalidRequest, LatentlineError, StaleToken
-from latentline.jobs import Claim, ImageRef, JobError, JobRecord, JobRequest, Phase, Status
+from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
 from latentline.records import Records
 
 from .delivery import Delivery
-from .engine.conditioning import Conditioner
 from .engine.engine import Engine
-from .engine.request import Cancelled, Work
+from .engine.request import Cancelled, Request, Work
 from .heartbeat import Heartbeat, Tracked
 from .models.base import Family
 from .samplers import CompileError, sampler_table
@@ -41,14 +40,13 @@ class JobRunner:
         family: Family,
         records: Records,
         engine: Engine,
-        conditioner: Conditioner,
         delivery: Delivery,
         heartbeat: Heartbeat,
         callbacks: Callbacks,
         lease_s: float,
     ) -> None:
         self._worker, self._family, self._records, self._engine = worker, family, records, engine
-        self._conditioner, self._delivery, self._heartbeat, self._callbacks = conditioner, delivery, heartbeat, callbacks
+        self._delivery, self._heartbeat, self._callbacks = delivery, heartbeat, callbacks
         self._lease_s = lease_s
 
     def run(self, job_id: str) -> None:
@@ -82,49 +80,51 @@ class JobRunner:
         self._settle(claim, status, tuple(images), error, timings)
 
     def _generate(self, tracked: Tracked, timings: dict[str, float]) -> tuple[ImageRef, ...]:
-        watch = _Stopwatch(timings)
-        work = self.prepare(tracked.claim.record.id, tracked.claim.record.request)
-        watch.lap("encoding_s")
-        request = self._engine.submit(work)
+        record = tracked.claim.record
+        request = self._engine.submit(self.prepare(record))
         tracked.attach(request)
-        latents = request.future.result()
-        watch.lap("denoising_s")
-        timings["denoise_steps"], timings["shared_steps"] = request.step, request.shared_steps
-        tracked.phase = Phase.DECODING
-        pixels = self._delivery.decode(latents)
-        watch.lap("decoding_s")
+        try:
+            pixels = request.result().numpy()
+        finally:
+            timings.update(_timings(request))
+        used, read = request.prompt_tokens
+        if used > read:
+            log.info("job %s: the prompt has %d tokens, %s reads the first %d", record.id, used, self._family.info.id, read)
         if tracked.stop_reason:
             raise Cancelled(tracked.stop_reason)
-        tracked.phase = Phase.UPLOADING
-        refs = self._delivery.upload(tracked.claim, pixels)
-        watch.lap("uploading_s")
+        tracked.uploading = True
+        started = time.monotonic()
+        refs = self._delivery.upload(tracked.claim, list(pixels))
+        timings["uploading_s"] = round(time.monotonic() - started, 4)
         return refs
 
-    def prepare(self, job_id: str, request: JobRequest) -> Work:
-        """A request as work for the engine.
+    def prepare(self, record: JobRecord) -> Work:
+        """A claimed job as work for the engine.
 
         Raises:
             InvalidRequest: the model or its scheduler refuses it.
         """
-        info = self._family.info
+        request, info = record.request, self._family.info
         width, height = info.size_of(request)
         try:
             table = sampler_table(request.scheduler, self._family.scheduler_config, request.num_inference_steps)
         except CompileError as error:
             raise InvalidRequest("scheduler", request.scheduler, str(error)) from error
-        used, limit = self._family.count_tokens(request.prompt)
-        if used > limit:
-            log.info("job %s: the prompt has %d tokens, %s reads the first %d", job_id, used, info.id, limit)
-        guided = request.guidance_scale > 1  # as in diffusers: at 1 and below there is nothing to guide
+        deadline = None
+        if request.deadline_s and record.started_at:  # both on the broker's clock; what is left of it counts from now
+            deadline = time.monotonic() + record.created_at + request.deadline_s - record.started_at
         return Work(
-            job_id=job_id,
+            job_id=record.id,
+            model=info.id,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
             latent_shape=self._family.latent_shape(width, height),
             table=table,
             guidance_scale=request.guidance_scale,
             seeds=tuple(request.seed + i for i in range(request.num_images)),
-            cond=self._conditioner.encode(request.prompt),
-            uncond=self._conditioner.encode(request.negative_prompt) if guided else None,
             priority=request.priority,
+            deadline=deadline,
+            preview_every=request.preview_every,
         )
 
     def _settle(
@@ -152,14 +152,15 @@ class JobRunner:
         raise BrokerUnavailable("the broker does not answer")
 
 
-class _Stopwatch:
-    def __init__(self, timings: dict[str, float]) -> None:
-        self._timings, self._last = timings, time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self._timings[name] = round(now - self._last, 4)
-        self._last = now
+def _timings(request: Request) -> dict[str, float]:
+    """How long the phases in the engine took, and what the denoising shared."""
+    phases = {
+        "encoding_s": ("submitted", "joined"),
+        "denoising_s": ("joined", "denoised"),
+        "decoding_s": ("denoised", "decoded"),
+    }
+    seconds = {name: round(request.seconds(*moments), 4) for name, moments in phases.items()}
+    return {**seconds, "denoise_steps": request.step, "shared_steps": request.shared_steps}
 
 
 def _stopped(reason: str) -> tuple[Status, JobError | None]:

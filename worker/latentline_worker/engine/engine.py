@@ -1,4 +1,4 @@
-"""The thread that owns the device: plan, run, settle, one denoise step at a time."""
+"""The thread that owns the device: text in, pixels out, one denoise step at a time."""
 
 from __future__ import annotations
 
@@ -6,35 +6,72 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from latentline.errors import NumericalError
+import torch
+
+from latentline.errors import ConfigurationError
+from latentline.jobs import Phase
 from latentline_worker.models.base import Family
+from latentline_worker.samplers import sampler_table
 
 from .batch import Lane
+from .clock import StepClock
+from .conditioning import MICRO_BATCH, Conditioner
+from .cost import CostModel
+from .decoder import Decoder
+from .memory import Memory
+from .network import Network, out_of_memory
 from .planner import Planner
-from .request import Cancelled, Request, Work
+from .preview import LatentToRgb
+from .request import Cancelled, LaneKey, Preview, Request, Work
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Denoises many jobs together. ``submit`` from any thread; each job's future gives its final latents.
+    """Runs many jobs together. ``submit`` from any thread; each job's future gives its pixels.
+
+    Text encoding and VAE decoding run on the same thread between denoise steps, one micro-batch at a time: a step
+    waits for at most one of each, and no two threads compete for the device's cores or streams.
 
     Args:
         family: the loaded model.
-        max_rows: network rows of one forward (a guided image costs two).
+        max_rows: network rows of one forward (a guided image costs two); memory and the measured costs may allow fewer.
+        decode_batch: images of one VAE call.
+        fixed_rows: the reproducible mode: run the network at exactly this many padded rows, and encode and decode one
+            by one, so that a job's picture is bit-identical whatever it ran together with.
+        memory_limit_bytes: what may be used beside the weights; by default most of what is free.
+        graphs: capture CUDA graphs (no effect on a CPU).
     """
 
-    def __init__(self, family: Family, max_rows: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        max_rows: int = 64,
+        decode_batch: int = 4,
+        fixed_rows: int | None = None,
+        memory_limit_bytes: int | None = None,
+        graphs: bool = True,
+    ) -> None:
         self.family = family
-        self.planner = Planner(max_rows)
-        self._lanes: dict[tuple[int, ...], Lane] = {}
+        self.planner = Planner(CostModel(fixed_rows or max_rows))
+        self.clock = StepClock(family.device)
+        self.memory = Memory(family, memory_limit_bytes)
+        self._fixed_rows = fixed_rows
+        self._network = Network(family, fixed_rows, graphs)
+        self._conditioner = Conditioner(family, 1 if fixed_rows else MICRO_BATCH)
+        self._decoder = Decoder(family, 1 if fixed_rows else decode_batch)
+        self._rgb: LatentToRgb | None = None
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._arriving: list[Request] = []  # text not encoded yet, or no slot free
         self._active: list[Request] = []
-        self._incoming: list[Request] = []
+        self._launched: list[tuple[LaneKey, int]] = []  # steps whose time is not known yet
+        self._incoming: list[Request] = []  # written by other threads, under _wake
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.num_steps = 0  # forwards run
         self.num_shared_steps = 0  # of these, how many advanced two jobs or more
+        self.num_rows = 0  # rows of all forwards
 
     def start(self) -> None:
         self._thread.start()
@@ -58,91 +95,209 @@ class Engine:
             self._wake.notify()
         return request
 
+    @property
+    def idle(self) -> bool:
+        """Nothing to encode, denoise or decode."""
+        return not (self._active or self._arriving or self._incoming or self._decoder.pending)
+
     def step(self) -> None:
-        """Plan, run, settle: one denoise step of one batch."""
+        """Admit, plan, run, settle: one denoise step of one batch, between at most one micro-batch of text and one of images."""
         self._admit()
         batch = self.planner.select(self._active)
         failures = self._run(batch)
         self._settle(batch, failures)
+        self._decoder.decode_some()
+
+    def warm_up(self) -> None:
+        """Measure memory and step costs at the model's own size, and run every part once. Before :meth:`start`."""
+        info = self.family.info
+        self._conditioner.encode_some([""])
+        conditioning = self._conditioner.get("")
+        assert conditioning is not None
+        states = conditioning.states
+        shape = self.family.latent_shape(info.default_width, info.default_height)
+        key = LaneKey(info.id, shape, len(states))
+
+        def forward(rows: int) -> torch.Tensor:
+            x = torch.zeros(rows, *shape, device=self.family.device)
+            return self._network(x, torch.full((rows,), 500.0, device=self.family.device), states.expand(rows, -1, -1))[0]
+
+        with torch.inference_mode():
+            latents = torch.zeros(1, *shape, device=self.family.device)
+            forward(1)  # allocators and kernels come to life
+            self.memory.measure(key, lambda: forward(1), lambda: self._decoder.decode_now(latents))
+            self.memory.check(key, states.shape[-1])
+            self._rgb = LatentToRgb.fit(self.family, shape[0])
+        if self._fixed_rows is None:
+            self._calibrate(key)
+        elif self.memory.num_rows(key, self._fixed_rows) < self._fixed_rows:
+            raise ConfigurationError(
+                f"reproducible_rows: got {self._fixed_rows}; memory allows {self.memory.num_rows(key, self._fixed_rows)}"
+            )
+
+    def _calibrate(self, key: LaneKey) -> None:
+        """Find the lane's row budget with a few real steps of an ever larger batch, before the first client waits for one."""
+        info = self.family.info
+        table = sampler_table("ddim", self.family.scheduler_config, 50)
+        # Unguided images: one row each, so that every row count can be tried.
+        crowd: list[Request] = []
+        budget = 0
+        while self.planner.cost.budget(key) > budget:
+            budget = self.planner.cost.budget(key)
+            while len(crowd) < budget:
+                crowd.append(self.submit(Work("warm-up", info.id, "", "", key.latent_shape, table, 1.0, (0,), decode=False)))
+            for _ in range(4):
+                self.step()
+        for request in crowd:
+            request.cancel("warm-up")
+        self.step()
+        log.info("%d rows a step are enough for latents of %s", self.planner.cost.budget(key), "x".join(map(str, key.latent_shape)))
 
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._active or self._incoming or self._stopping)
+                self._wake.wait_for(lambda: not self.idle or self._stopping)
                 if self._stopping:
                     break
             self.step()
-        for request in [*self._active, *self._incoming]:
+        for request in [*self._active, *self._arriving, *self._incoming]:
             self._finish(request, Cancelled("shutdown"))
+        while self._decoder.pending:  # their denoising is paid for
+            self._decoder.decode_some()
 
     def _admit(self) -> None:
-        """Drop the cancelled; let the new ones join their lanes."""
+        """Drop the cancelled; encode one micro-batch of text; let those whose text is known join their lanes."""
         with self._wake:
             incoming, self._incoming = self._incoming, []
-        for request in [r for r in self._active if r.cancel_reason]:
+        self._arriving = sorted([*self._arriving, *incoming], key=lambda r: (r.priority, r.arrival))
+        for request in [r for r in [*self._active, *self._arriving] if r.cancel_reason]:
             self._finish(request, Cancelled(request.cancel_reason or ""))
-        for request in incoming:
-            if request.cancel_reason:
-                self._finish(request, Cancelled(request.cancel_reason))
-                continue
+        if not self._arriving:
+            return
+        failure, first = self._encode(self._arriving), self._arriving[0]
+        for request in list(self._arriving):
             try:
-                self._lane(request).join(request)
-                self._active.append(request)
+                if failure and request is first:
+                    raise failure
+                self._join(request)
             except Exception as error:  # this job's own failure: the batch goes on
                 self._finish(request, error)
 
-    def _run(self, batch: Sequence[Request]) -> dict[str, Exception]:
-        """One forward for the batch; if it fails, one each, so that only the guilty fail."""
+    def _encode(self, requests: Sequence[Request]) -> Exception | None:
+        """One micro-batch of the requests' texts; a failure is the first request's."""
+        try:
+            self._conditioner.encode_some(text for request in requests for text in _texts(request.work))
+            return None
+        except Exception as error:
+            if len(requests) == 1:
+                return error
+            log.warning("encoding failed (%s): one by one", type(error).__name__)
+        return self._encode(requests[:1])
+
+    def _join(self, request: Request) -> None:
+        """Into its lane, if its texts are encoded and there is a slot for each image; else it stays for the next step."""
+        known = [self._conditioner.get(text) for text in _texts(request.work)]
+        conditionings = [one for one in known if one]
+        if len(conditionings) < len(known):
+            return
+        cond, uncond = conditionings[0], conditionings[1] if request.work.guided else None
+        request.prompt_tokens, request.text_tokens = cond.tokens, len(cond.states)
+        width = cond.states.shape[-1]
+        key = request.lane
+        if key not in self._lanes:
+            self.memory.check(key, width)
+            self._lanes[key] = Lane(self.family, key, self._network, self.clock)
+            self.planner.cost.cap(key, self.memory.num_rows(key, self.planner.cost.max_rows))
+        lane = self._lanes[key]
+        if lane.num_used and lane.num_used + request.num_images > self.memory.num_slots(key, width):
+            return
+        self._arriving.remove(request)
+        lane.join(request, cond.states, uncond.states if uncond else None)
+        request.reached("joined")
+        request.phase = Phase.DENOISING
+        self._active.append(request)
+
+    def _run(self, batch: Sequence[Request]) -> dict[Request, Exception]:
+        """One forward for the batch; if it fails, one for each half, so that only the guilty fail."""
         if not batch:
             return {}
-        lane = self._lane(batch[0])
         try:
-            lane.step(batch)
+            self._forward(batch)
             return {}
         except Exception as error:
+            self.clock.drop()
             if len(batch) == 1:
-                return {batch[0].work.job_id: error}
-            log.warning("a step of %d jobs failed (%s): running them one by one", len(batch), type(error).__name__)
-        failures: dict[str, Exception] = {}
-        for request in batch:
-            try:
-                lane.step([request])
-            except Exception as error:
-                failures[request.work.job_id] = error
-        return failures
+                return {batch[0]: error.with_traceback(None) if out_of_memory(error) else error}  # frames hold tensors
+            log.warning("a step of %d jobs failed (%s): trying it in halves", len(batch), type(error).__name__)
+        self._network.release_memory()
+        half = len(batch) // 2
+        return {**self._run(batch[:half]), **self._run(batch[half:])}
 
-    def _settle(self, batch: Sequence[Request], failures: dict[str, Exception]) -> None:
-        """Count the step, hand out what is finished, fail what failed."""
+    def _forward(self, batch: Sequence[Request]) -> None:
+        key, rows = batch[0].lane, sum(r.rows for r in batch)
+        fitted = self._lanes[key].step(batch)
+        if fitted < rows and self._fixed_rows is None:  # memory did not suffice for all at once
+            self.planner.cost.lower(key, fitted)
+        self._launched.append((key, rows))
+        while (seconds := self.clock.take()) is not None:
+            self.planner.cost.observe(*self._launched.pop(0), seconds)
+        self.num_rows += rows
+
+    def _settle(self, batch: Sequence[Request], failures: dict[Request, Exception]) -> None:
+        """Count the step, hand on what is denoised, fail what failed."""
         self.num_steps += bool(batch)
         self.num_shared_steps += len(batch) > 1
-        ran = {id(request) for request in batch}
-        for request in self._active:
-            request.waited = 0 if id(request) in ran else request.waited + 1
         for request in batch:
-            if error := failures.get(request.work.job_id):
+            if error := failures.get(request):
                 self._finish(request, error)
                 continue
             request.step += 1
             request.batch_jobs = len(batch)
             request.shared_steps += len(batch) > 1
+            every = request.work.preview_every
             if request.remaining == 0:
-                lane = self._lane(request)
-                if lane.finite(request):
-                    self._finish(request, lane.latents(request))
-                else:
-                    self._finish(request, NumericalError("the latents are no longer finite numbers"))
+                self._denoised(request)
+            elif every and request.step % every == 0:
+                self._preview(request)
 
-    def _finish(self, request: Request, outcome: object) -> None:
-        if request in self._active:
-            self._active.remove(request)
-        if request.slots:
-            self._lane(request).leave(request)
+    def _preview(self, request: Request) -> None:
+        if self._rgb is None:
+            self._rgb = LatentToRgb.fit(self.family, request.work.latent_shape[0])
+        with torch.inference_mode():
+            request.preview = Preview(request.step, self._rgb(self._lanes[request.lane].denoised(request)))
+
+    def _denoised(self, request: Request) -> None:
+        """Free the slots; decode in one of the next steps."""
+        latents = self._lanes[request.lane].latents(request)
+        request.finite = torch.isfinite(latents).all()
+        request.reached("denoised")
+        self._leave(request)
+        if not request.work.decode:
+            request.future.set_result(latents)
+            return
+        request.phase = Phase.DECODING
+        self._decoder.submit(latents, lambda outcome: self._decoded(request, outcome))
+
+    def _decoded(self, request: Request, outcome: torch.Tensor | Exception) -> None:
+        request.reached("decoded")
+        if request.cancel_reason:
+            outcome = Cancelled(request.cancel_reason)
+        self._finish(request, outcome)
+
+    def _finish(self, request: Request, outcome: torch.Tensor | Exception) -> None:
+        self._leave(request)
         if isinstance(outcome, Exception):
             request.future.set_exception(outcome)
         else:
-            request.future.set_result(outcome)  # type: ignore[arg-type]
+            request.future.set_result(outcome)
 
-    def _lane(self, request: Request) -> Lane:
-        if request.lane not in self._lanes:
-            self._lanes[request.lane] = Lane(self.family, request.work.latent_shape)
-        return self._lanes[request.lane]
+    def _leave(self, request: Request) -> None:
+        for room in (self._active, self._arriving):
+            if request in room:
+                room.remove(request)
+        if request.slots:
+            self._lanes[request.lane].leave(request)
+
+
+def _texts(work: Work) -> list[str]:
+    return [work.prompt, work.negative_prompt] if work.guided else [work.prompt]

@@ -1,41 +1,85 @@
-"""Who takes part in the next denoise step. Torch-free: tested with no model."""
+"""Who takes part in the next denoise step. Torch-free: tested with no model, and run by ``benchmarks/simulate.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, TypeVar
 
-from .request import Request
+from .cost import CostModel
 
-# Engine steps of waiting that make up for one remaining step: a job with 100 steps left that has waited
-# 400 engine steps stands level with a fresh job of none, so nothing of equal priority starves.
-AGEING = 4
+# Every so many steps the oldest job goes first, however long it is. The bound that follows: from when its priority
+# class is the most urgent one present, a job ends within OLDEST_EVERY x (its own steps + the steps that older jobs
+# of its class still had to go) steps of the worker, whatever arrives after it.
+OLDEST_EVERY = 4
+
+
+class Candidate(Protocol):
+    """What the planner needs to know of a job in flight (``request.Request``)."""
+
+    @property
+    def priority(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def remaining(self) -> int: ...
+    @property
+    def deadline(self) -> float | None: ...
+    @property
+    def lane(self) -> Hashable: ...
+    @property
+    def arrival(self) -> int: ...
+
+
+C = TypeVar("C", bound=Candidate)
 
 
 class Planner:
-    """Priority first, then shortest remaining with ageing, within a budget of network rows.
+    """Priority first; then what would miss its deadline, then the shortest remaining work, with the bound above.
 
     Args:
-        max_rows: rows of one forward. A single request that needs more runs alone.
+        cost: gives each lane's row budget and step time. A single request that needs more rows runs alone.
+        clock: the time to which deadlines refer.
     """
 
-    def __init__(self, max_rows: int) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows: got {max_rows}; allowed: at least 1")
-        self.max_rows = max_rows
+    def __init__(self, cost: CostModel, clock: Callable[[], float] = time.monotonic) -> None:
+        self.cost = cost
+        self._clock = clock
+        self._turn = 0
 
-    def select(self, requests: Sequence[Request]) -> list[Request]:
+    def select(self, requests: Sequence[C]) -> list[C]:
         """The requests of the next step: all of one lane, the most urgent request's own."""
         if not requests:
             return []
-        ranked = sorted(requests, key=self._urgency)
+        self._turn += 1
+        now = self._clock()
+        row_s = {lane: self._row_seconds(lane) for lane in {r.lane for r in requests}}
+        ranked = sorted(requests, key=lambda r: self._urgency(r, row_s[r.lane], now))
         head = ranked[0]
+        if self._turn % OLDEST_EVERY == 0:
+            head = min((r for r in ranked if r.priority == head.priority), key=lambda r: r.arrival)
+        budget = self.cost.budget(head.lane)
         chosen, rows = [head], head.rows
-        for request in ranked[1:]:
-            if request.lane == head.lane and rows + request.rows <= self.max_rows:
+        for request in ranked:
+            if rows >= budget:
+                break
+            if request is not head and request.lane == head.lane and rows + request.rows <= budget:
                 chosen.append(request)
                 rows += request.rows
         return chosen
 
+    def _row_seconds(self, lane: Hashable) -> float:
+        """What one row adds to a step; 1 while nothing is known, so that steps and rows alone count."""
+        budget = self.cost.budget(lane)
+        return self.cost.seconds(lane, budget) / budget or 1.0
+
     @staticmethod
-    def _urgency(request: Request) -> tuple[int, float, float]:
-        return request.work.priority, request.remaining - request.waited / AGEING, request.submitted_at
+    def _urgency(request: Candidate, row_s: float, now: float) -> tuple[int, float, float, int]:
+        work_s = request.remaining * request.rows * row_s
+        pressing = float("inf")
+        if request.deadline is not None:
+            slack_s = request.deadline - now - work_s
+            # Could still make it, and would not if it waited for as long again as it needs.
+            if 0 <= slack_s < work_s:
+                pressing = request.deadline
+        return request.priority, pressing, work_s, request.arrival

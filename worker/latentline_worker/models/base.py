@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from latentline.jobs import ModelInfo
 
 
 class Family(Protocol):
-    """A loaded latent diffusion model. Methods are called from one thread each, under ``torch.no_grad``."""
+    """A loaded latent diffusion model. The thread that owns the device calls its methods, under ``torch.inference_mode``."""
 
     info: ModelInfo
     device: torch.device
@@ -36,6 +34,10 @@ class Family(Protocol):
         """One network call: (rows, c, h, w), (rows,), (rows, tokens, width) -> (rows, c, h, w)."""
         ...
 
-    def decode(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
-        """(n, c, h, w) latents -> (n, height, width, 3) pixels in 0..255."""
+    def num_pixels(self, latents: torch.Tensor) -> int:
+        """Pixels of one image with latents of this shape, (n, c, h, w)."""
+        ...
+
+    def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
+        """(n, c, h, w) latents -> (n, height, width, 3) uint8 pixels on the device; ``tiled`` saves memory on large images."""
         ...

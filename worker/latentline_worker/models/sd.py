@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
@@ -46,6 +44,9 @@ class StableDiffusion:
             part.to(device).eval()
             if part.dtype != dtype:
                 part.to(dtype)
+        if device.type == "cuda":  # convolutions on tensor cores read this layout; on a CPU it measured no faster
+            for part in (vae, unet):
+                part.to(memory_format=torch.channels_last)
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
@@ -106,12 +107,16 @@ class StableDiffusion:
         out: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=states, return_dict=False)[0]
         return out
 
-    def decode(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
+    def num_pixels(self, latents: torch.Tensor) -> int:
+        return int(latents.shape[-2] * latents.shape[-1] * self.reduction**2)
+
+    def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
         z = latents.to(self.dtype) / self.vae.config.scaling_factor
+        self.vae.use_tiling = tiled
         images = self.vae.decode(z, return_dict=False)[0]
         # As diffusers' VaeImageProcessor: denormalise, clamp, round.
         pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round()
-        result: npt.NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+        result: torch.Tensor = pixels.permute(0, 2, 3, 1).to(torch.uint8)
         return result
 
 

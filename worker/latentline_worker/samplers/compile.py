@@ -42,6 +42,8 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int) -> SamplerTable:
     for option in ("thresholding", "clip_sample"):
         if scheduler.config.get(option):
             raise CompileError(f"{name} with {option}=True is not linear in its inputs and cannot share a batch: set {option}=False")
+    if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "scale_model_input"):
+        raise CompileError(f"{name} has no variance-preserving noise schedule: it is made for another family of models")
     scheduler = copy.deepcopy(scheduler)
     try:
         scheduler.set_timesteps(num_inference_steps)
@@ -49,7 +51,7 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int) -> SamplerTable:
         count = len(timesteps)
         dim = 1 + 2 * count  # the first latents, the network's outputs, the noise draws
         units = torch.eye(dim, dtype=torch.float64)
-        x, scale = _trajectory(scheduler, num_inference_steps, units[0], units[1 : 1 + count], units[1 + count :])
+        x, scale, draws = _trajectory(scheduler, num_inference_steps, units[0], units[1 : 1 + count], units[1 + count :])
     except CompileError:
         raise
     except (ValueError, IndexError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
@@ -62,21 +64,28 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int) -> SamplerTable:
         coefficients=coefficients,
         init_noise_sigma=float(scheduler.init_noise_sigma),
         memory=memory,
+        denoised=_denoised(scheduler, timesteps.double().numpy()),
+        draws=draws,
     )
     _check(name, scheduler, num_inference_steps, table)
     return table
 
 
-def _trajectory(scheduler: Any, steps: int, x0: torch.Tensor, m: torch.Tensor, z: torch.Tensor) -> tuple[Array, Array]:
-    """Latents (count + 1, dim) and input scales (count,) of a run with given outputs ``m`` and noise ``z``."""
+def _trajectory(
+    scheduler: Any, steps: int, x0: torch.Tensor, m: torch.Tensor, z: torch.Tensor
+) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+    """Latents (count + 1, dim), input scales (count,) and noise draws (count,) of a run with given outputs ``m`` and noise ``z``."""
     scheduler.set_timesteps(steps)  # also resets what multistep schedulers remember
     x = x0.view(1, 1, 1, -1)
     shape = x.shape
     rows, scales = [x0.numpy()], []
     draws: list[int] = []
     extra: dict[str, Any] = {}
-    if "generator" in inspect.signature(scheduler.step).parameters:
+    parameters = inspect.signature(scheduler.step).parameters
+    if "generator" in parameters:
         extra["generator"] = None
+    if "eta" in parameters:
+        extra["eta"] = 0.0  # what diffusers' pipelines pass unless told otherwise
 
     def draw(*_: Any, **__: Any) -> torch.Tensor:
         draws.append(n)
@@ -90,7 +99,23 @@ def _trajectory(scheduler: Any, steps: int, x0: torch.Tensor, m: torch.Tensor, z
             scales.append(float(scheduler.scale_model_input(probe, t).flatten()[0]))
             x = scheduler.step(m[n].view(shape), t, x, return_dict=False, **extra)[0].double()
             rows.append(x.flatten().numpy())
-    return np.stack(rows), np.asarray(scales)
+    return np.stack(rows), np.asarray(scales), np.isin(np.arange(len(m)), draws)
+
+
+def _denoised(scheduler: Any, timesteps: Array) -> Array:
+    """How network input and output combine to clean latents, by the noise schedule (Ho et al. 2020, arXiv:2006.11239, eq. 15).
+
+    For previews. The network's input is variance-preserving for every scheduler of this family, whatever its own latents are.
+    """
+    alpha_bar = scheduler.alphas_cumprod.double().numpy()
+    a = np.interp(timesteps, np.arange(len(alpha_bar)), alpha_bar)
+    signal, noise = np.sqrt(a), np.sqrt(1 - a)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
+        return np.stack([signal, -noise], axis=1)
+    if kind == "sample":
+        return np.stack([np.zeros_like(a), np.ones_like(a)], axis=1)
+    return np.stack([1 / signal, -noise / signal], axis=1)
 
 
 def _fit(name: str, x: Array, m: Array, z: Array) -> tuple[Array, int]:
@@ -122,7 +147,7 @@ def _check(name: str, scheduler: Any, steps: int, table: SamplerTable) -> None:
     x0, *rest = torch.randn(1 + 2 * table.num_steps, 64, generator=generator, dtype=torch.float64) * 3
     m, z = torch.stack(rest[: table.num_steps]), torch.stack(rest[table.num_steps :])
     x0 = x0 * table.init_noise_sigma
-    expected, _ = _trajectory(scheduler, steps, x0, m, z)
+    expected, _, _ = _trajectory(scheduler, steps, x0, m, z)
     x = np.zeros((table.num_steps + 1, 64))
     x[0] = x0.numpy()
     for n in range(table.num_steps):

@@ -26,8 +26,7 @@ class SamplerTable:
     coefficients: npt.NDArray[np.float64]
     init_noise_sigma: float
     memory: int
-
-    @property
-    def noisy(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether step n draws noise."""
-        return np.not_equal(self.coefficients[:, -1], 0)
+    denoised: npt.NDArray[np.float64]
+    """(N, 2): the clean latents to which call n points are ``[n,0] * (network's input) + [n,1] * (its output)``."""
+    draws: npt.NDArray[np.bool_]
+    """(N,) whether call n draws noise: some schedulers draw what they then leave unused, and the generator moves on."""

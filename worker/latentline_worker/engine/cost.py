@@ -1,0 +1,104 @@
+"""What a denoise step costs at each number of rows, learned while running. Torch-free."""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+SAMPLES = 9  # times kept per row count; their median is what counts, so one disturbed step changes nothing
+TRUSTED = 3  # times after which a row count is judged
+WORTH = 0.95  # the fewest rows that reach this share of the best throughput are enough: more would only add latency
+LOOK_AGAIN = 512  # steps after which larger batches get another chance: an early bad time must not stick
+RECOVERY = 512  # steps within a lowered limit after which it is doubled: the memory may be free again
+
+
+@dataclass
+class _Lane:
+    cap: int  # what memory was measured to allow
+    limit: int  # at most the cap; lower after memory ran out
+    times: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
+    steps: int = 0
+    clean_steps: int = 0
+    knee: int | None = None  # cached until the next observation
+
+
+class CostModel:
+    """Step seconds against rows for each lane, and the number of rows beyond which throughput stops rising.
+
+    A lane starts at one row and doubles while that pays: throughput, rows per second, is what decides.
+
+    Args:
+        max_rows: rows that no step may exceed.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows: got {max_rows}; allowed: at least 1")
+        self.max_rows = max_rows
+        self._lanes: defaultdict[Hashable, _Lane] = defaultdict(lambda: _Lane(max_rows, max_rows))
+
+    def observe(self, lane: Hashable, rows: int, seconds: float) -> None:
+        """A step of ``rows`` rows took ``seconds``."""
+        entry = self._lanes[lane]
+        entry.times[rows].append(seconds)
+        entry.steps += 1
+        entry.clean_steps += 1
+        entry.knee = None
+        if entry.limit < entry.cap and entry.clean_steps >= RECOVERY:
+            entry.limit, entry.clean_steps = min(entry.cap, 2 * entry.limit), 0
+
+    def cap(self, lane: Hashable, rows: int) -> None:
+        """No step of this lane may ever have more rows."""
+        entry = self._lanes[lane]
+        entry.cap, entry.limit = rows, min(entry.limit, rows)
+
+    def lower(self, lane: Hashable, rows: int) -> None:
+        """No step of more than ``rows`` rows for now: memory did not suffice."""
+        entry = self._lanes[lane]
+        entry.limit, entry.clean_steps, entry.knee = max(1, min(entry.limit, rows)), 0, None
+
+    def limit(self, lane: Hashable) -> int:
+        """Rows that memory allows."""
+        return self._lanes[lane].limit
+
+    def seconds(self, lane: Hashable, rows: int) -> float:
+        """What a step of ``rows`` rows will take: between known row counts a straight line, beyond them in proportion."""
+        known = self._known(self._lanes[lane], trusted=1)
+        if not known:
+            return 0.0
+        counts = [count for count, _ in known]
+        place = bisect_left(counts, rows)
+        if place == len(known):
+            return known[-1][1] * rows / known[-1][0]
+        high, high_s = known[place]
+        if high == rows or place == 0:
+            return high_s
+        low, low_s = known[place - 1]
+        return low_s + (high_s - low_s) * (rows - low) / (high - low)
+
+    def budget(self, lane: Hashable) -> int:
+        """Rows worth putting into one step."""
+        entry = self._lanes[lane]
+        if entry.knee is None:
+            entry.knee = self._knee(entry)
+        rows = entry.knee
+        if entry.steps % LOOK_AGAIN < TRUSTED <= entry.steps:
+            rows *= 2
+        return min(rows, entry.limit)
+
+    def _knee(self, entry: _Lane) -> int:
+        known = self._known(entry, TRUSTED)
+        if not known:
+            return 1
+        best = max(count / seconds for count, seconds in known)
+        enough = next(count for count, seconds in known if count / seconds >= WORTH * best)
+        largest = known[-1][0]
+        # Still rising at the largest that was tried: try twice as many.
+        return 2 * largest if 2 * enough > largest else enough
+
+    @staticmethod
+    def _known(entry: _Lane, trusted: int) -> list[tuple[int, float]]:
+        return sorted((count, statistics.median(times)) for count, times in entry.times.items() if len(times) >= trusted)
