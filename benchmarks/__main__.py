@@ -1,7 +1,7 @@
-"""``make bench``: a closed load of mixed jobs through plain diffusers, one by one, and through the engine.
+"""``make bench``: one arrival trace through plain diffusers, static batches and the engine, side by side in one process.
 
-Both run in one process on the same bundled model, the same jobs and seeds, without decoding; the figure is the ratio of
-their times. Static batching and open load are not measured yet.
+All run on the same model with the same seeds, without decoding. What is quoted are ratios from one run; seconds differ
+from machine to machine and from hour to hour.
 """
 
 from __future__ import annotations
@@ -9,84 +9,97 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from latentline.jobs import SCHEDULERS
-from latentline_worker.engine.conditioning import Conditioner
 from latentline_worker.engine.engine import Engine
-from latentline_worker.engine.request import Work
 from latentline_worker.models import bundled_model
-from latentline_worker.samplers import make_scheduler, sampler_table
+from latentline_worker.samplers import sampler_table
 
-Job = tuple[str, str, int, float, int]  # prompt, scheduler, steps, guidance, seed
+from . import real_shapes, report, runners, trace
 
-
-def make_jobs(count: int) -> list[Job]:
-    """Step counts U{4..50}, mixed schedulers and guidance."""
-    rng = random.Random(0)
-    things = ("a cat", "a rocket", "a red apple", "a robot", "a house")
-    return [(rng.choice(things), rng.choice(SCHEDULERS), rng.randint(4, 50), rng.choice((1.0, 3.0, 5.0)), i) for i in range(count)]
-
-
-def one_by_one(jobs: list[Job]) -> float:
-    """Seconds through plain pipelines, one after the other."""
-    pipeline = bundled_model.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    config = dict(pipeline.scheduler.config)
-    start = time.perf_counter()
-    for prompt, scheduler, steps, guidance, seed in jobs:
-        pipeline.scheduler = make_scheduler(scheduler, config)
-        generator = torch.Generator().manual_seed(seed)
-        pipeline(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent")
-    return time.perf_counter() - start
-
-
-def together(jobs: list[Job], max_rows: int) -> tuple[float, int]:
-    """Seconds through the engine, and the number of forwards."""
-    family = bundled_model.load(torch.device("cpu"), torch.float32)
-    engine, conditioner = Engine(family, max_rows), Conditioner(family)
-    shape = family.latent_shape(64, 64)
-    start = time.perf_counter()
-    requests = []
-    for prompt, scheduler, steps, guidance, seed in jobs:
-        table = sampler_table(scheduler, family.scheduler_config, steps)
-        uncond = conditioner.encode("") if guidance > 1 else None
-        requests.append(engine.submit(Work(str(seed), shape, table, guidance, (seed,), conditioner.encode(prompt), uncond)))
-    engine.start()
-    for request in requests:
-        request.future.result()
-    elapsed = time.perf_counter() - start
-    engine.stop()
-    return elapsed, engine.num_steps
+COMPUTE_BOUND_PX = 256  # 64x64 latents: on a CPU one row keeps all cores busy, and a batch gains nothing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=48)
-    parser.add_argument("--max-rows", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--quick", action="store_true", help="fewer jobs, one load: under 3 minutes on two cores")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="write a plot here (PNG)")
+    parser.add_argument("--real-shapes", action="store_true", help="SD 1.5 and SDXL shapes with random weights; needs a GPU")
     options = parser.parse_args()
-    jobs = make_jobs(options.jobs)
-    together(jobs[:4], options.max_rows)  # warm-up
-    alone_s = one_by_one(jobs)
-    engine_s, forwards = together(jobs, options.max_rows)
-    figures = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "closed": {
-            "jobs": len(jobs),
-            "one_by_one_s": round(alone_s, 2),
-            "engine_s": round(engine_s, 2),
-            "engine_forwards": forwards,
-            "throughput_vs_one_by_one": round(alone_s / engine_s, 3),
-        },
-    }
-    print(json.dumps(figures, indent=2))
+    if options.real_shapes and not torch.cuda.is_available():
+        sys.exit("benchmarks: --real-shapes needs a GPU, and there is none")
+    figures = real_shapes.measure() if options.real_shapes else measure(options.quick)
+    report.show(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.plot:
+        report.plot(figures, options.plot)
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """All figures with the bundled model on a CPU."""
+    started = time.perf_counter()
+    family = bundled_model.load(torch.device("cpu"), torch.float32)
+    pipeline = bundled_model.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    engine = Engine(family)
+    engine.warm_up()
+    side = family.info.default_width
+    jobs = trace.closed(36 if quick else 48)
+    for job in jobs:  # compiled once in a worker's life
+        sampler_table(job.scheduler, family.scheduler_config, job.steps)
+    runners.pipelines(jobs[:2], pipeline, side, batched=False)  # warm-up, as the engine had
+
+    alone = runners.pipelines(jobs, pipeline, side, batched=False)
+    static = runners.pipelines(jobs, pipeline, side, batched=True)
+    ours = runners.engine(jobs, engine, side)
+    floor_s = runners.bare_network(engine, ours.batch_rows, side)
+    figures: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "row_budget": engine.planner.cost.budget(next(iter(engine.lanes))),
+        "closed": {
+            "jobs": len(jobs),
+            "throughput_vs_one_by_one": alone.makespan_s / ours.makespan_s,
+            "throughput_vs_static": static.makespan_s / ours.makespan_s,
+            "bare_network_share": floor_s / ours.busy_s,
+            **report.summary(one_by_one=alone, static=static, engine=ours),
+        },
+        "outside_forward_share": 1 - ours.forward_s / ours.step_s,
+    }
+    for percent in (80,) if quick else (50, 80, 95):
+        rate = percent / 100 * static.throughput()
+        arrivals = trace.poisson(trace.closed(40 if quick else 200, seed=percent), rate, seed=percent)
+        for job in arrivals:
+            sampler_table(job.scheduler, family.scheduler_config, job.steps)
+        open_static, open_ours = runners.pipelines(arrivals, pipeline, side, batched=True), runners.engine(arrivals, engine, side)
+        figures[f"open{percent}"] = {
+            "jobs": len(arrivals),
+            "arrivals_per_s": rate,
+            "mean_latency_vs_static": open_ours.mean_s() / open_static.mean_s(),
+            "p99_latency_vs_static": open_ours.quantile_s(0.99) / open_static.quantile_s(0.99),
+            "short_p50_vs_static": open_ours.quantile_s(0.5, short=True) / open_static.quantile_s(0.5, short=True),
+            **report.summary(static=open_static, engine=open_ours),
+        }
+
+    large = trace.closed(6 if quick else 16, seed=1, steps=(3, 7))
+    runners.engine(large[:1], engine, COMPUTE_BOUND_PX)
+    large_alone = runners.pipelines(large, pipeline, COMPUTE_BOUND_PX, batched=False)
+    large_ours = runners.engine(large, engine, COMPUTE_BOUND_PX)
+    figures["compute_bound"] = {
+        "jobs": len(large),
+        "side_px": COMPUTE_BOUND_PX,
+        "throughput_vs_one_by_one": large_alone.makespan_s / large_ours.makespan_s,
+        "mean_latency_vs_one_by_one": large_ours.mean_s() / large_alone.mean_s(),
+        **report.summary(one_by_one=large_alone, engine=large_ours),
+    }
+    figures["took_s"] = time.perf_counter() - started
+    return report.rounded(figures)
 
 
 if __name__ == "__main__":

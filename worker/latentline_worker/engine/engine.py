@@ -57,11 +57,11 @@ class Engine:
         self.clock = StepClock(family.device)
         self.memory = Memory(family, memory_limit_bytes)
         self._fixed_rows = fixed_rows
-        self._network = Network(family, fixed_rows, graphs)
+        self.network = Network(family, fixed_rows, graphs)
         self._conditioner = Conditioner(family, 1 if fixed_rows else MICRO_BATCH)
         self._decoder = Decoder(family, 1 if fixed_rows else decode_batch)
         self._rgb: LatentToRgb | None = None
-        self._lanes: dict[LaneKey, Lane] = {}
+        self.lanes: dict[LaneKey, Lane] = {}
         self._arriving: list[Request] = []  # text not encoded yet, or no slot free
         self._active: list[Request] = []
         self._launched: list[tuple[LaneKey, int]] = []  # steps whose time is not known yet
@@ -120,13 +120,15 @@ class Engine:
 
         def forward(rows: int) -> torch.Tensor:
             x = torch.zeros(rows, *shape, device=self.family.device)
-            return self._network(x, torch.full((rows,), 500.0, device=self.family.device), states.expand(rows, -1, -1))[0]
+            return self.network(x, torch.full((rows,), 500.0, device=self.family.device), states.expand(rows, -1, -1))[0]
 
         with torch.inference_mode():
             latents = torch.zeros(1, *shape, device=self.family.device)
             forward(1)  # allocators and kernels come to life
             self.memory.measure(key, lambda: forward(1), lambda: self._decoder.decode_now(latents))
             self.memory.check(key, states.shape[-1])
+            noise = torch.randn(2, *shape, device=self.family.device)
+            self.network.trace(noise, torch.full((2,), 500.0, device=self.family.device), states.expand(2, -1, -1))
             self._rgb = LatentToRgb.fit(self.family, shape[0])
         if self._fixed_rows is None:
             self._calibrate(key)
@@ -204,11 +206,11 @@ class Engine:
         request.prompt_tokens, request.text_tokens = cond.tokens, len(cond.states)
         width = cond.states.shape[-1]
         key = request.lane
-        if key not in self._lanes:
+        if key not in self.lanes:
             self.memory.check(key, width)
-            self._lanes[key] = Lane(self.family, key, self._network, self.clock)
+            self.lanes[key] = Lane(self.family, key, self.network, self.clock)
             self.planner.cost.cap(key, self.memory.num_rows(key, self.planner.cost.max_rows))
-        lane = self._lanes[key]
+        lane = self.lanes[key]
         if lane.num_used and lane.num_used + request.num_images > self.memory.num_slots(key, width):
             return
         self._arriving.remove(request)
@@ -229,13 +231,13 @@ class Engine:
             if len(batch) == 1:
                 return {batch[0]: error.with_traceback(None) if out_of_memory(error) else error}  # frames hold tensors
             log.warning("a step of %d jobs failed (%s): trying it in halves", len(batch), type(error).__name__)
-        self._network.release_memory()
+        self.network.release_memory()
         half = len(batch) // 2
         return {**self._run(batch[:half]), **self._run(batch[half:])}
 
     def _forward(self, batch: Sequence[Request]) -> None:
         key, rows = batch[0].lane, sum(r.rows for r in batch)
-        fitted = self._lanes[key].step(batch)
+        fitted = self.lanes[key].step(batch)
         if fitted < rows and self._fixed_rows is None:  # memory did not suffice for all at once
             self.planner.cost.lower(key, fitted)
         self._launched.append((key, rows))
@@ -264,11 +266,11 @@ class Engine:
         if self._rgb is None:
             self._rgb = LatentToRgb.fit(self.family, request.work.latent_shape[0])
         with torch.inference_mode():
-            request.preview = Preview(request.step, self._rgb(self._lanes[request.lane].denoised(request)))
+            request.preview = Preview(request.step, self._rgb(self.lanes[request.lane].denoised(request)))
 
     def _denoised(self, request: Request) -> None:
         """Free the slots; decode in one of the next steps."""
-        latents = self._lanes[request.lane].latents(request)
+        latents = self.lanes[request.lane].latents(request)
         request.finite = torch.isfinite(latents).all()
         request.reached("denoised")
         self._leave(request)
@@ -296,7 +298,7 @@ class Engine:
             if request in room:
                 room.remove(request)
         if request.slots:
-            self._lanes[request.lane].leave(request)
+            self.lanes[request.lane].leave(request)
 
 
 def _texts(work: Work) -> list[str]:

@@ -41,7 +41,7 @@ class StableDiffusion:
         if prediction not in PREDICTION_TYPES:
             raise ModelError(f"{model_id}: prediction_type is {prediction!r}; allowed: {', '.join(PREDICTION_TYPES)}")
         for part in (vae, unet, text_encoder):
-            part.to(device).eval()
+            part.to(device).eval().requires_grad_(False)
             if part.dtype != dtype:
                 part.to(dtype)
         if device.type == "cuda":  # convolutions on tensor cores read this layout; on a CPU it measured no faster

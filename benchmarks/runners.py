@@ -1,0 +1,169 @@
+"""The ways of running a trace: plain pipelines one by one, static batches, the engine, and the bare network as floor.
+
+Each runs the real computation and measures it. The clock that counts latencies advances by what was computed and skips
+to the next arrival when there is nothing to do, so that nobody sleeps and no arrival is late.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.request import Request, Work
+from latentline_worker.models.base import Family
+from latentline_worker.samplers import make_scheduler, sampler_table
+
+from .trace import Job
+
+MAX_STATIC_BATCH = 8  # jobs of one pipeline call
+
+
+@dataclass
+class Outcome:
+    """What a run of a trace gave."""
+
+    latency_s: dict[Job, float] = field(default_factory=dict)
+    busy_s: float = 0.0  # computing
+    makespan_s: float = 0.0  # from the first arrival's clock to the last end
+    batch_rows: Counter[int] = field(default_factory=Counter)  # network calls by their number of rows
+    step_s: float = 0.0  # of steps with 8 rows or more that nothing joined: all of it,
+    forward_s: float = 0.0  # and the network's part
+    mean_batch_jobs: float = 1.0
+
+    def throughput(self) -> float:
+        """Jobs per second of makespan."""
+        return len(self.latency_s) / self.makespan_s
+
+    def mean_s(self, short: bool = False) -> float:
+        return statistics.mean(self._of(short))
+
+    def quantile_s(self, q: float, short: bool = False) -> float:
+        values = sorted(self._of(short))
+        return values[min(len(values) - 1, int(q * len(values)))]
+
+    def _of(self, short: bool) -> list[float]:
+        return [s for job, s in self.latency_s.items() if job.short or not short] or [float("nan")]
+
+
+def pipelines(trace: Sequence[Job], pipeline: Any, side_px: int, batched: bool) -> Outcome:
+    """Plain diffusers. ``batched``: what waits and has the head's step count, sampler and guidance shares one call.
+
+    That is as much as a pipeline's batch dimension can take: its scheduler and guidance are the call's, not the image's.
+    Kinder to static batching than celery-batches is: it never waits for a batch to fill.
+    """
+    outcome = Outcome()
+    todo, waiting, now, calls = deque(sorted(trace, key=lambda job: job.arrival_s)), deque[Job](), 0.0, 0
+    config = dict(pipeline.scheduler.config)
+    while todo or waiting:
+        if not waiting:
+            now = max(now, todo[0].arrival_s)
+        while todo and todo[0].arrival_s <= now:
+            waiting.append(todo.popleft())
+        head = waiting[0]
+        alike = [j for j in waiting if (j.steps, j.scheduler, j.guidance_scale) == (head.steps, head.scheduler, head.guidance_scale)]
+        batch = alike[:MAX_STATIC_BATCH] if batched else [head]
+        started = time.perf_counter()
+        pipeline.scheduler = make_scheduler(head.scheduler, config)
+        pipeline(
+            [job.prompt for job in batch],
+            num_inference_steps=head.steps,
+            guidance_scale=head.guidance_scale,
+            width=side_px,
+            height=side_px,
+            generator=[torch.Generator().manual_seed(job.seed) for job in batch],
+            output_type="latent",
+        )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        now, outcome.busy_s, calls = now + elapsed, outcome.busy_s + elapsed, calls + 1
+        for job in batch:
+            waiting.remove(job)
+            outcome.latency_s[job] = now - job.arrival_s
+    outcome.makespan_s, outcome.mean_batch_jobs = now, len(trace) / calls
+    return outcome
+
+
+def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Outcome:
+    """The engine itself, stepped here instead of by its thread."""
+    outcome = Outcome()
+    todo, now = deque(sorted(trace, key=lambda job: job.arrival_s)), 0.0
+    running: dict[Request, Job] = {}
+    shared = batches = 0
+    while todo or running:
+        if not running:
+            now = max(now, todo[0].arrival_s)
+        started = time.perf_counter()
+        joined = False
+        while todo and todo[0].arrival_s <= now:
+            running[engine.submit(to_work(engine.family, todo[0], side_px))] = todo[0]
+            todo.popleft()
+            joined = True
+        rows, step_s, forward_s = engine.num_rows, engine.clock.step_s, engine.clock.forward_s
+        engine.step()
+        ended = [request for request in running if request.future.done()]
+        if torch.cuda.is_available() and ended:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        rows = engine.num_rows - rows
+        outcome.batch_rows[rows] += 1
+        batches, shared = batches + 1, shared + sum(request.phase == "denoising" for request in running)
+        if rows >= 8 and not joined:
+            # Where the device runs on its own, its own clock tells; on a CPU the host's work counts as well.
+            outcome.step_s += engine.clock.step_s - step_s if torch.cuda.is_available() else elapsed
+            outcome.forward_s += engine.clock.forward_s - forward_s
+        now, outcome.busy_s = now + elapsed, outcome.busy_s + elapsed
+        for request in ended:
+            job = running.pop(request)
+            request.result()
+            outcome.latency_s[job] = now - job.arrival_s
+    outcome.makespan_s, outcome.mean_batch_jobs = now, shared / max(1, batches)
+    return outcome
+
+
+def bare_network(engine: Engine, batch_rows: Counter[int], side_px: int, repeats: int = 5) -> float:
+    """Seconds that the network alone takes for these calls: the floor under the engine's time."""
+    family = engine.family
+    states = family.encode([""])[0]
+    shape = family.latent_shape(side_px, side_px)
+    total = 0.0
+    with torch.inference_mode():
+        for rows, count in sorted(batch_rows.items()):
+            if rows:
+                x, t = torch.randn(rows, *shape, device=family.device), torch.full((rows,), 500.0, device=family.device)
+                total += count * _seconds(lambda x=x, t=t, rows=rows: engine.network(x, t, states.expand(rows, -1, -1)), repeats)
+    return total
+
+
+def to_work(family: Family, job: Job, side_px: int) -> Work:
+    """A trace's job for the engine; its result is the latents, as the pipelines' is here."""
+    return Work(
+        job_id=str(job.seed),
+        model=family.info.id,
+        prompt=job.prompt,
+        negative_prompt="",
+        latent_shape=family.latent_shape(side_px, side_px),
+        table=sampler_table(job.scheduler, family.scheduler_config, job.steps),
+        guidance_scale=job.guidance_scale,
+        seeds=(job.seed,),
+        decode=False,
+    )
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    """The median of a few calls."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
