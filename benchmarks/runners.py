@@ -20,9 +20,7 @@ from latentline_worker.engine.request import Request, Work
 from latentline_worker.models.base import Family
 from latentline_worker.samplers import make_scheduler, sampler_table
 
-from .trace import Job
-
-MAX_STATIC_BATCH = 8  # jobs of one pipeline call
+from .trace import MAX_STATIC_BATCH, Job
 
 
 @dataclass

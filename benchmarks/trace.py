@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 PROMPTS = ("a cat", "a rocket", "a red apple", "a robot", "a house", "a panda", "a guitar", "a sunflower")
 SCHEDULERS = ("ddim", "euler", "dpmpp_2m", "unipc")
 GUIDANCE = (1.0, 5.0)  # one row a step, or two
+MAX_STATIC_BATCH = 8  # jobs that static batching runs together
 SHORT_STEPS = 8  # jobs of at most this many steps are the short ones
 
 

@@ -22,7 +22,8 @@ class _Lane:
     times: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
     steps: int = 0
     clean_steps: int = 0
-    knee: int | None = None  # cached until the next observation
+    known: list[tuple[int, float, int]] | None = None  # rows, median seconds, times; until the next observation
+    knee: int | None = None  # likewise
 
 
 class CostModel:
@@ -46,7 +47,7 @@ class CostModel:
         entry.times[rows].append(seconds)
         entry.steps += 1
         entry.clean_steps += 1
-        entry.knee = None
+        entry.known = entry.knee = None
         if entry.limit < entry.cap and entry.clean_steps >= RECOVERY:
             entry.limit, entry.clean_steps = min(entry.cap, 2 * entry.limit), 0
 
@@ -66,17 +67,16 @@ class CostModel:
 
     def seconds(self, lane: Hashable, rows: int) -> float:
         """What a step of ``rows`` rows will take: between known row counts a straight line, beyond them in proportion."""
-        known = self._known(self._lanes[lane], trusted=1)
+        known = self._known(self._lanes[lane])
         if not known:
             return 0.0
-        counts = [count for count, _ in known]
-        place = bisect_left(counts, rows)
+        place = bisect_left(known, rows, key=lambda entry: entry[0])
         if place == len(known):
             return known[-1][1] * rows / known[-1][0]
-        high, high_s = known[place]
+        high, high_s, _ = known[place]
         if high == rows or place == 0:
             return high_s
-        low, low_s = known[place - 1]
+        low, low_s, _ = known[place - 1]
         return low_s + (high_s - low_s) * (rows - low) / (high - low)
 
     def budget(self, lane: Hashable) -> int:
@@ -90,7 +90,7 @@ class CostModel:
         return min(rows, entry.limit)
 
     def _knee(self, entry: _Lane) -> int:
-        known = self._known(entry, TRUSTED)
+        known = [(count, seconds) for count, seconds, times in self._known(entry) if times >= TRUSTED]
         if not known:
             return 1
         best = max(count / seconds for count, seconds in known)
@@ -100,5 +100,7 @@ class CostModel:
         return 2 * largest if 2 * enough > largest else enough
 
     @staticmethod
-    def _known(entry: _Lane, trusted: int) -> list[tuple[int, float]]:
-        return sorted((count, statistics.median(times)) for count, times in entry.times.items() if len(times) >= trusted)
+    def _known(entry: _Lane) -> list[tuple[int, float, int]]:
+        if entry.known is None:
+            entry.known = sorted((count, statistics.median(times), len(times)) for count, times in entry.times.items())
+        return entry.known
