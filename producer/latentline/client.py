@@ -35,7 +35,12 @@ class _Operations:
         ready = [_fit(request, known) for request in requests]
         made: list[JobRecord] = []
         for start in range(0, len(ready), SUBMIT_CHUNK):
-            made += yield from records.submit(ready[start : start + SUBMIT_CHUNK], self.settings.retention_s)
+            made += yield from records.submit(
+                ready[start : start + SUBMIT_CHUNK],
+                self.settings.retention_s,
+                tenant_cap=self.settings.tenant_cap,
+                durable=self.settings.durable,
+            )
         return [self._with_urls(record) for record in made]
 
     def _get(self, job_id: str) -> Operation[JobRecord]:

@@ -6,6 +6,7 @@
     ├── InvalidRequest                 invalid_request, 422      a field, its value and what is allowed
     ├── JobNotFound                    job_not_found, 404
     ├── IdempotencyConflict            idempotency_conflict, 409 same key, another body
+    ├── TenantQuotaExceeded            tenant_quota_exceeded, 429 too much of one tenant waits; come back later
     ├── ServiceUnavailable             503
     │   ├── BrokerUnavailable          broker_unavailable        Redis does not answer
     │   └── StoreUnavailable           store_unavailable         the object store does not answer
@@ -67,6 +68,12 @@ class JobNotFound(LatentlineError):
 class IdempotencyConflict(LatentlineError):
     code = "idempotency_conflict"
     http_status = 409
+
+
+class TenantQuotaExceeded(LatentlineError):
+    code = "tenant_quota_exceeded"
+    http_status = 429
+    retry_after_s = 5
 
 
 class ServiceUnavailable(LatentlineError):

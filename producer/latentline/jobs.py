@@ -173,6 +173,11 @@ class JobRequest(Message):
         except ValidationError as error:
             raise invalid_request(error) from None
 
+    @property
+    def cost(self) -> int:
+        """Network rows that denoising takes: steps x images, twice with guidance."""
+        return self.num_inference_steps * self.num_images * (2 if self.guidance_scale > 1 else 1)
+
     def fingerprint(self) -> str:
         """What must be equal for two submissions under one idempotency key to be the same."""
         data = self.model_dump(mode="json", exclude={"idempotency_key"}, exclude_unset=True)

@@ -17,11 +17,28 @@ from typing import Any, TypeVar
 import redis
 import redis.asyncio
 from pydantic import ValidationError
+from redis.client import NEVER_DECODE
 
 from . import routing
-from .errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken
+from .errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken, TenantQuotaExceeded
 from .jobs import Claim, ImageRef, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Phase, Status
-from .scripts import BEAT, CANCEL, CLAIM, RECLAIM, RELEASE, SETTLE, SUBMIT
+from .scripts import (
+    BEAT,
+    CANCEL,
+    CHECKPOINT,
+    CLAIM,
+    EXPIRE,
+    RECLAIM,
+    RELEASE,
+    REPLAY_CALLBACK,
+    RETRY,
+    SETTLE,
+    SETTLE_CALLBACK,
+    SUBMIT,
+    TAKE_CALLBACK,
+    WAKE,
+    WAKE_CALLBACKS,
+)  # fmt: skip
 
 T = TypeVar("T")
 Call = Callable[[Any], Any]
@@ -30,7 +47,14 @@ Operation = Generator[Call, Any, T]
 # A broker that is away, that has become a replica, or that is full.
 UNAVAILABLE = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, OSError)
 MAX_PAGE = 200
-MAX_ATTEMPTS = 3  # workers that a job may lose before it fails
+MAX_ERRORS = 4  # tries that may end in an error that another try might mend
+# Workers that may be lost with a job in flight before it runs with no other beside it, and then before it fails: a job
+# that kills its process takes its neighbours with it, and they must not be blamed.
+SUSPECT_CRASHES = 2
+MAX_CRASHES_ALONE = 2
+MAX_WAKE = 256  # waiting jobs of a model that one look for lost messages covers, those to be served next
+CHECKPOINT_TTL_S = 86400
+AOF_TIMEOUT_MS = 2000
 MAX_RECLAIM = 1000  # running jobs that one look at the leases covers, oldest first
 WORKER_ALIVE_S = 10  # a worker that has not beaten for this long is gone
 
@@ -84,38 +108,44 @@ class Beat:
     step: int
     lease_s: float
     batch_jobs: int = 0
-    preview: tuple[str, ...] = ()  # a data: URL per image, when there is a new one
+    previews: tuple[str, ...] = ()  # a data: URL per image, when there is a new one
 
 
-def submit(requests: Sequence[JobRequest], retention_s: int) -> Operation[list[JobRecord]]:
-    """Write records, wake-ups, indexes and events of all requests in one pipeline, each atomically."""
+def submit(requests: Sequence[JobRequest], retention_s: int, *, tenant_cap: int = 0, durable: bool = False) -> Operation[list[JobRecord]]:
+    """Write records, wake-ups, indexes and events of all requests in one pipeline, each atomically.
+
+    Args:
+        retention_s: how long an idempotency key is kept.
+        tenant_cap: rows of denoising that one tenant may have queued and running; 0 for no bound. One job always fits.
+        durable: return only when the append-only file holds them (WAITAOF).
+
+    Raises:
+        IdempotencyConflict, TenantQuotaExceeded: for the first request that is refused; those before it are accepted.
+        BrokerUnavailable: also when ``durable`` was asked for and the file is not written in time.
+    """
 
     def call(client: Any) -> Any:
         pipeline = client.pipeline(transaction=False)
         for request in requests:
-            job_id = str(uuid.uuid4())
-            queue = routing.queue_name(request.model)
-            keys = [
-                routing.job_key(job_id),
-                routing.events_key(job_id),
-                routing.index_key(),
-                routing.index_key(Status.QUEUED),
-                routing.waiting_key(request.model),
-                routing.queue_list(queue, request.priority),
-                routing.idempotency_key(request.tenant, request.idempotency_key or ""),
-            ]
+            callback = request.callback
             pipeline.eval(
                 SUBMIT,
-                len(keys),
-                *keys,
-                job_id,
+                0,
+                str(uuid.uuid4()),
                 request.model_dump_json(),
                 request.num_inference_steps,
+                request.model,
+                request.tenant,
+                request.priority,
                 routing.priority_step(request.priority),  # the order in which kombu serves
                 request.deadline_s or 0,
-                routing.wake_up(job_id, queue, request.priority),
+                request.cost,
+                tenant_cap,
+                routing.idempotency_key(request.tenant, request.idempotency_key or ""),
                 request.fingerprint() if request.idempotency_key else "",
                 retention_s,
+                callback.url if callback else "",
+                json.dumps(callback.events) if callback else "",
             )
         return pipeline.execute()
 
@@ -124,10 +154,18 @@ def submit(requests: Sequence[JobRequest], retention_s: int) -> Operation[list[J
     for request, (outcome, payload, *position) in zip(requests, replies, strict=True):
         if outcome == "conflict":
             raise IdempotencyConflict(f"idempotency key {request.idempotency_key!r} was used with another request (job {payload})")
+        if outcome == "full":
+            raise TenantQuotaExceeded(
+                f"tenant {request.tenant!r} has {payload} rows queued and running: {request.cost} more exceed the {tenant_cap} allowed"
+            )
         if outcome == "same":
             records.append((yield from get(payload)))
         else:
             records.append(_record(_pairs(payload)).model_copy(update={"queue_position": position[0]}))
+    if durable:
+        local, _ = yield lambda client: client.execute_command("WAITAOF", 1, 0, AOF_TIMEOUT_MS)
+        if not local:
+            raise BrokerUnavailable(f"the broker has not written its append-only file within {AOF_TIMEOUT_MS} ms; the jobs may still run")
     return records
 
 
@@ -176,15 +214,8 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
 
 def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
     """Cancel at once when queued, at the next step when running; a terminal job stays as it is."""
-    record = yield from get(job_id)
-    keys = [
-        routing.job_key(job_id),
-        routing.events_key(job_id),
-        routing.waiting_key(record.request.model),
-        routing.index_key(Status.QUEUED),
-        routing.index_key(Status.CANCELLED),
-    ]
-    yield lambda client: client.eval(CANCEL, len(keys), *keys, job_id, retention_s)
+    yield from get(job_id)  # raises for an unknown one
+    yield lambda client: client.eval(CANCEL, 0, job_id, retention_s)
     return (yield from get(job_id))
 
 
@@ -229,6 +260,56 @@ def workers() -> Operation[list[str]]:
     return names
 
 
+def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict[str, Any]]]:
+    """Callbacks with their logs, newest first; of one job or of all."""
+    found: list[str] = yield lambda client: client.zrange(routing.callbacks_key(), 0, -1, desc=True)
+    wanted = [cid for cid in found if job_id is None or cid.startswith(f"msg_{job_id}_")][:limit]
+    raws = yield _hgetall_many(wanted, routing.callback_key)
+    return [_callback(raw) for raw in raws if raw]
+
+
+def replay_callback(callback_id: str) -> Operation[bool]:
+    """Send a callback once more, whatever came of it, also to a receiver that said Gone; False when it is not known."""
+    return bool((yield lambda client: client.eval(REPLAY_CALLBACK, 0, callback_id)))
+
+
+def dead_letters() -> Operation[list[dict[str, Any]]]:
+    """Jobs that were given up and messages that nobody could read, newest first."""
+    raw = yield lambda client: client.hgetall(routing.dead_key())
+    return sorted((json.loads(letter) for letter in raw.values()), key=lambda letter: float(letter["at"]), reverse=True)
+
+
+def dead_letter(dead_id: str) -> Operation[dict[str, Any]]:
+    """One dead letter; raises JobNotFound."""
+    raw = yield lambda client: client.hget(routing.dead_key(), dead_id)
+    if raw is None:
+        raise JobNotFound(f"no dead letter {dead_id!r}")
+    letter: dict[str, Any] = json.loads(raw)
+    return letter
+
+
+def drop_dead_letter(dead_id: str) -> Operation[None]:
+    """Forget a dead letter; raises JobNotFound."""
+    yield from dead_letter(dead_id)
+    yield lambda client: client.hdel(routing.dead_key(), dead_id)
+
+
+def durability() -> Operation[list[str]]:
+    """What of the broker's settings may lose jobs, as sentences; empty when all is well."""
+    try:
+        found: dict[str, str] = yield lambda client: client.config_get("appendonly", "maxmemory-policy", "maxmemory")
+    except redis.ResponseError:
+        return ["the broker does not let its settings be read: whether jobs survive its restart is not known"]
+    problems = []
+    if found.get("appendonly") != "yes":
+        problems.append("appendonly is off: a restart of the broker loses jobs")
+    if found.get("maxmemory-policy") != "noeviction":
+        problems.append(f"maxmemory-policy is {found.get('maxmemory-policy')}: under pressure the broker drops records; set noeviction")
+    if found.get("maxmemory") in (None, "0"):
+        problems.append("maxmemory is not set: the broker may be killed for memory instead of refusing jobs")
+    return problems
+
+
 class Records:
     """What workers do with records, on a blocking client."""
 
@@ -245,26 +326,36 @@ class Records:
     def workers(self) -> list[str]:
         return run(self._client, workers())
 
-    def claim(self, job_id: str, worker: str, lease_s: float) -> Claim | None:
+    def durability(self) -> list[str]:
+        return run(self._client, durability())
+
+    def suspect(self, job_id: str) -> bool:
+        """Whether so many workers were lost with this job that it should run with no other beside it."""
+        crashes = self._one(lambda client: client.hget(routing.job_key(job_id), "crashes"))
+        return int(crashes or 0) >= SUSPECT_CRASHES
+
+    def claim(self, job_id: str, worker: str, lease_s: float, *, alone: bool = False) -> Claim | None:
         """Own the job for ``lease_s`` seconds; None when there is nothing to do for it.
 
-        That is: it is unknown, terminal, past its deadline (then it is failed here), or under a live lease.
+        That is: it has ended, is past its deadline (then it is failed here), waits for its next try, or is under a live lease.
+
+        Raises:
+            JobNotFound: there is no such record, or it is of another version (then it is failed and kept as dead letter).
         """
-        request = run(self._client, _hget(job_id, "request"))
-        if request is None:
-            return None
-        model = JobRequest.model_validate_json(request).model
-        keys = [
-            routing.job_key(job_id),
-            routing.events_key(job_id),
-            routing.waiting_key(model),
-            *(routing.index_key(status) for status in (Status.QUEUED, Status.RUNNING, Status.FAILED)),
-        ]
-        reply = self._eval(CLAIM, keys, job_id, worker, lease_s, self._retention_s)
-        if not reply:
+        reply = self._eval(CLAIM, job_id, worker, lease_s, self._retention_s, int(alone))
+        if reply == "unknown":
+            raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
+        if isinstance(reply, str):
             return None
         raw = _pairs(reply)
-        return Claim(record=_record(raw), token=int(raw["token"]))
+        token = int(raw["token"])
+        try:
+            return Claim(record=_record(raw), token=token)
+        except JobNotFound as error:
+            failure = JobError(code="unreadable_record", message="the record is of a version that this worker cannot read")
+            self._eval(SETTLE, job_id, token, Status.FAILED.value, "[]", failure.model_dump_json(), "{}", self._retention_s)
+            self.bury(job_id, "job", error.message, job_id=job_id, code=failure.code)
+            raise
 
     def beat(self, beats: Sequence[Beat]) -> list[Verdict]:
         """Renew leases and store progress of many jobs in one round trip."""
@@ -272,19 +363,8 @@ class Records:
         def call(client: Any) -> Any:
             pipeline = client.pipeline(transaction=False)
             for b in beats:
-                keys = [routing.job_key(b.job_id), routing.events_key(b.job_id)]
-                pipeline.eval(
-                    BEAT,
-                    2,
-                    *keys,
-                    b.job_id,
-                    b.token,
-                    b.phase.value,
-                    b.step,
-                    b.lease_s,
-                    b.batch_jobs,
-                    json.dumps(b.preview) if b.preview else "",
-                )
+                previews = json.dumps(b.previews) if b.previews else ""
+                pipeline.eval(BEAT, 0, b.job_id, b.token, b.phase.value, b.step, b.lease_s, b.batch_jobs, previews)
             return pipeline.execute()
 
         def operation() -> Operation[list[Verdict]]:
@@ -293,29 +373,30 @@ class Records:
 
         return run(self._client, operation())
 
+    def checkpoint(self, job_id: str, token: int, step: int, data: bytes) -> bool:
+        """Keep what another worker needs to go on from ``step`` (in the job's own steps); False for a stale token."""
+        return bool(self._eval(CHECKPOINT, job_id, token, step, data, CHECKPOINT_TTL_S))
+
+    def load_checkpoint(self, job_id: str) -> bytes | None:
+        """The newest checkpoint of a job."""
+        # The client decodes what it reads, and these are bytes: asked for as such.
+        data: bytes | None = self._one(lambda client: client.execute_command("GET", routing.checkpoint_key(job_id), **{NEVER_DECODE: True}))
+        return data
+
     def release(self, job_id: str, token: int) -> bool:
         """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when somebody else owns the job now."""
-        keys, wake_up = _back_to_queue(self.get(job_id))
-        return bool(self._eval(RELEASE, keys, job_id, token, wake_up, self._retention_s))
+        return bool(self._eval(RELEASE, job_id, token, self._retention_s))
 
-    def reclaim(self) -> list[str]:
-        """Take jobs away from workers whose lease has run out and queue them again; the ids of those jobs.
+    def retry(self, job_id: str, token: int, error: JobError, delay_s: float) -> Status:
+        """Another try after ``delay_s``, or failed and a dead letter after ``MAX_ERRORS``; the status that came of it.
 
-        A job that has lost ``MAX_ATTEMPTS`` workers fails with ``worker_lost``: it may be what kills them.
+        Raises:
+            StaleToken: as :meth:`settle`.
         """
-        seconds, _ = self._one(lambda client: client.time())
-        running = self._one(lambda client: client.zrange(routing.index_key(Status.RUNNING), 0, MAX_RECLAIM - 1))
-        leases = self._one(_leases(running))
-        reclaimed = []
-        for job_id, lease in zip(running, leases, strict=True):
-            if lease is None:
-                self._one(_zrem(routing.index_key(Status.RUNNING), [job_id]))  # its record has expired
-            elif float(lease) <= seconds:
-                keys, wake_up = _back_to_queue(self.get(job_id))
-                keys.append(routing.index_key(Status.FAILED))
-                if self._eval(RECLAIM, keys, job_id, wake_up, MAX_ATTEMPTS, self._retention_s):
-                    reclaimed.append(job_id)
-        return reclaimed
+        status = self._eval(RETRY, job_id, token, error.model_dump_json(), delay_s, MAX_ERRORS, self._retention_s)
+        if not status:
+            raise StaleToken(f"job {job_id}: token {token} is not the newest, or the job has ended")
+        return Status(status)
 
     def settle(
         self,
@@ -334,22 +415,71 @@ class Records:
         """
         if not status.terminal:
             raise ValueError(f"status: got {status.value!r}; allowed: a terminal status")
-        keys = [routing.job_key(job_id), routing.events_key(job_id), routing.index_key(Status.RUNNING), routing.index_key(status)]
         stored = json.dumps([image.model_dump(mode="json", exclude={"url"}) for image in images])
-        reply = self._eval(
-            SETTLE,
-            keys,
-            job_id,
-            token,
-            status.value,
-            stored,
-            error.model_dump_json() if error else "",
-            json.dumps(timings or {}),
-            self._retention_s,
-        )
+        failure = error.model_dump_json() if error else ""
+        reply = self._eval(SETTLE, job_id, token, status.value, stored, failure, json.dumps(timings or {}), self._retention_s)
         if not reply:
             raise StaleToken(f"job {job_id}: token {token} is not the newest, or the job has ended")
         return _record(_pairs(reply))
+
+    def reclaim(self) -> list[str]:
+        """Take jobs away from workers whose lease has run out and queue them again; the ids of those jobs.
+
+        A job that was alone on ``MAX_CRASHES_ALONE`` lost workers fails with ``worker_lost``: it is what kills them.
+        """
+        seconds = self._now()
+        running = self._one(lambda client: client.zrange(routing.index_key(Status.RUNNING), 0, MAX_RECLAIM - 1))
+        leases = self._one(_field_of(running, "lease_until"))
+        reclaimed = []
+        for job_id, lease in zip(running, leases, strict=True):
+            if lease is None:
+                self._one(_zrem(routing.index_key(Status.RUNNING), [job_id]))  # its record has expired
+            elif float(lease) <= seconds and self._eval(RECLAIM, job_id, MAX_CRASHES_ALONE, self._retention_s):
+                reclaimed.append(job_id)
+        return reclaimed
+
+    def wake(self, model: str, grace_s: float) -> list[str]:
+        """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids."""
+        seconds = self._now()
+        due = self._one(lambda client: client.zrangebyscore(routing.delayed_key(), "-inf", seconds, 0, MAX_RECLAIM))
+        oldest = self._one(lambda client: client.zrange(routing.waiting_key(model), 0, MAX_WAKE - 1))
+        woken = self._one(_field_of(oldest, "woken_at"))
+        late = [job_id for job_id, at in zip(oldest, woken, strict=True) if at is not None and float(at) + grace_s <= seconds]
+        if gone := [job_id for job_id, at in zip(oldest, woken, strict=True) if at is None]:
+            self._one(_zrem(routing.waiting_key(model), gone))
+        return [job_id for job_id in dict.fromkeys([*due, *late]) if self._eval(WAKE, job_id, grace_s)]
+
+    def expired(self) -> list[str]:
+        """Ended jobs whose retention is over, as ``tenant/id``; their records are gone after this, their images may not be."""
+        members: list[str] = self._eval(EXPIRE, MAX_RECLAIM)
+        return members
+
+    def forget(self, members: Sequence[str]) -> None:
+        """The images of these are gone as well."""
+        self._one(_zrem(routing.expiring_key(), members))
+
+    def take_callback(self, callback_id: str, lock_s: float) -> dict[str, Any] | None:
+        """A due callback for one try within ``lock_s``; None when it is delivered, given up, not due yet, or in other hands."""
+        reply = self._eval(TAKE_CALLBACK, callback_id, lock_s)
+        return _callback(_pairs(reply)) if reply else None
+
+    def settle_callback(self, callback_id: str, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
+        """Log a try: ``pending`` and due again after ``delay_s``, or ended (delivered, failed, refused, gone)."""
+        self._eval(SETTLE_CALLBACK, callback_id, json.dumps(entry), status, delay_s)
+
+    def wake_callbacks(self) -> int:
+        """Hand every callback whose next try is due to the deliverers; how many."""
+        return int(self._eval(WAKE_CALLBACKS, MAX_RECLAIM))
+
+    def receiver_disabled(self, url: str) -> bool:
+        """Whether this receiver has answered 410 Gone."""
+        return bool(self._one(lambda client: client.hexists(routing.disabled_receivers_key(), url)))
+
+    def bury(self, dead_id: str, kind: str, reason: str, **more: Any) -> None:
+        """Keep what nobody can read, with its cause."""
+        seconds = self._now()
+        letter = json.dumps({"id": dead_id, "kind": kind, "reason": reason, "at": str(seconds), **more})
+        self._one(lambda client: client.hset(routing.dead_key(), dead_id, letter))
 
     def announce_model(self, info: ModelInfo) -> None:
         """Say that a worker serves this model."""
@@ -357,26 +487,26 @@ class Records:
 
     def worker_beat(self, name: str) -> None:
         """Say that a worker is alive, on the server's clock."""
-        seconds, _ = self._one(lambda client: client.time())
+        seconds = self._now()
         self._one(lambda client: client.zadd(routing.workers_key(), {name: seconds}))
 
     def worker_gone(self, name: str) -> None:
         """Say that a worker has stopped."""
         self._one(lambda client: client.zrem(routing.workers_key(), name))
 
-    def _eval(self, script: str, keys: Sequence[str], *args: Any) -> Any:
-        return self._one(lambda client: client.eval(script, len(keys), *keys, *args))
+    def _now(self) -> float:
+        """The server's clock."""
+        seconds, microseconds = self._one(lambda client: client.time())
+        return float(seconds + microseconds / 1e6)
+
+    def _eval(self, script: str, *args: Any) -> Any:
+        return self._one(lambda client: client.eval(script, 0, *args))
 
     def _one(self, call: Call) -> Any:
         def operation() -> Operation[Any]:
             return (yield call)
 
         return run(self._client, operation())
-
-
-def _hget(job_id: str, field: str) -> Operation[str | None]:
-    value: str | None = yield lambda client: client.hget(routing.job_key(job_id), field)
-    return value
 
 
 def _index_page(key: str, before: str, offset: int, count: int) -> Call:
@@ -387,40 +517,38 @@ def _zrem(key: str, members: Sequence[str]) -> Call:
     return lambda client: client.zrem(key, *members)
 
 
-def _hgetall_many(job_ids: Sequence[str]) -> Call:
+def _hgetall_many(ids: Sequence[str], key: Callable[[str], str] = routing.job_key) -> Call:
     def call(client: Any) -> Any:
         pipeline = client.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipeline.hgetall(routing.job_key(job_id))
+        for one in ids:
+            pipeline.hgetall(key(one))
         return pipeline.execute()
 
     return call
 
 
-def _leases(job_ids: Sequence[str]) -> Call:
+def _field_of(job_ids: Sequence[str], field: str) -> Call:
     def call(client: Any) -> Any:
         pipeline = client.pipeline(transaction=False)
         for job_id in job_ids:
-            pipeline.hget(routing.job_key(job_id), "lease_until")
+            pipeline.hget(routing.job_key(job_id), field)
         return pipeline.execute()
 
     return call
 
 
-def _back_to_queue(record: JobRecord) -> tuple[list[str], str]:
-    """The keys that RELEASE and RECLAIM share, and a fresh wake-up."""
-    model, priority = record.request.model, record.request.priority
-    queue = routing.queue_name(model)
-    keys = [
-        routing.job_key(record.id),
-        routing.events_key(record.id),
-        routing.waiting_key(model),
-        routing.index_key(Status.QUEUED),
-        routing.index_key(Status.RUNNING),
-        routing.queue_list(queue, priority),
-        routing.index_key(Status.CANCELLED),
-    ]
-    return keys, routing.wake_up(record.id, queue, priority)
+def _callback(raw: dict[str, str]) -> dict[str, Any]:
+    """A callback's hash with its numbers and its log read."""
+    record = json.loads(raw["record"])
+    return {
+        **{key: raw[key] for key in ("id", "job_id", "type", "url", "status")},
+        "seq": int(raw["seq"]),
+        "tries": int(raw["tries"]),
+        "at": float(raw["at"]),
+        "due": float(raw["due"]),
+        "log": json.loads(raw.get("log") or "[]"),
+        "record": _record(_pairs(record)),
+    }
 
 
 def _positions(records: Sequence[JobRecord]) -> Call:
@@ -475,5 +603,6 @@ def _read_cursor(cursor: str) -> tuple[str, str]:
 
 
 __all__ = [
-    "Beat", "Operation", "Records", "Verdict", "arun", "cancel", "events", "get", "list_jobs", "models", "run", "submit", "workers",
+    "Beat", "Operation", "Records", "Verdict", "arun", "callbacks", "cancel", "dead_letter", "dead_letters", "drop_dead_letter",
+    "durability", "events", "get", "list_jobs", "models", "replay_callback", "run", "submit", "workers",
 ]  # fmt: skip

@@ -1,27 +1,36 @@
 """Job -> queue name; task names; every Redis key in one place; the wake-up message.
 
-A Celery message is only a wake-up that carries a job id: the record is the truth. The message is built here,
+A Celery message is only a wake-up that carries an id: the record is the truth. The message is built here,
 without Celery, so that a record and its wake-up are written in one atomic step and producers stay light.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import uuid
 
 PREFIX = "latentline"
 GENERATE_TASK = "latentline.generate"
+CALLBACK_TASK = "latentline.callback"
+CALLBACK_QUEUE = f"{PREFIX}.callbacks"
 
 # kombu's Redis transport keeps a list for each of these priorities; a message's priority falls into the
 # nearest one below it (kombu.transport.redis.Channel.priority_steps).
 PRIORITY_STEPS = (0, 3, 6, 9)
 PRIORITY_SEPARATOR = "\x06\x16"
 
+# A model's jobs lie in this many queues, which its workers serve in turn: a tenant with a thousand jobs fills one of
+# them and holds up nobody in the others. Each step of priority has all of them, so BRPOP watches 4 x 8 lists.
+NUM_SHARDS = 8
 
-def queue_name(model: str) -> str:
-    """The Celery queue from which workers that hold ``model`` take their wake-ups."""
-    return f"{PREFIX}.generate.{model}"
+
+def queue_name(model: str, shard: int = 0) -> str:
+    """The Celery queue of one shard of a model's jobs."""
+    return f"{PREFIX}.generate.{model}.{shard}"
+
+
+def queue_names(model: str) -> list[str]:
+    """The queues from which workers that hold ``model`` take their wake-ups."""
+    return [queue_name(model, shard) for shard in range(NUM_SHARDS)]
 
 
 def priority_step(priority: int) -> int:
@@ -45,19 +54,69 @@ def events_key(job_id: str) -> str:
     return f"{PREFIX}:events:{job_id}"
 
 
+def checkpoint_key(job_id: str) -> str:
+    """String of bytes: the sampler history from which another worker goes on."""
+    return f"{PREFIX}:checkpoint:{job_id}"
+
+
 def index_key(status: str | None = None) -> str:
     """Sorted set of job ids by creation time in ms: all, or those in one status."""
     return f"{PREFIX}:jobs" if status is None else f"{PREFIX}:jobs:{status}"
 
 
 def waiting_key(model: str) -> str:
-    """Sorted set of the queued job ids of a model in the order in which they are served."""
+    """Sorted set of the queued job ids of a model by priority step and time."""
     return f"{PREFIX}:waiting:{model}"
 
 
+def delayed_key() -> str:
+    """Sorted set of job ids that wait for another try, by the time at which it is due."""
+    return f"{PREFIX}:delayed"
+
+
+def expiring_key() -> str:
+    """Sorted set of ended jobs (``tenant/id``) by the time at which their images are to go."""
+    return f"{PREFIX}:expiring"
+
+
+def tenants_key() -> str:
+    """Hash: tenant -> cost of its jobs that have not ended, in network rows."""
+    return f"{PREFIX}:tenants"
+
+
+def shards_key(model: str) -> str:
+    """Hash: tenant -> shard of its queued jobs of a model."""
+    return f"{PREFIX}:shards:{model}"
+
+
 def idempotency_key(tenant: str, key: str) -> str:
-    """String: the job id and the fingerprint that this key stands for."""
+    """Hash: the job id and the fingerprint that this key stands for."""
     return f"{PREFIX}:idempotency:{tenant}:{key}"
+
+
+def callback_key(callback_id: str) -> str:
+    """Hash: one callback to be delivered, with its log."""
+    return f"{PREFIX}:callback:{callback_id}"
+
+
+def callbacks_key() -> str:
+    """Sorted set of all callback ids by the time of their event."""
+    return f"{PREFIX}:callbacks"
+
+
+def due_callbacks_key() -> str:
+    """Sorted set of undelivered callback ids by the time of their next try."""
+    return f"{PREFIX}:callbacks:due"
+
+
+def disabled_receivers_key() -> str:
+    """Hash: receiver URL -> when it answered 410 Gone."""
+    return f"{PREFIX}:callbacks:disabled"
+
+
+def dead_key() -> str:
+    """Hash: id -> a dead letter (JSON): a job that was given up, or a message that nobody can read."""
+    return f"{PREFIX}:dead"
 
 
 def models_key() -> str:
@@ -70,39 +129,40 @@ def workers_key() -> str:
     return f"{PREFIX}:workers"
 
 
-def wake_up(job_id: str, queue: str, priority: int) -> str:
-    """A Celery protocol 2 message in kombu's Redis envelope: ``generate(job_id)``."""
-    task_id = str(uuid.uuid4())
-    body = json.dumps([[job_id], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+def wake_up(task: str, argument: str, queue: str, priority: int | str, message_id: str) -> str:
+    """A Celery protocol 2 message in kombu's Redis envelope: ``task(argument)``.
+
+    Nothing in it is encoded, so that a script can fill a template of it: see :mod:`latentline.scripts`.
+    """
+    body = json.dumps([[argument], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
     return json.dumps(
         {
-            "body": base64.b64encode(body.encode()).decode(),
+            "body": body,
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": {
                 "lang": "py",
-                "task": GENERATE_TASK,
-                "id": task_id,
-                "root_id": task_id,
+                "task": task,
+                "id": message_id,
+                "root_id": message_id,
                 "parent_id": None,
                 "group": None,
                 "retries": 0,
                 "timelimit": [None, None],
                 "expires": None,
                 "eta": None,
-                "argsrepr": f"({job_id!r},)",
+                "argsrepr": f"({argument!r},)",
                 "kwargsrepr": "{}",
                 "origin": "latentline",
                 "ignore_result": True,
             },
             "properties": {
-                "correlation_id": task_id,
+                "correlation_id": message_id,
                 "reply_to": "",
                 "delivery_mode": 2,
                 "delivery_info": {"exchange": "", "routing_key": queue},
                 "priority": priority,
-                "body_encoding": "base64",
-                "delivery_tag": str(uuid.uuid4()),
+                "delivery_tag": message_id,
             },
         }
     )

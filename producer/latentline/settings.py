@@ -21,8 +21,11 @@ class Settings(BaseSettings):
     s3_access_key_id: SecretStr | None = None
     s3_secret_access_key: SecretStr | None = None
     presign_ttl_s: Annotated[int, Field(ge=1, le=7 * 86400)] = 3600  # S3 allows a week at most
-    retention_s: Annotated[int, Field(ge=60)] = 7 * 86400  # how long a finished job's record is kept
-    callback_secret: SecretStr | None = None  # whsec_...; callbacks need it
+    retention_s: Annotated[int, Field(ge=1)] = 7 * 86400  # how long an ended job's record and images are kept
+    durable: bool = False  # accept a job only once the broker's append-only file holds it
+    tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
+    # whsec_..., or several with commas between while they are rotated: each callback is signed with all. Callbacks need it.
+    callback_secret: SecretStr | None = None
     callback_allow_private: bool = False  # addresses that are not global are refused unless set
 
     @classmethod

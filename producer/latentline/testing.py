@@ -83,12 +83,12 @@ class FakeWorker:
 
     def take(self) -> str | None:
         """Take the next wake-up, as Celery would: the job id in it, or None when no job waits."""
-        queue = routing.queue_name(self.model.id)
         for priority in routing.PRIORITY_STEPS:
-            message = self.redis.rpop(routing.queue_list(queue, priority))
-            if message is not None:
-                (job_id,), _, _ = json.loads(base64.b64decode(json.loads(str(message))["body"]))
-                return str(job_id)
+            for queue in routing.queue_names(self.model.id):
+                message = self.redis.rpop(routing.queue_list(queue, priority))
+                if message is not None:
+                    (job_id,), _, _ = json.loads(json.loads(str(message))["body"])
+                    return str(job_id)
         return None
 
     def run_all(self) -> list[JobRecord]:

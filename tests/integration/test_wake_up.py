@@ -15,7 +15,7 @@ from latentline import records
 from latentline.connection import connect
 from latentline.jobs import JobRequest, Status
 from latentline.records import Records
-from latentline.routing import GENERATE_TASK, queue_list, queue_name
+from latentline.routing import GENERATE_TASK, queue_list, queue_name, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
 from latentline_worker.app import create_app
 from latentline_worker.settings import WorkerSettings
@@ -67,7 +67,7 @@ def test_wake_ups_of_every_priority_run_once_and_in_order(client: redis.Redis, a
     steps = {9: 3, **dict.fromkeys((6, 7, 8), 2), **dict.fromkeys((3, 4, 5), 1), **dict.fromkeys((0, 1, 2), 0)}
     expected = [job_id for _, job_id in sorted(zip(priorities, ids, strict=True), key=lambda pair: steps[pair[0]])]
     assert taken == expected
-    assert not any(client.exists(queue_list(queue_name(MODEL.id), p)) for p in range(10))
+    assert not any(client.exists(queue_list(name, p)) for name in queue_names(MODEL.id) for p in range(10))
     assert client.hlen("unacked") == 0
 
 

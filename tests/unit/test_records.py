@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import redis
 
 from latentline import records, routing
 from latentline.connection import connect, connect_async
-from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken
+from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken, TenantQuotaExceeded
 from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status
 from latentline.records import Beat, Records, Verdict, arun, run
 
@@ -40,6 +41,11 @@ def submit(client: redis.Redis, **fields: Any) -> str:
     return run(client, records.submit([request], 600))[0].id
 
 
+def queue(priority: int) -> str:
+    """The list in which a lone tenant's jobs wait: the first shard was empty."""
+    return routing.queue_list(routing.queue_name("latentline-emoji"), priority)
+
+
 def kinds(client: redis.Redis, job_id: str) -> list[str]:
     return [event.type for event in run(client, records.events(job_id))]
 
@@ -48,13 +54,13 @@ def test_a_submitted_job_is_queued_with_its_wake_up(client: redis.Redis) -> None
     job_id = submit(client, priority=4)
     record = run(client, records.get(job_id))
     assert (record.status, record.queue_position, record.num_steps, record.attempt) == (Status.QUEUED, 0, 20, 0)
-    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 4)) == 1
+    assert client.llen(queue(4)) == 1
     assert kinds(client, job_id) == ["job.queued"]
 
 
 def test_the_wake_up_holds_no_prompt(client: redis.Redis) -> None:
     submit(client, prompt="a very secret cat")
-    message = client.lrange(routing.queue_list(routing.queue_name("latentline-emoji"), 5), 0, -1)[0]
+    message = client.lrange(queue(5), 0, -1)[0]
     assert "secret" not in message
 
 
@@ -102,21 +108,189 @@ def test_after_the_lease_the_newest_token_alone_may_settle(client: redis.Redis, 
     assert kinds(client, job_id).count("job.succeeded") == 1
 
 
-def test_a_lost_workers_job_is_queued_again_and_fails_after_three(client: redis.Redis, store: Records) -> None:
+def lose(client: redis.Redis, store: Records, job_id: str, *, alone: bool) -> None:
+    """A worker takes the job and is never heard of again."""
+    claim = store.claim(job_id, "lost", 0.0, alone=alone)
+    assert claim
+    client.hset(routing.job_key(job_id), "lease_until", 1)
+    assert store.reclaim() == [job_id]
+    with pytest.raises(StaleToken):
+        store.settle(job_id, claim.token, Status.SUCCEEDED)
+
+
+def test_a_lost_workers_job_is_queued_again_and_runs_alone_after_two(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
-    for attempt in (1, 2, 3):
-        claim = store.claim(job_id, f"w{attempt}", 0.0)
-        assert claim and claim.record.attempt == attempt
-        client.hset(routing.job_key(job_id), "lease_until", 1)
-        assert store.reclaim() == [job_id]
-        with pytest.raises(StaleToken):
-            store.settle(job_id, claim.token, Status.SUCCEEDED)
-        if attempt < 3:
-            assert store.get(job_id).status is Status.QUEUED
+    for _ in range(2):
+        assert not store.suspect(job_id)
+        lose(client, store, job_id, alone=False)
+        assert store.get(job_id).status is Status.QUEUED
+    assert store.suspect(job_id)
+    lose(client, store, job_id, alone=True)
+    assert store.get(job_id).status is Status.QUEUED
+    lose(client, store, job_id, alone=True)
     record = store.get(job_id)
     assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "worker_lost")
-    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 5)) == 3
+    assert [letter["job_id"] for letter in run(client, records.dead_letters())] == [job_id]
     assert store.reclaim() == []
+
+
+def test_company_in_a_crash_is_never_a_reason_to_fail(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    for _ in range(10):
+        lose(client, store, job_id, alone=False)
+    assert store.get(job_id).status is Status.QUEUED
+
+
+def test_errors_are_retried_later_and_end_as_a_dead_letter(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    error = JobError(code="store_unavailable", message="no answer")
+    for attempt in range(1, records.MAX_ERRORS):
+        claim = store.claim(job_id, "w", 30)
+        assert claim and claim.record.attempt == attempt
+        assert store.retry(job_id, claim.token, error, 60) is Status.QUEUED
+        assert store.claim(job_id, "w", 30) is None, "not before it is due"
+        assert store.wake("latentline-emoji", 0) == []
+        client.zadd(routing.delayed_key(), {job_id: 1})
+        assert store.wake("latentline-emoji", 0) == [job_id]
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.retry(job_id, claim.token, error, 60) is Status.FAILED
+    (letter,) = run(client, records.dead_letters())
+    assert (letter["job_id"], letter["code"], letter["errors"]) == (job_id, "store_unavailable", records.MAX_ERRORS)
+    assert run(client, records.dead_letter(job_id)) == letter
+    run(client, records.drop_dead_letter(job_id))
+    with pytest.raises(JobNotFound):
+        run(client, records.dead_letter(job_id))
+
+
+def test_a_checkpoint_is_kept_for_the_next_owner_and_fenced(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    data = bytes(range(256)) * 40
+    old = store.claim(job_id, "w", 30)
+    assert old and store.load_checkpoint(job_id) is None
+    assert store.checkpoint(job_id, old.token, 7, data)
+    assert store.release(job_id, old.token)
+    assert store.get(job_id).step == 7
+    new = store.claim(job_id, "v", 30)
+    assert new and new.record.step == 7 and store.load_checkpoint(job_id) == data
+    assert not store.checkpoint(job_id, old.token, 9, b"zombie")
+    assert store.load_checkpoint(job_id) == data
+    store.settle(job_id, new.token, Status.SUCCEEDED)
+    assert store.load_checkpoint(job_id) is None
+
+
+def test_a_lost_message_is_written_again_and_one_on_its_way_is_not(client: redis.Redis, store: Records) -> None:
+    first, second = submit(client), submit(client)
+    assert store.wake("latentline-emoji", 3600) == []
+    assert store.wake("latentline-emoji", 0) == [], "both messages are there"
+    client.delete(queue(5))
+    assert set(store.wake("latentline-emoji", 0)) == {first, second}
+    assert client.llen(queue(5)) == 2
+
+
+def test_a_tenants_jobs_share_a_shard_and_others_have_their_own(client: redis.Redis, store: Records) -> None:
+    for _ in range(3):
+        submit(client, tenant="busy")
+    submit(client, tenant="quiet")
+    lengths = [client.llen(routing.queue_list(name, 5)) for name in routing.queue_names("latentline-emoji")]
+    assert sorted(lengths, reverse=True)[:2] == [3, 1]
+
+
+def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
+    def give(tenant: str) -> str:
+        request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10, "tenant": tenant})  # 20 rows
+        return run(client, records.submit([request], 600, tenant_cap=50))[0].id
+
+    first, second = give("a"), give("a")
+    with pytest.raises(TenantQuotaExceeded, match="tenant 'a' has 40 rows"):
+        give("a")
+    give("b")
+    claim = store.claim(first, "w", 30)
+    assert claim
+    store.settle(first, claim.token, Status.SUCCEEDED)
+    give("a")
+    for job in run(client, records.list_jobs(Status.QUEUED))[0]:
+        run(client, records.cancel(job.id, 600))
+    assert client.hgetall(routing.tenants_key()) == {}
+    assert store.get(second).status is Status.CANCELLED
+
+
+def test_one_settle_one_callback(client: redis.Redis, store: Records) -> None:
+    callback = {"url": "https://example.com/hook", "events": ["job.running", "job.succeeded"]}
+    job_id = submit(client, callback=callback)
+    claim = store.claim(job_id, "w", 30)
+    assert claim
+    store.settle(job_id, claim.token, Status.SUCCEEDED, images=[IMAGE])
+    told, started = run(client, records.callbacks(job_id))
+    assert (started["type"], started["record"].status, told["type"], told["record"].status) == (
+        "job.running",
+        Status.RUNNING,
+        "job.succeeded",
+        Status.SUCCEEDED,
+    )
+    assert told["record"].images == (IMAGE,) and told["seq"] > started["seq"]
+    assert client.llen(routing.CALLBACK_QUEUE) == 2
+    taken = store.take_callback(told["id"], 60)
+    assert taken and taken["tries"] == 1 and store.take_callback(told["id"], 60) is None, "one deliverer at a time"
+    store.settle_callback(told["id"], {"status": 500}, "pending", 0)
+    assert store.take_callback(told["id"], 60)
+    store.settle_callback(told["id"], {"status": 200}, "delivered")
+    assert store.take_callback(told["id"], 60) is None
+    (again,) = [c for c in run(client, records.callbacks(job_id)) if c["id"] == told["id"]]
+    assert (again["status"], [entry["status"] for entry in again["log"]]) == ("delivered", [500, 200])
+    assert run(client, records.replay_callback(told["id"])) and store.take_callback(told["id"], 60)
+
+
+def test_a_callback_whose_message_is_lost_is_woken(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client, callback={"url": "https://example.com/hook"})
+    run(client, records.cancel(job_id, 600))
+    client.delete(routing.CALLBACK_QUEUE)
+    assert store.wake_callbacks() == 1 and client.llen(routing.CALLBACK_QUEUE) == 1
+    assert store.wake_callbacks() == 0, "its deliverer has time to take it"
+
+
+def test_a_receiver_that_is_gone(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client, callback={"url": "https://example.com/hook"})
+    run(client, records.cancel(job_id, 600))
+    (told,) = run(client, records.callbacks(job_id))
+    assert store.take_callback(told["id"], 60)
+    store.settle_callback(told["id"], {"status": 410}, "gone")
+    assert store.receiver_disabled("https://example.com/hook")
+
+
+def test_records_and_what_belongs_to_them_expire_together(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client, tenant="t")
+    run(client, records.cancel(job_id, 600))
+    assert store.expired() == []
+    client.zadd(routing.expiring_key(), {f"t/{job_id}": 1})
+    assert store.expired() == [f"t/{job_id}"] == store.expired(), "until its images are gone as well"
+    store.forget([f"t/{job_id}"])
+    assert store.expired() == []
+    with pytest.raises(JobNotFound):
+        store.get(job_id)
+    assert client.zcard(routing.index_key()) == 0
+
+
+def test_a_record_of_another_version_is_failed_and_kept(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    request = json.loads(client.hget(routing.job_key(job_id), "request") or "{}")
+    client.hset(routing.job_key(job_id), "request", json.dumps({**request, "version": 99}))
+    with pytest.raises(JobNotFound, match="version cannot read"):
+        store.claim(job_id, "w", 30)
+    assert client.hget(routing.job_key(job_id), "status") == "failed"
+    (letter,) = run(client, records.dead_letters())
+    assert (letter["id"], letter["code"]) == (job_id, "unreadable_record")
+
+
+def test_what_may_lose_jobs_is_told(valkey_url: str) -> None:
+    client = connect(valkey_url)
+    store = Records(client)
+    assert [problem.split(" ")[0] for problem in store.durability()] == ["appendonly", "maxmemory"]
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        assert any("allkeys-lru" in problem for problem in store.durability())
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.close()
 
 
 def test_a_live_lease_is_left_alone(client: redis.Redis, store: Records) -> None:
@@ -134,7 +308,8 @@ def test_a_lost_job_whose_cancel_was_asked_for_is_cancelled(client: redis.Redis,
 
 
 def test_nothing_to_claim(store: Records) -> None:
-    assert store.claim("no-such-job", "w", 30) is None
+    with pytest.raises(JobNotFound, match="no-such-job"):
+        store.claim("no-such-job", "w", 30)
 
 
 def test_release_puts_it_back_with_a_fresh_wake_up(client: redis.Redis, store: Records) -> None:
@@ -143,7 +318,7 @@ def test_release_puts_it_back_with_a_fresh_wake_up(client: redis.Redis, store: R
     assert claim and store.release(job_id, claim.token)
     record = store.get(job_id)
     assert (record.status, record.queue_position, record.worker) == (Status.QUEUED, 0, None)
-    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 5)) == 2
+    assert client.llen(queue(5)) == 2
     again = store.claim(job_id, "w", 30)
     assert again and again.token > claim.token
 
@@ -209,7 +384,7 @@ def test_idempotency(client: redis.Redis) -> None:
     with pytest.raises(IdempotencyConflict, match="'k'"):
         submit(client, idempotency_key="k", prompt="a dog")
     assert submit(client, idempotency_key="k", tenant="other", prompt="a dog") != first
-    assert client.llen(routing.queue_list(routing.queue_name("latentline-emoji"), 5)) == 2
+    assert client.llen(queue(5)) == 1
 
 
 def test_pages_are_whole_and_without_repeats(client: redis.Redis) -> None:

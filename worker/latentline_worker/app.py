@@ -9,7 +9,7 @@ from __future__ import annotations
 from celery import Celery
 from kombu import Queue
 
-from latentline.routing import PRIORITY_SEPARATOR, PRIORITY_STEPS, queue_name
+from latentline.routing import PRIORITY_SEPARATOR, PRIORITY_STEPS, queue_names
 
 from .settings import WorkerSettings
 
@@ -17,10 +17,10 @@ from .settings import WorkerSettings
 def create_app(settings: WorkerSettings, model_id: str) -> Celery:
     """The application of one worker process, consuming the wake-ups of one model."""
     app = Celery("latentline", broker=settings.redis_url.get_secret_value(), set_as_current=False)
-    queue = queue_name(model_id)
+    queues = queue_names(model_id)
     app.conf.update(
-        task_queues=[Queue(queue, routing_key=queue)],
-        task_default_queue=queue,
+        task_queues=[Queue(queue, routing_key=queue) for queue in queues],
+        task_default_queue=queues[0],
         task_acks_late=True,
         task_ignore_result=True,
         accept_content=["json"],
@@ -37,7 +37,7 @@ def create_app(settings: WorkerSettings, model_id: str) -> Celery:
             "visibility_timeout": 86400,
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
-            "queue_order_strategy": "priority",
+            "queue_order_strategy": "round_robin",  # over the shards, so that no tenant holds up another
             # Without these a half-open connection is never noticed.
             "socket_timeout": 5,
             "socket_connect_timeout": 5,

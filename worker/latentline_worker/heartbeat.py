@@ -107,5 +107,5 @@ class Heartbeat:
         preview = request.preview
         if preview and preview.step > one.shown:
             one.shown = preview.step
-            beat = replace(beat, preview=tuple(encode_preview(image) for image in preview.pixels.cpu().numpy()))
+            beat = replace(beat, previews=tuple(encode_preview(image) for image in preview.pixels.cpu().numpy()))
         return replace(beat, phase=Phase.UPLOADING if one.uploading else request.phase, step=step, batch_jobs=request.batch_jobs)

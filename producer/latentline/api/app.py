@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from latentline import __version__
 from latentline.client import AsyncClient
-from latentline.errors import InvalidRequest, LatentlineError
+from latentline.errors import InvalidRequest, LatentlineError, TenantQuotaExceeded
 from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
@@ -86,7 +86,8 @@ async def _domain_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LatentlineError)  # registered for it
     if isinstance(error, InvalidRequest):
         return error_answer(error.http_status, error.code, error.message, field=error.field, allowed=error.allowed)
-    return error_answer(error.http_status, error.code, error.message)
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, TenantQuotaExceeded) else None
+    return error_answer(error.http_status, error.code, error.message, headers)
 
 
 async def _bad_parameter(_: Request, error: Exception) -> JSONResponse:
