@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from .errors import LatentlineError, MissingExtra
+from . import records
+from .client import Client
+from .connection import connect
+from .errors import InvalidRequest, JobNotFound, LatentlineError, MissingExtra
 from .jobs import SCHEDULERS, JobRequest
 from .remote import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE, Api, check_output, fail, save_images, show
+from .settings import Settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,8 +40,6 @@ EXTRA_OF = {
 def check_settings() -> None:
     """Name a LATENTLINE_* variable that is wrong before anything starts."""
     from pydantic import ValidationError
-
-    from .settings import Settings
 
     try:
         Settings()
@@ -217,6 +221,103 @@ def worker(model: str | None, concurrency: int | None) -> None:
             raise MissingExtra("latentline worker", "worker")
     args = [*(["--model", model] if model else []), *(["--concurrency", str(concurrency)] if concurrency is not None else [])]
     sys.exit(load("latentline_worker.launch", "latentline worker", "worker").main(args))
+
+
+@main.group()
+def callbacks() -> None:
+    """Deliver status callbacks, look at them, send them again (settings from LATENTLINE_* variables)."""
+
+
+@callbacks.command("serve")
+@clear_errors
+def serve_callbacks() -> None:
+    """Deliver callbacks until told to stop."""
+    module = load("latentline_worker.callback_worker", "latentline callbacks serve", "worker")
+    check_settings()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    sys.exit(module.serve(Settings()))
+
+
+@callbacks.command("list")
+@click.option("--job", "job_id", help="Of this job only.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@json_option
+@clear_errors
+def list_callbacks(job_id: str | None, limit: int, as_json: bool) -> None:
+    """Callbacks with what came of each try, newest first."""
+    found = _run(records.callbacks(job_id, limit))
+    if as_json:
+        click.echo(json.dumps([{**one, "record": one["record"].id} for one in found], indent=2))
+        return
+    for one in found:
+        last = one["log"][-1]["result"] if one["log"] else "not tried yet"
+        click.echo(f"{one['id']}  {one['status']}  tries {one['tries']}  {last}")
+
+
+@callbacks.command("replay")
+@click.argument("callback_id")
+@clear_errors
+def replay_callback(callback_id: str) -> None:
+    """Send a callback once more, under the same id."""
+    if not _run(records.replay_callback(callback_id)):
+        raise JobNotFound(f"no callback {callback_id!r}")
+    click.echo(f"{callback_id} is sent again")
+
+
+@main.group()
+def dead() -> None:
+    """Jobs that were given up and messages that nobody could read (settings from LATENTLINE_* variables)."""
+
+
+@dead.command("list")
+@json_option
+@clear_errors
+def list_dead(as_json: bool) -> None:
+    """Dead letters, newest first."""
+    found = _run(records.dead_letters())
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for letter in found:
+        click.echo(f"{letter['id']}  {letter['kind']}  {letter['reason']}")
+
+
+@dead.command("show")
+@click.argument("dead_id")
+@clear_errors
+def show_dead(dead_id: str) -> None:
+    """A dead letter, whole."""
+    click.echo(json.dumps(_run(records.dead_letter(dead_id)), indent=2))
+
+
+@dead.command("replay")
+@click.argument("dead_id")
+@clear_errors
+def replay_dead(dead_id: str) -> None:
+    """Submit a given-up job's request again, as a new job; the dead letter goes."""
+    letter = _run(records.dead_letter(dead_id))
+    if letter["kind"] != "job":
+        raise InvalidRequest("dead_id", dead_id, "the dead letter of a job: a message that nobody can read has nothing to replay")
+    request = _run(records.get(letter["job_id"])).request.model_copy(update={"idempotency_key": None})
+    with Client(Settings()) as client:
+        record = client.submit(request)
+    _run(records.drop_dead_letter(dead_id))
+    click.echo(record.id)
+
+
+@dead.command("drop")
+@click.argument("dead_id")
+@clear_errors
+def drop_dead(dead_id: str) -> None:
+    """Forget a dead letter."""
+    _run(records.drop_dead_letter(dead_id))
+
+
+def _run(operation: records.Operation[T]) -> T:
+    """Drive an operation on the broker of the settings."""
+    check_settings()
+    with contextlib.closing(connect(Settings().redis_url.get_secret_value())) as client:
+        return records.run(client, operation)
 
 
 @main.command()

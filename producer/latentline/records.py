@@ -28,6 +28,7 @@ from .scripts import (
     CHECKPOINT,
     CLAIM,
     EXPIRE,
+    PUT_BACK_CALLBACK,
     RECLAIM,
     RELEASE,
     REPLAY_CALLBACK,
@@ -466,6 +467,10 @@ class Records:
     def settle_callback(self, callback_id: str, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
         """Log a try: ``pending`` and due again after ``delay_s``, or ended (delivered, failed, refused, gone)."""
         self._eval(SETTLE_CALLBACK, callback_id, json.dumps(entry), status, delay_s)
+
+    def put_back_callback(self, callback_id: str, delay_s: float) -> None:
+        """A callback that was taken and not tried: due again after ``delay_s``."""
+        self._eval(PUT_BACK_CALLBACK, callback_id, delay_s)
 
     def wake_callbacks(self) -> int:
         """Hand every callback whose next try is due to the deliverers; how many."""

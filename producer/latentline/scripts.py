@@ -368,6 +368,19 @@ return 1
 """
 )
 
+# A callback that was taken and not tried. ARGV callback id, delay_s
+PUT_BACK_CALLBACK = (
+    _TIME
+    + """
+local key = P .. 'callback:' .. ARGV[1]
+if redis.call('HGET', key, 'status') ~= 'pending' then return 0 end
+redis.call('HINCRBY', key, 'tries', -1)
+redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[2]))
+redis.call('ZADD', P .. 'callbacks:due', now + ARGV[2], ARGV[1])
+return 1
+"""
+)
+
 # Wake every callback whose try is due; also those whose message or deliverer was lost. ARGV most
 WAKE_CALLBACKS = (
     _PRELUDE

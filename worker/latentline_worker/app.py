@@ -1,23 +1,40 @@
 """The Celery application and its delivery policy.
 
 The record in Redis is the truth and a message only a wake-up, so Celery is asked for little: late acknowledgement,
-no results, no ETA, JSON only, and connections that notice a dead peer.
+no results, no ETA, JSON only, and connections that notice a dead peer. A message that nobody can read is kept as a dead
+letter with its cause; Celery alone would log it whole, or end the worker.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import kombu.transport.redis
 from celery import Celery
+from celery.worker.consumer import Consumer
 from kombu import Queue
 
-from latentline.routing import PRIORITY_SEPARATOR, PRIORITY_STEPS, queue_names
+from latentline.errors import LatentlineError
+from latentline.records import Records
+from latentline.routing import PRIORITY_SEPARATOR, PRIORITY_STEPS, wake_up
+from latentline.settings import Settings
 
-from .settings import WorkerSettings
+log = logging.getLogger(__name__)
+
+UNREADABLE_TASK = "latentline.unreadable"
+MAX_KEPT_CHARS = 10_000  # of an unreadable message
+# A worker says nothing to other workers: the records tell who is alive.
+LONELY: dict[str, Any] = {"without_heartbeat": True, "without_gossip": True, "without_mingle": True}
 
 
-def create_app(settings: WorkerSettings, model_id: str) -> Celery:
-    """The application of one worker process, consuming the wake-ups of one model."""
+def create_app(settings: Settings, queues: Sequence[str], records: Records) -> Celery:
+    """The application of one worker process, consuming these queues; unreadable messages go to the dead letters."""
+    kombu.transport.redis.loads = _tolerant_loads
     app = Celery("latentline", broker=settings.redis_url.get_secret_value(), set_as_current=False)
-    queues = queue_names(model_id)
     app.conf.update(
         task_queues=[Queue(queue, routing_key=queue) for queue in queues],
         task_default_queue=queues[0],
@@ -29,6 +46,7 @@ def create_app(settings: WorkerSettings, model_id: str) -> Celery:
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
         worker_enable_remote_control=False,  # needs a pidbox queue per worker; the records tell more
+        worker_consumer=f"{__name__}:BuryingConsumer",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # never give up on the broker
         worker_cancel_long_running_tasks_on_connection_loss=False,  # the lease decides, not the connection
@@ -44,4 +62,50 @@ def create_app(settings: WorkerSettings, model_id: str) -> Celery:
             "health_check_interval": 5,
         },
     )
+
+    def unreadable(text: str) -> None:
+        bury(records, "not a message of this system", text)
+
+    app.latentline_records = records
+    app.task(unreadable, name=UNREADABLE_TASK)
     return app
+
+
+def bury(records: Records, reason: str, text: str) -> None:
+    """Keep an unreadable message with its cause."""
+    log.warning("a message is kept as dead letter: %s", reason)
+    try:
+        records.bury(str(uuid.uuid4()), "message", reason, message=text[:MAX_KEPT_CHARS])
+    except LatentlineError as error:
+        log.error("a dead letter is lost: %s", error.message)
+
+
+class BuryingConsumer(Consumer):  # type: ignore[misc]
+    """Celery's consumer, but for messages that name no task or whose body is no task's."""
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        self._bury("no task message", message)
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Any) -> None:
+        self._bury(f"unknown task {str(exc)[:100]}", message)
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Any) -> None:
+        self._bury(f"invalid task: {str(exc)[:100]}", message)
+
+    def on_decode_error(self, message: Any, exc: Any) -> None:
+        self._bury(f"cannot be decoded: {type(exc).__name__}", message)
+
+    def _bury(self, reason: str, message: Any) -> None:
+        bury(self.app.latentline_records, reason, str(message.body))
+        message.ack()
+
+
+def _tolerant_loads(text: Any, **options: Any) -> Any:
+    """kombu's reading of an envelope, but for one that it cannot read: that would end the worker with the message lost."""
+    try:
+        envelope = json.loads(text, **options)
+        if {"delivery_tag", "delivery_info"} <= envelope["properties"].keys() and "body" in envelope and "headers" in envelope:
+            return envelope
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return json.loads(wake_up(UNREADABLE_TASK, str(text)[:MAX_KEPT_CHARS], "", 0, str(uuid.uuid4())))

@@ -1,52 +1,46 @@
 """Status callbacks: signed POSTs to addresses that users name, so every address is suspect.
 
-One daemon thread runs an event loop for all of them: a slow receiver costs a task, never a task thread of the worker. Each
-connection resolves its host once, refuses it when any of its addresses is not global, and goes to an address that
-was checked; redirects are not followed, proxies of the environment are not used.
+They are an outbox: the record's transition and the callback that tells of it are written in one step
+(:mod:`latentline.scripts`), and a process of its own delivers them, never a GPU worker. Each connection resolves its host
+once, refuses it when any of its addresses is not global, and goes to an address that was checked; redirects are not
+followed, proxies of the environment are not used.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import json
 import logging
+import random
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpcore
 import httpx
 
 from latentline.errors import LatentlineError
-from latentline.jobs import Callback, JobRecord
+from latentline.jobs import JobRecord
+from latentline.records import Records
 from latentline.webhooks import sign
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 15.0  # of one try, from the name look-up to the status line; the specification asks for 15 to 30
-PAUSES_S = (0.0, 1.0, 5.0)  # before each try
-MAX_PENDING = 1000  # callbacks waiting or under way; more are dropped, the record stays the truth
-MAX_CONNECTIONS = 32
+# Seconds before each try, as the Standard Webhooks specification has them; each is varied by a fifth.
+SCHEDULE_S = (0, 5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+LOCK_S = 60  # a deliverer that says nothing for this long is lost, and another takes its callback
+MAX_PER_HOST = 4  # tries at a time to one receiver's host: a slow one leaves the others their threads
+MAX_BODY_BYTES = 256 * 1024
 CONNECT_TIMEOUT_S = 5.0  # to one address, so that a dead one leaves time for the next
 # Ranges that Python's own tables call global, or came to know only in later patch releases.
 _NOT_GLOBAL = [ipaddress.ip_network(n) for n in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "5f00::/16")]
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-class Outcome(StrEnum):
-    DELIVERED = "delivered"
-    FAILED = "failed"  # no try was answered with 2xx
-    GONE = "gone"  # 410: the receiver wants no more of them
-    REFUSED = "refused"  # an address that is not global
-    NOT_CONFIGURED = "not_configured"  # no secret; nothing is ever sent unsigned
-    DROPPED = "dropped"  # too many are pending, or the sender is closed
 
 
 class AddressRefused(LatentlineError):
@@ -98,143 +92,95 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         raise failure
 
 
-class CallbackSender:
-    """Sends a worker's callbacks.
+class Deliverer:
+    """Takes callbacks from the outbox and sends them: one try a call, the next one by the specification's schedule.
 
     Args:
-        secret: ``whsec_...``; None sends nothing.
+        records: the outbox.
+        secrets: ``whsec_...``; each callback is signed with all of them. None given: nothing is ever sent unsigned.
         allow_private: also to addresses that are not global, for receivers in one's own network.
         backend: how connections are made; for tests.
 
     Raises:
-        ConfigurationError: the secret is malformed.
+        ConfigurationError: a secret is malformed.
     """
 
     def __init__(
         self,
-        secret: str | None,
+        records: Records,
+        secrets: Sequence[str],
         allow_private: bool,
         *,
-        pauses_s: tuple[float, ...] = PAUSES_S,
         timeout_s: float = TIMEOUT_S,
-        max_pending: int = MAX_PENDING,
+        schedule_s: Sequence[float] = SCHEDULE_S,
         backend: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
-        if secret is not None:
-            sign(secret, "check", 0, b"")  # a malformed secret stops the worker at its start
-        self._secret, self._pauses_s, self._timeout_s, self._max_pending = secret, pauses_s, timeout_s, max_pending
+        for secret in secrets:
+            sign(secret, "check", 0, b"")  # a malformed secret stops the process at its start
+        self._records, self._secrets, self._timeout_s, self._schedule_s = records, list(secrets), timeout_s, schedule_s
         self._backend = GuardedBackend(backend or httpcore.AnyIOBackend(), allow_private)
-        self._pending: set[Future[Outcome]] = set()
+        self._hosts: dict[str, threading.Semaphore] = {}
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._pool: httpcore.AsyncConnectionPool | None = None
-        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)  # waiting for one is not the receiver's time
-        self._closed = False
 
-    def notify(self, record: JobRecord, event_type: str) -> None:
-        """Tell the job's receiver if it asked for this event; returns at once, the outcome goes to the log."""
-        callback = record.request.callback
-        if callback is not None and event_type in callback.events:
-            self._enqueue(callback, event_type, record)
-
-    def send(self, callback: Callback, event: str, record: JobRecord) -> Outcome:
-        """The same, and wait for the outcome."""
-        return self._enqueue(callback, event, record).result()
-
-    def close(self, timeout_s: float) -> None:
-        """Take no more, wait for those under way, give up the rest."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            loop, thread, pending = self._loop, self._thread, list(self._pending)
-        if loop is None or thread is None:
+    def deliver(self, callback_id: str) -> None:
+        """One try, if it is due; what comes of it is written to the outbox."""
+        taken = self._records.take_callback(callback_id, LOCK_S)
+        if taken is None:
             return
-        deadline = time.monotonic() + timeout_s
-        for future in pending:
-            with contextlib.suppress(Exception):
-                future.result(max(0.0, deadline - time.monotonic()))
-        left = sum(not future.done() for future in pending)
-        if left:
-            log.warning("%d callbacks were given up at shutdown", left)
-        for future in pending:
-            future.cancel()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-
-    def _enqueue(self, callback: Callback, event: str, record: JobRecord) -> Future[Outcome]:
-        future: Future[Outcome] = Future()
-        if self._secret is None:
-            log.warning("callback %s of job %s is not sent: LATENTLINE_CALLBACK_SECRET is not set", event, record.id)
-            future.set_result(Outcome.NOT_CONFIGURED)
-            return future
-        # Built here: what is told is the record as it is now.
-        message_id, body = _message(event, record)
-        with self._lock:
-            if self._closed or len(self._pending) >= self._max_pending:
-                log.warning("callback %s of job %s is dropped: %s", event, record.id, "shutting down" if self._closed else "too many wait")
-                future.set_result(Outcome.DROPPED)
-                return future
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, args=(self._loop,), name="callbacks", daemon=True)
-                self._thread.start()
-            work = self._deliver(self._secret, callback.url, event, record.id, message_id, body)
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-            self._pending.add(future)
-        future.add_done_callback(self._forget)
-        return future
-
-    def _forget(self, future: Future[Outcome]) -> None:
-        with self._lock:
-            self._pending.discard(future)
-
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
+        if self._records.receiver_disabled(taken["url"]):
+            self._settle(taken, "gone", "the receiver has answered 410 before")
+            return
+        if not self._secrets:
+            self._settle(taken, "failed", "LATENTLINE_CALLBACK_SECRET is not set")
+            return
+        slot = self._slot(taken["url"])
+        if not slot.acquire(blocking=False):
+            self._records.put_back_callback(callback_id, random.uniform(0.5, 1.5))
+            return
         try:
-            loop.run_forever()
+            self._try(taken)
         finally:
-            # Not the executor: a name look-up that hangs in it cannot be cancelled, and its threads must not hold us.
-            tasks = asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            if self._pool is not None:
-                loop.run_until_complete(self._pool.aclose())
-            loop.close()
+            slot.release()
 
-    async def _deliver(self, secret: str, url: str, event: str, job_id: str, message_id: str, body: bytes) -> Outcome:
-        outcome, reason = Outcome.FAILED, ""
-        for pause_s in self._pauses_s:
-            await asyncio.sleep(pause_s)
-            try:
-                async with self._slots, asyncio.timeout(self._timeout_s):
-                    status = await self._post(secret, url, message_id, body)
-            except AddressRefused as error:
-                outcome, reason = Outcome.REFUSED, error.message
-                break
-            except TimeoutError:
-                reason = f"no answer within {self._timeout_s:g} s"
-                continue
-            except Exception as error:  # whatever a stranger's server or URL brings about fails this callback alone
-                reason = f"{type(error).__name__}: {error}"
-                continue
+    def _try(self, taken: dict[str, Any]) -> None:
+        body = message_body(taken)
+        retry_after_s = 0.0
+        try:
+            if len(body) > MAX_BODY_BYTES:
+                self._settle(taken, "failed", f"the body would have {len(body)} bytes; allowed: {MAX_BODY_BYTES}")
+                return
+            status, retry_after_s = asyncio.run(self._post(taken["url"], taken["id"], body))
+        except AddressRefused as error:
+            self._settle(taken, "refused", error.message)
+            return
+        except TimeoutError:
+            reason = f"no answer within {self._timeout_s:g} s"
+        except Exception as error:  # whatever a stranger's server or URL brings about fails this callback alone
+            reason = f"{type(error).__name__}: {error}"
+        else:
             reason = f"status {status}"
-            if 200 <= status < 300:
-                outcome = Outcome.DELIVERED
-                break
-            if status == 410:
-                outcome = Outcome.GONE
-                break
-        # Without the path and the query: they may carry the receiver's own secrets.
-        log.info("callback %s of job %s: %s (%s)", event, job_id, outcome.value, reason)
-        return outcome
+            if 200 <= status < 300 or status == 410:
+                self._settle(taken, "gone" if status == 410 else "delivered", reason)
+                return
+        tries = taken["tries"]
+        if tries >= len(self._schedule_s):
+            self._settle(taken, "failed", reason)
+        else:
+            pause_s = max(self._schedule_s[tries] * random.uniform(0.8, 1.2), retry_after_s)
+            self._settle(taken, "pending", reason, pause_s)
 
-    async def _post(self, secret: str, url: str, message_id: str, body: bytes) -> int:
-        if self._pool is None:
-            # No connection is kept: each one is made to an address that was just checked.
-            self._pool = httpcore.AsyncConnectionPool(max_keepalive_connections=0, max_connections=None, network_backend=self._backend)
+    def _settle(self, taken: dict[str, Any], status: str, reason: str, delay_s: float = 0.0) -> None:
+        # Without the URL's path and query in the log: they may carry the receiver's own secrets.
+        log.info("callback %s, try %d: %s (%s)", taken["id"], taken["tries"], status, reason)
+        entry = {"at": round(time.time(), 3), "try": taken["tries"], "result": reason[:300]}
+        self._records.settle_callback(taken["id"], entry, status, delay_s)
+
+    def _slot(self, url: str) -> threading.Semaphore:
+        with self._lock:
+            return self._hosts.setdefault(httpx.URL(url).host, threading.Semaphore(MAX_PER_HOST))
+
+    async def _post(self, url: str, message_id: str, body: bytes) -> tuple[int, float]:
+        """Status and Retry-After in seconds."""
         target = httpx.URL(url)  # also turns international names into what DNS and TLS know
         headers: dict[bytes | str, bytes | str] = {
             "host": target.netloc.decode(),
@@ -243,21 +189,39 @@ class CallbackSender:
             "content-length": str(len(body)),
             "connection": "close",
         }
-        for name, value in sign(secret, message_id, int(time.time()), body).items():
+        timestamp = int(time.time())
+        signed = [sign(secret, message_id, timestamp, body) for secret in self._secrets]
+        for name, value in signed[0].items():
             headers[name] = value
+        headers["webhook-signature"] = " ".join(one["webhook-signature"] for one in signed)
         request = httpcore.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
         limits = {"connect": min(CONNECT_TIMEOUT_S, self._timeout_s), "read": self._timeout_s, "write": self._timeout_s}
-        # Only the status counts; nothing of the answer's body is read.
-        async with self._pool.stream("POST", request, headers=headers, content=body, extensions={"timeout": limits}) as answer:
-            return int(answer.status)
+        # A pool of its own, and no connection is kept: each is made to an address that was just checked.
+        pool = httpcore.AsyncConnectionPool(max_keepalive_connections=0, network_backend=self._backend)
+        async with (
+            asyncio.timeout(self._timeout_s),
+            pool,
+            # Only the status counts; nothing of the answer's body is read.
+            pool.stream("POST", request, headers=headers, content=body, extensions={"timeout": limits}) as answer,
+        ):
+            return int(answer.status), _retry_after(dict(answer.headers).get(b"retry-after"))
 
 
-def _message(event: str, record: JobRecord) -> tuple[str, bytes]:
-    """Id and body. The id is the same whenever this event of this job is told: receivers drop duplicates by it."""
-    name = event.removeprefix("job.")
-    # A job may start more than once, and ends once.
-    message_id = f"msg_{record.id}_{name}" + ("" if record.status.terminal else f"_{record.attempt}")
-    told_at = record.finished_at or record.started_at or record.created_at
+def _retry_after(value: bytes | None) -> float:
+    """Seconds, from a number or a date; a day at most."""
+    if value is None:
+        return 0.0
+    text = value.decode("ascii", "replace").strip()
+    try:
+        seconds = float(text) if text.isdigit() else (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+    return min(max(seconds, 0.0), 86400.0)
+
+
+def message_body(taken: dict[str, Any]) -> bytes:
+    """The JSON of a callback: the record as it was at the event. ``seq`` orders the events of one job."""
+    record: JobRecord = taken["record"]
     data = {
         "id": record.id,
         "status": record.status.value,
@@ -273,5 +237,5 @@ def _message(event: str, record: JobRecord) -> tuple[str, bytes]:
         "tenant": record.request.tenant,
         "metadata": record.request.metadata,
     }
-    timestamp = datetime.fromtimestamp(told_at, UTC).isoformat().replace("+00:00", "Z")
-    return message_id, json.dumps({"id": message_id, "type": event, "timestamp": timestamp, "data": data}).encode()
+    timestamp = datetime.fromtimestamp(taken["at"], UTC).isoformat().replace("+00:00", "Z")
+    return json.dumps({"id": taken["id"], "type": taken["type"], "timestamp": timestamp, "seq": taken["seq"], "data": data}).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,13 +12,14 @@ from latentline.errors import LatentlineError
 from latentline.jobs import Claim, Phase
 from latentline.records import Beat, Records, Verdict
 
+from .engine.checkpoint import Pace
 from .engine.request import Request
 from .metadata import encode_preview
 
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.1  # also the longest that a cancel waits before the engine hears of it
-ALIVE_EVERY_S = 2.0
+TEND_EVERY_S = 1.0
 
 
 @dataclass(eq=False)
@@ -28,6 +30,8 @@ class Tracked:
     request: Request | None = None
     uploading: bool = False
     shown: int = 0  # the step of the newest preview that was sent
+    saved: int = 0  # network calls in the newest checkpoint that was written
+    saved_step: int = 0  # the same in the job's own steps
     stop_reason: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -46,10 +50,31 @@ class Tracked:
 
 
 class Heartbeat:
-    """One thread, one pipelined round trip per beat for all jobs of the process."""
+    """One thread, one pipelined round trip per beat for all jobs of the process; checkpoints go the same way.
 
-    def __init__(self, records: Records, worker: str, lease_s: float, alive: Callable[[], None]) -> None:
-        self._records, self._worker, self._lease_s, self._alive = records, worker, lease_s, alive
+    Args:
+        records: where the jobs stand.
+        worker: this worker's name.
+        lease_s: for how long each beat renews a lease.
+        tend: called every ``TEND_EVERY_S``; looks after what belongs to no worker. Not for one lease after the broker was
+            away: the leases of all workers ran out meanwhile, and each has to have the chance to renew its own.
+        stalled_for: seconds for which the engine has finished nothing while it has work.
+        stall_s: a stall after which the engine counts as wedged: its jobs' leases are no longer renewed.
+        pace: told what checkpoints cost.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        worker: str,
+        lease_s: float,
+        tend: Callable[[], None],
+        stalled_for: Callable[[], float] = lambda: 0.0,
+        stall_s: float = float("inf"),
+        pace: Pace | None = None,
+    ) -> None:
+        self._records, self._worker, self._lease_s, self._tend = records, worker, lease_s, tend
+        self._stalled_for, self._stall_s, self._pace = stalled_for, stall_s, pace
         self._tracked: set[Tracked] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -73,39 +98,63 @@ class Heartbeat:
         with self._lock:
             self._tracked.discard(tracked)
 
+    def save(self, tracked: Tracked) -> None:
+        """Write the job's newest checkpoint unless it is written already."""
+        request = tracked.request
+        checkpoint = request.checkpoint if request else None
+        if request is None or checkpoint is None or checkpoint.step <= tracked.saved:
+            return
+        started = time.monotonic()
+        data = checkpoint.to_bytes(request.work)
+        step = _own_steps(tracked, checkpoint.step)
+        if data is not None and self._records.checkpoint(tracked.claim.record.id, tracked.claim.token, step, data):
+            tracked.saved, tracked.saved_step = checkpoint.step, step
+        if self._pace:
+            self._pace.spent(time.monotonic() - started)
+
     def _loop(self) -> None:
-        elapsed = ALIVE_EVERY_S
+        next_tend = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
-            elapsed += INTERVAL_S
             try:
                 self._beat()
-                if elapsed >= ALIVE_EVERY_S:
-                    elapsed = 0.0
-                    self._alive()
+                if time.monotonic() >= next_tend:
+                    next_tend = time.monotonic() + TEND_EVERY_S
+                    self._tend()
             except LatentlineError as error:  # the broker is away: the jobs go on, the leases tell
-                log.warning("heartbeat: %s", error)
+                next_tend = time.monotonic() + self._lease_s
+                log.warning("heartbeat: %s", error.message)
             except Exception:
                 log.exception("heartbeat failed")
 
     def _beat(self) -> None:
         with self._lock:
             tracked = list(self._tracked)
+        if self._stalled_for() > self._stall_s:
+            log.error("the engine has finished nothing for %.0f s: its jobs are left to other workers", self._stalled_for())
+            tracked = [one for one in tracked if one.uploading]
         if not tracked:
             return
         verdicts = self._records.beat([self._describe(one) for one in tracked])
         for one, verdict in zip(tracked, verdicts, strict=True):
             if verdict is not Verdict.GO:
                 one.stop(verdict.value)
+            else:
+                self.save(one)
 
     def _describe(self, one: Tracked) -> Beat:
         request = one.request
         beat = Beat(job_id=one.claim.record.id, token=one.claim.token, phase=Phase.ENCODING, step=0, lease_s=self._lease_s)
         if request is None:
             return beat
-        # In the job's own steps: some samplers call the network more than once for each.
-        step = request.step * one.claim.record.num_steps // request.num_steps
+        step = _own_steps(one, request.step)
         preview = request.preview
         if preview and preview.step > one.shown:
             one.shown = preview.step
             beat = replace(beat, previews=tuple(encode_preview(image) for image in preview.pixels.cpu().numpy()))
         return replace(beat, phase=Phase.UPLOADING if one.uploading else request.phase, step=step, batch_jobs=request.batch_jobs)
+
+
+def _own_steps(tracked: Tracked, calls: int) -> int:
+    """Network calls in the job's own steps: some samplers call the network more than once for each."""
+    assert tracked.request is not None  # there are calls only then
+    return calls * tracked.claim.record.num_steps // tracked.request.num_steps

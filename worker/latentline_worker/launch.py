@@ -90,10 +90,9 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
 
     from latentline.connection import connect
     from latentline.records import Records
-    from latentline.routing import GENERATE_TASK, queue_name
+    from latentline.routing import GENERATE_TASK, queue_names
 
-    from .app import create_app
-    from .callbacks import CallbackSender
+    from .app import LONELY, create_app
     from .delivery import Delivery
     from .heartbeat import Heartbeat
     from .loading import load_model, make_engine
@@ -110,31 +109,37 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     engine = make_engine(settings, family)
     engine.start()
     log.info("%s: %s is loaded and warm", name, family.info.id)
+    for problem in records.durability():
+        log.warning("broker: %s", problem)
 
-    def alive() -> None:
+    def tend() -> None:
+        """What belongs to no worker, looked after by every one."""
         records.worker_beat(name)
         for job_id in records.reclaim():
             log.warning("job %s: its worker is lost, the job is taken from it", job_id)
+        for job_id in records.wake(family.info.id, settings.lease_s):
+            log.info("job %s: woken again", job_id)
+        if over := records.expired():
+            records.forget([member for member in over if store.delete_all(f"{member}/")])
         if settings.ready_file:
             settings.ready_file.touch()
 
-    secret = settings.callback_secret.get_secret_value() if settings.callback_secret else None
-    callbacks = CallbackSender(secret, settings.callback_allow_private)
-    heartbeat = Heartbeat(records, name, settings.lease_s, alive)
-    runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, callbacks, settings.lease_s)
-    app = create_app(settings, family.info.id)
+    heartbeat = Heartbeat(records, name, settings.lease_s, tend, engine.stalled_for, settings.stall_s, engine.pace)
+    runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s)
+    app = create_app(settings, queue_names(family.info.id), records)
     app.task(runner.run, name=GENERATE_TASK)
 
     def on_ready(**_: object) -> None:
         records.announce_model(family.info)
-        alive()
+        records.worker_beat(name)
         heartbeat.start()
         log.info("%s: ready", name)
 
     def on_shutting_down(**_: object) -> None:
-        # Celery waits for running tasks without a bound. After the drain time the engine lets go of
-        # them, and their tasks put them back into the queue.
-        timer = threading.Timer(settings.drain_s, engine.stop)
+        # Jobs that denoise are checkpointed and go on elsewhere at once. Celery waits for the other tasks without a bound,
+        # so the bound is here: what still uploads then loses its lease, and another worker uploads it.
+        threading.Thread(target=engine.stop, name="drain", daemon=True).start()
+        timer = threading.Timer(settings.drain_s, os._exit, (0,))
         timer.daemon = True
         timer.start()
 
@@ -144,17 +149,14 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
         hostname=name,
         pool="threads",
         concurrency=settings.concurrency,
-        queues=[queue_name(family.info.id)],
+        queues=queue_names(family.info.id),
         loglevel="INFO",
-        without_heartbeat=True,
-        without_gossip=True,
-        without_mingle=True,
+        **LONELY,
     )
     worker.start()
     # In the order of the data's way: nothing enters, the engine ends, what is left is told.
     engine.stop()
     heartbeat.stop()
-    callbacks.close(5.0)
     with contextlib.suppress(LatentlineError):  # the broker may have gone first
         records.worker_gone(name)
     if settings.ready_file:

@@ -29,6 +29,7 @@ def make_engine(settings: WorkerSettings, family: Family) -> Engine:
         max_rows=settings.max_rows,
         decode_batch=settings.decode_batch,
         fixed_rows=settings.reproducible_rows,
+        checkpoint_s=settings.checkpoint_s,
         memory_limit_bytes=settings.memory_limit_mb and settings.memory_limit_mb << 20,
     )
     engine.warm_up()

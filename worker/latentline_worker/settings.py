@@ -23,5 +23,8 @@ class WorkerSettings(Settings):
     memory_limit_mb: Annotated[int, Field(ge=1)] | None = None  # beside the weights; default: most of what is free
     decode_batch: Annotated[int, Field(ge=1, le=64)] = 4  # images per VAE call; larger is often slower per image
     lease_s: Annotated[float, Field(ge=1)] = 30.0  # a worker that says nothing for this long has lost its jobs
-    drain_s: Annotated[float, Field(ge=0)] = 30.0  # after SIGTERM: time to finish before jobs go back to the queue
+    checkpoint_s: Annotated[float, Field(gt=0)] = 1.0  # between two checkpoints of a job, or more where they cost over 1%
+    stall_s: Annotated[float, Field(ge=1)] = 120.0  # an engine that finishes nothing for this long has lost its jobs
+    # After SIGTERM jobs that denoise go back to the queue at once; those that upload have this long.
+    drain_s: Annotated[float, Field(ge=0)] = 10.0
     ready_file: Path | None = None  # touched every few seconds while ready, for container probes

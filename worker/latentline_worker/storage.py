@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -11,6 +12,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from latentline.errors import ConfigurationError, StoreUnavailable
 from latentline.images import connect
 from latentline.settings import Settings
+
+log = logging.getLogger(__name__)
 
 TRIES = 3  # botocore waits between them, with jitter
 # Answers that no retry mends: the settings are wrong.
@@ -58,6 +61,17 @@ class ImageStore:
             self._s3.put_object(Bucket=self._bucket, Key=key, Body=data, ContentType=content_type, ContentMD5=digest, Metadata=metadata)
         except (ClientError, BotoCoreError) as error:
             raise self._domain_error(error, f"store {key!r} in") from error
+
+    def delete_all(self, prefix: str) -> bool:
+        """Delete every object under a prefix; False when the store does not let it happen now."""
+        try:
+            for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
+                for entry in page.get("Contents", ()):
+                    self._s3.delete_object(Bucket=self._bucket, Key=entry["Key"])
+            return True
+        except (ClientError, BotoCoreError) as error:
+            log.warning("%s", self._domain_error(error, f"delete {prefix!r} from"))
+            return False
 
     def _domain_error(self, error: Exception, what: str) -> ConfigurationError | StoreUnavailable:
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
-from latentline.errors import BrokerUnavailable, InvalidRequest, LatentlineError, StaleToken
+from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, OutOfMemory, StaleToken, StoreUnavailable
 from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
 from latentline.records import Records
 
 from .delivery import Delivery
+from .engine.checkpoint import Checkpoint
 from .engine.engine import Engine
+from .engine.network import out_of_memory
 from .engine.request import Cancelled, Request, Work
+from .gate import Gate
 from .heartbeat import Heartbeat, Tracked
 from .models.base import Family
 from .samplers import CompileError, sampler_table
@@ -22,13 +27,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SETTLE_TRIES = 20  # with a second between them: a settle outlasts a broker's restart
-
-
-class Callbacks(Protocol):
-    """Who announces status changes (``callbacks.CallbackSender``)."""
-
-    def notify(self, record: JobRecord, event_type: str) -> None: ...
+SETTLE_TRIES = 60  # with a second between them: a settle outlasts a broker's restart
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0  # before another try after an error
 
 
 class JobRunner:
@@ -42,20 +42,31 @@ class JobRunner:
         engine: Engine,
         delivery: Delivery,
         heartbeat: Heartbeat,
-        callbacks: Callbacks,
         lease_s: float,
     ) -> None:
         self._worker, self._family, self._records, self._engine = worker, family, records, engine
-        self._delivery, self._heartbeat, self._callbacks = delivery, heartbeat, callbacks
-        self._lease_s = lease_s
+        self._delivery, self._heartbeat, self._lease_s = delivery, heartbeat, lease_s
+        self._gate = Gate()
 
     def run(self, job_id: str) -> None:
         """Do the job if it is still to be done; every outcome ends in the record, none in an exception."""
-        claim = self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s))
-        if claim is None:
-            return
-        log.info("job %s: started, attempt %d", job_id, claim.record.attempt)
-        self._callbacks.notify(claim.record, "job.running")
+        alone = self._insist(lambda: self._records.suspect(job_id))
+        if alone:
+            log.warning("job %s: workers were lost with it, so it runs alone", job_id)
+        with self._gate.pass_(alone):
+            try:
+                claim = self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s, alone=alone))
+            except JobNotFound as error:
+                reason = error.message
+                log.warning("job %s: %s", job_id, reason)
+                self._insist(lambda: self._records.bury(job_id, "message", reason, job_id=job_id))
+                return
+            if claim is not None:
+                log.info("job %s: started, attempt %d", job_id, claim.record.attempt)
+                self._do(claim)
+
+    def _do(self, claim: Claim) -> None:
+        job_id = claim.record.id
         tracked = self._heartbeat.track(claim)
         timings: dict[str, float] = {}
         images: Sequence[ImageRef] = ()
@@ -67,21 +78,31 @@ class JobRunner:
                 log.warning("job %s: another worker owns it now", job_id)
                 return
             if stop.reason == "shutdown":
-                self._records.release(job_id, claim.token)
-                log.info("job %s: back to the queue, this worker shuts down", job_id)
+                self._insist(lambda: self._heartbeat.save(tracked))
+                self._insist(lambda: self._records.release(job_id, claim.token))
+                log.info("job %s: back to the queue at step %d, this worker shuts down", job_id, tracked.saved_step)
                 return
             status, error = _stopped(stop.reason)
         except Exception as problem:
             status, error = Status.FAILED, _job_error(problem)
             expected = isinstance(problem, LatentlineError)
             log.log(logging.INFO if expected else logging.ERROR, "job %s: %s", job_id, error.code, exc_info=not expected)
+            if isinstance(problem, StoreUnavailable) or not (expected or out_of_memory(problem)):
+                self._insist(lambda: self._heartbeat.save(tracked))
+                self._retry(claim, error)
+                return
         finally:
             self._heartbeat.forget(tracked)
         self._settle(claim, status, tuple(images), error, timings)
 
     def _generate(self, tracked: Tracked, timings: dict[str, float]) -> tuple[ImageRef, ...]:
         record = tracked.claim.record
-        request = self._engine.submit(self.prepare(record))
+        work = self.prepare(record)
+        if record.attempt > 1:
+            resume = Checkpoint.from_bytes(self._insist(lambda: self._records.load_checkpoint(record.id)), work)
+            work = replace(work, resume=resume)
+            log.info("job %s: goes on from network call %d", record.id, resume.step if resume else 0)
+        request = self._engine.submit(work)
         tracked.attach(request)
         try:
             pixels = request.result().numpy()
@@ -137,7 +158,17 @@ class JobRunner:
             log.warning("job %s: settled by another worker", job_id)
             return
         log.info("job %s: %s in %.2f s", job_id, status.value, (record.finished_at or 0) - (record.started_at or 0))
-        self._callbacks.notify(record, f"job.{status.value}")
+
+    def _retry(self, claim: Claim, error: JobError) -> None:
+        job_id = claim.record.id
+        # Exponential with jitter: what failed together should not come back together.
+        delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (claim.record.attempt - 1)) * random.uniform(0.5, 1)
+        try:
+            status = self._insist(lambda: self._records.retry(job_id, claim.token, error, delay_s))
+        except StaleToken:
+            log.warning("job %s: another worker owns it now", job_id)
+            return
+        log.info("job %s: %s after an error%s", job_id, status.value, f", next try in {delay_s:.1f} s" if status is Status.QUEUED else "")
 
     @staticmethod
     def _insist(action: Callable[[], T]) -> T:
@@ -160,7 +191,8 @@ def _timings(request: Request) -> dict[str, float]:
         "decoding_s": ("denoised", "decoded"),
     }
     seconds = {name: round(request.seconds(*moments), 4) for name, moments in phases.items()}
-    return {**seconds, "denoise_steps": request.step, "shared_steps": request.shared_steps}
+    resumed = request.work.resume.step if request.work.resume else 0
+    return {**seconds, "denoise_steps": request.step - resumed, "shared_steps": request.shared_steps, "resumed_from": resumed}
 
 
 def _stopped(reason: str) -> tuple[Status, JobError | None]:
@@ -172,5 +204,7 @@ def _stopped(reason: str) -> tuple[Status, JobError | None]:
 def _job_error(problem: Exception) -> JobError:
     if isinstance(problem, LatentlineError):
         return JobError(code=problem.code, message=problem.message)
+    if out_of_memory(problem):
+        return JobError(code=OutOfMemory.code, message="the job does not fit into the worker's memory")
     # No internals in a client's answer: the worker's log has the traceback.
     return JobError(code="internal_error", message="the worker failed on this job; its log has the details")

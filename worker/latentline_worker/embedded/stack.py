@@ -28,7 +28,7 @@ from .process import Child, clean_env
 from .store import Store
 
 READY_TIMEOUT_S = 180.0  # a cold start imports torch and loads a model
-DRAIN_S = 5.0  # jobs that run at the end go back to the queue after this
+DRAIN_S = 5.0  # jobs that upload at the end have this long
 
 
 class Stack:
@@ -53,6 +53,7 @@ class Stack:
         self._store: Store | None = None
         self._api: Child | None = None
         self._worker: Child | None = None
+        self._callbacks: Child | None = None
 
     @property
     def url(self) -> str:
@@ -88,6 +89,8 @@ class Stack:
             self._worker = Child("the worker", worker, self._folder / "worker.log", env)
             assert self._socket is not None  # _take_port made it
             fd = self._socket.fileno()
+            command = [sys.executable, "-m", "latentline.cli", "callbacks", "serve"]
+            self._callbacks = Child("the callback deliverer", command, self._folder / "callbacks.log", env)
             api = [sys.executable, "-m", "uvicorn", "--factory", "latentline.api.app:create_app", "--fd", str(fd)]
             api += ["--no-access-log", "--timeout-graceful-shutdown", "2"]  # event streams may be open
             self._api = Child("the API", api, self._folder / "api.log", env, pass_fds=[fd])
@@ -100,6 +103,8 @@ class Stack:
         """End every process, the work's end first; then the port and the folder are free."""
         if self._worker:
             self._worker.stop(DRAIN_S + 10)
+        if self._callbacks:
+            self._callbacks.stop()
         if self._api:
             self._api.stop()
         if self._socket:
@@ -113,7 +118,7 @@ class Stack:
 
     def dead(self) -> Child | None:
         """A part that has ended on its own, if any."""
-        parts = (self._worker, self._api, self._store and self._store.child, self._broker and self._broker.child)
+        parts = (self._worker, self._callbacks, self._api, self._store and self._store.child, self._broker and self._broker.child)
         return next((part for part in parts if part and not part.alive), None)
 
     def _ready(self) -> bool:

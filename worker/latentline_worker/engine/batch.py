@@ -10,6 +10,7 @@ import torch
 from latentline_worker.models.base import Family
 from latentline_worker.samplers import MAX_MEMORY
 
+from .checkpoint import Checkpoint
 from .clock import StepClock
 from .network import Network
 from .request import LaneKey, Request
@@ -58,6 +59,8 @@ class Lane:
             self._cond[slot] = cond
             if uncond is not None:
                 self._uncond[slot] = uncond
+        if work.resume is not None:
+            self._restore(request, work.resume)
 
     def leave(self, request: Request) -> None:
         """Free the request's slots."""
@@ -69,6 +72,22 @@ class Lane:
     def latents(self, request: Request) -> torch.Tensor:
         """(images, c, h, w): where the request's latents stand, copied."""
         return self._history[request.slots, 0].view(-1, *self.shape).clone()
+
+    def snapshot(self, request: Request) -> Checkpoint:
+        """All that another worker needs to go on from here, still on the device."""
+        memory = request.work.table.memory
+        columns = [*range(memory), *range(MAX_MEMORY, MAX_MEMORY + memory)]
+        return Checkpoint(request.step, self._history[request.slots][:, columns].clone())
+
+    def _restore(self, request: Request, checkpoint: Checkpoint) -> None:
+        table = request.work.table
+        request.step = checkpoint.step
+        history = checkpoint.history.to(self.family.device)
+        for slot, past in zip(request.slots, history, strict=True):
+            self._history[slot, : table.memory] = past[: table.memory]
+            self._history[slot, MAX_MEMORY : MAX_MEMORY + table.memory] = past[table.memory :]
+            for _ in range(int(table.draws[: checkpoint.step].sum())):
+                self._draw(self._generators[slot])  # the generator then stands where it stood
 
     def denoised(self, request: Request) -> torch.Tensor:
         """(images, c, h, w): the clean latents that the last network call pointed to. Only after a first step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from latentline_worker.models.base import Family
 from latentline_worker.samplers import sampler_table
 
 from .batch import Lane
+from .checkpoint import Pace
 from .clock import StepClock
 from .conditioning import MICRO_BATCH, Conditioner
 from .cost import CostModel
@@ -41,6 +43,7 @@ class Engine:
             by one, so that a job's picture is bit-identical whatever it ran together with.
         memory_limit_bytes: what may be used beside the weights; by default most of what is free.
         graphs: capture CUDA graphs (no effect on a CPU).
+        checkpoint_s: seconds between a job's checkpoints (``request.checkpoint``); None takes none but at :meth:`stop`.
     """
 
     def __init__(
@@ -51,7 +54,10 @@ class Engine:
         fixed_rows: int | None = None,
         memory_limit_bytes: int | None = None,
         graphs: bool = True,
+        checkpoint_s: float | None = None,
     ) -> None:
+        self.pace = Pace(checkpoint_s) if checkpoint_s is not None else None
+        self.progress_at = time.monotonic()  # when the engine last finished anything
         self.family = family
         self.planner = Planner(CostModel(fixed_rows or max_rows))
         self.clock = StepClock(family.device)
@@ -77,7 +83,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """Finish the step that runs, cancel what is in flight with reason ``shutdown``, end the thread."""
+        """Finish the step that runs and the decoding; cancel what is left, checkpointed, with reason ``shutdown``."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -107,6 +113,11 @@ class Engine:
         failures = self._run(batch)
         self._settle(batch, failures)
         self._decoder.decode_some()
+        self.progress_at = time.monotonic()
+
+    def stalled_for(self) -> float:
+        """Seconds since anything was finished, while there is work."""
+        return 0.0 if self.idle else time.monotonic() - self.progress_at
 
     def warm_up(self) -> None:
         """Measure memory and step costs at the model's own size, and run every part once. Before :meth:`start`."""
@@ -159,9 +170,12 @@ class Engine:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: not self.idle or self._stopping)
+                self.progress_at = max(self.progress_at, time.monotonic() - 1)  # waiting for work is no stall
                 if self._stopping:
                     break
             self.step()
+        for request in self._active:
+            request.checkpoint = self.lanes[request.lane].snapshot(request)
         for request in [*self._active, *self._arriving, *self._incoming]:
             self._finish(request, Cancelled("shutdown"))
         while self._decoder.pending:  # their denoising is paid for
@@ -218,6 +232,8 @@ class Engine:
         request.reached("joined")
         request.phase = Phase.DENOISING
         self._active.append(request)
+        if request.remaining == 0:  # only its decoding or delivery is missing
+            self._denoised(request)
 
     def _run(self, batch: Sequence[Request]) -> dict[Request, Exception]:
         """One forward for the batch; if it fails, one for each half, so that only the guilty fail."""
@@ -259,8 +275,16 @@ class Engine:
             every = request.work.preview_every
             if request.remaining == 0:
                 self._denoised(request)
-            elif every and request.step % every == 0:
+                continue
+            if self.pace and self.pace.due(request.checkpoint_at):
+                self._checkpoint(request, self.pace)
+            if every and request.step % every == 0:
                 self._preview(request)
+
+    def _checkpoint(self, request: Request, pace: Pace) -> None:
+        started = time.monotonic()
+        request.checkpoint, request.checkpoint_at = self.lanes[request.lane].snapshot(request), started
+        pace.spent(time.monotonic() - started)
 
     def _preview(self, request: Request) -> None:
         if self._rgb is None:
@@ -271,6 +295,8 @@ class Engine:
     def _denoised(self, request: Request) -> None:
         """Free the slots; decode in one of the next steps."""
         latents = self.lanes[request.lane].latents(request)
+        if self.pace:  # a delivery that fails later does not cost the denoising again
+            self._checkpoint(request, self.pace)
         request.finite = torch.isfinite(latents).all()
         request.reached("denoised")
         self._leave(request)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the planner handles requests and stays torch-free
 
     from latentline_worker.samplers import SamplerTable
 
+    from .checkpoint import Checkpoint
+
 _arrivals = itertools.count()
 
 
@@ -58,6 +60,7 @@ class Work:
     deadline: float | None = None  # time.monotonic(): the planner hurries what would be late
     preview_every: int = 0  # network calls between previews; 0: none
     decode: bool = True  # False: the result is the latents
+    resume: Checkpoint | None = None  # where another worker left off
 
     @property
     def guided(self) -> bool:
@@ -84,6 +87,8 @@ class Request:
     batch_jobs: int = 0  # jobs in the last call
     phase: Phase = Phase.ENCODING
     preview: Preview | None = None  # the newest
+    checkpoint: Checkpoint | None = None  # the newest
+    checkpoint_at: float = field(default_factory=time.monotonic)
     prompt_tokens: tuple[int, int] = (0, 0)  # in the prompt; of these, read by the text encoder
     text_tokens: int = 0  # states per row of cross-attention; known once the text is encoded
     slots: list[int] = field(default_factory=list)  # one per image, while in a lane
