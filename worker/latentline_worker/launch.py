@@ -99,7 +99,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from .storage import ImageStore
     from .tasks import JobRunner
 
-    name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}"
+    name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
     if settings.ready_file:
         settings.ready_file.unlink(missing_ok=True)  # left by a container that was restarted
     family = load_model(settings)

@@ -31,12 +31,12 @@ class Broker:
         """Start and wait for an authenticated PING; another port is tried when one was lost in a race."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(3):
-            self.port = free_port()
+            self.port = self.port if self.port and not attempt else free_port()  # a restart keeps its port
             config = self._folder / "valkey.conf"
             config.touch(mode=0o600)  # the password stands in a file and not on the command line
             config.write_text(
                 f'bind 127.0.0.1\nport {self.port}\nrequirepass {self._password}\ndir "{self._folder}"\n'
-                "appendonly yes\nappendfsync everysec\nsave ''\nmaxmemory-policy noeviction\n".replace("''", '""')
+                "appendonly yes\nappendfsync everysec\nsave ''\nmaxmemory-policy noeviction\nmaxmemory 1gb\n".replace("''", '""')
             )
             self._child = Child("the broker", [str(_binary()), str(config)], self._folder / "valkey.log", clean_env())
             try:

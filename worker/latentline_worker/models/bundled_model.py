@@ -14,6 +14,7 @@ from transformers import BertModel, BertTokenizerFast
 
 from latentline.errors import ModelError
 
+from . import checksums
 from .sd import StableDiffusion
 
 MODEL_ID = "latentline-emoji"
@@ -71,11 +72,13 @@ def export(folder: Path) -> None:
     pipeline().save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes them readable by the owner alone
+    checksums.write(folder)
     if (card := FOLDER / "README.md").exists():
         (folder / "README.md").write_text(card.read_text())
 
 
 def _load_parts() -> tuple[AutoencoderKL, UNet2DConditionModel, dict[str, Any]]:
+    checksums.check(FOLDER)
     try:
         config = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text())
         # fp16 on disk, fp32 in memory: the family casts to the device's own type.

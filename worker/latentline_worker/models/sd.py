@@ -16,7 +16,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import SafetensorError, safe_open
 
 from latentline.errors import ModelError
-from latentline.jobs import MAX_SIZE_PX, ModelInfo
+from latentline.jobs import MAX_SIZE_PX, MIN_SIZE_PX, ModelInfo
+
+from . import checksums
 
 PARTS = ("vae", "unet", "text_encoder")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -53,7 +55,7 @@ class StableDiffusion:
         self.device, self.dtype = device, dtype
         self.reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # f: pixels per latent along a side
         # The U-Net halves its input at each block but the last; SD's own pipelines ask for multiples of 8.
-        side = unet.config.sample_size * self.reduction
+        side = max(MIN_SIZE_PX, unet.config.sample_size * self.reduction)
         self.info = ModelInfo(
             id=model_id,
             family="sd",
@@ -72,6 +74,7 @@ class StableDiffusion:
         """
         if Path(source).is_dir():
             check_folder(Path(source))
+            checksums.check(Path(source))
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False

@@ -1,0 +1,91 @@
+"""Fault tests: a quick subset always, all of it with ``make faults``, which sets LATENTLINE_FAULTS_JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cluster import Cluster
+from support.receiver import Receiver
+from support.tiny import tiny_pipeline
+
+from latentline.errors import MissingExtra
+from latentline_worker.embedded.broker import Broker
+from latentline_worker.embedded.store import Store
+
+OUT = os.environ.get("LATENTLINE_FAULTS_JSON")
+_rows: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether all of it runs, at its full counts."""
+    return OUT is not None
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker, Store]]:
+    folder = tmp_path_factory.mktemp("services")
+    broker, store = Broker(folder / "broker", "secret"), Store(folder / "store", "k" * 20, "s" * 40)
+    try:
+        broker.start()
+        store.start()
+    except MissingExtra as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(error.message)
+    yield broker, store
+    store.stop()
+    broker.stop()
+
+
+@pytest.fixture
+def cluster(services: tuple[Broker, Store], tiny_model: Path, tmp_path: Path) -> Iterator[Cluster]:
+    running = Cluster(tmp_path, *services, tiny_model)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    running = Receiver()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Put figures into this fault's row of the report."""
+
+    def put(fault: str, **figures: Any) -> None:
+        _rows.setdefault(request.node.nodeid, {"fault": fault}).update(figures)
+
+    return put
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.when == "call" and item.nodeid in _rows:
+        _rows[item.nodeid] |= {"pass": report.passed, "took_s": round(report.duration, 1)}
+    return report
+
+
+def pytest_sessionfinish() -> None:
+    if OUT and _rows:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        report = {"date": datetime.date.today().isoformat(), "machine": machine, "faults": list(_rows.values())}
+        Path(OUT).write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,190 @@
+"""Worker processes that are killed, stopped, ended, or poisoned."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.cluster import LEASE_S, Cluster
+
+from latentline import records
+from latentline.jobs import Status
+
+Figure = Callable[..., None]
+
+
+def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(cluster: Cluster, full: bool, figure: Figure) -> None:
+    """kill -9 under load, over and over: nothing lost, nothing doubled, few steps done twice."""
+    kills = 100 if full else 2
+    rng = random.Random(0)
+    cluster.start_worker()
+    cluster.start_worker()
+    resumed_after: list[float] = []
+    repeated: list[int] = []
+    for number in range(kills):
+        while len(cluster.client.list(Status.QUEUED, limit=200)[0]) < 4:
+            cluster.submit(4, num_inference_steps=60)
+        cluster.until(lambda: cluster.running(step=8))
+        victim = rng.choice(cluster.alive())
+        before = {r.id: r for r in cluster.running() if str(r.worker).endswith(f":{victim.process.pid}")}
+        killed_at = float(cluster.redis.time()[0])
+        cluster.kill(victim)
+        cluster.start_worker(wait=number % 4 == 0)
+        for job_id, record in before.items():
+
+            def next_life(job_id: str = job_id, attempt: int = record.attempt) -> bool:
+                now = cluster.get(job_id)
+                return now.attempt > attempt or now.status.terminal
+
+            cluster.until(next_life)
+            events = records.run(cluster.redis, records.events(job_id))
+            lives = [i for i, event in enumerate(events) if event.type == "job.running"]
+            if len(lives) > record.attempt:  # its next life has begun: where, and how far it had come by then
+                start = events[lives[record.attempt]]
+                reached = max((e.data["step"] for e in events[: lives[record.attempt]] if e.type == "job.progress"), default=0)
+                repeated.append(max(0, reached - start.data["step"]))
+                requeued = [e.at for e in events[: lives[record.attempt]] if e.type == "job.queued"][-1]
+                resumed_after.append(requeued - killed_at)
+    cluster.finish(timeout_s=300)
+    ended = cluster.check_invariants()
+    figure(
+        "kill -9 a worker under load",
+        kills=kills,
+        jobs=len(cluster.accepted),
+        ended=ended,
+        hit=len(repeated),
+        longest_until_requeued_s=round(max(resumed_after, default=0.0), 2),
+        most_steps_repeated=max(repeated, default=0),
+        mean_steps_repeated=round(sum(repeated) / max(1, len(repeated)), 1),
+    )
+    assert repeated, "no job was hit: the test shows nothing"
+    # Checkpoints come each 0.2 s, that is at most ten calls of 20 ms, and the kill may fall before one is written.
+    assert max(repeated) <= 25, "a checkpoint interval and a beat, on a machine that may be slow"
+    assert max(resumed_after) <= LEASE_S + 2 + 1, "the lease, and the reaper's round, rounded to whole seconds"
+
+
+def test_a_zombies_commits_are_fenced(cluster: Cluster, figure: Figure) -> None:
+    """SIGSTOP past two leases, then CONT."""
+    zombie = cluster.start_worker()
+    ids = cluster.submit(4, num_inference_steps=100)
+    cluster.until(lambda: len(cluster.running(step=2)) >= 4)
+    cluster.kill(zombie, signal.SIGSTOP)
+    cluster.start_worker()
+    time.sleep(2 * LEASE_S)
+    cluster.until(lambda: all(cluster.get(i).attempt == 2 or cluster.get(i).status.terminal for i in ids))
+    cluster.kill(zombie, signal.SIGCONT)
+    done = cluster.finish()
+    ended = cluster.check_invariants()
+    assert {record.worker for record in done} == {done[0].worker} and not str(done[0].worker).endswith(f":{zombie.process.pid}")
+    cluster.until(lambda: zombie.log.read_text().count("another worker owns it now") == 4)
+    figure("SIGSTOP past two leases, then CONT", jobs=len(ids), ended=ended, fenced=4)
+
+
+def test_a_worker_told_to_end_hands_its_jobs_over_at_once(cluster: Cluster, figure: Figure) -> None:
+    """SIGTERM under load."""
+    first = cluster.start_worker()
+    cluster.start_worker()
+    ids = cluster.submit(12, num_inference_steps=100)
+    cluster.until(lambda: any(str(r.worker).endswith(f":{first.process.pid}") for r in cluster.running(step=5)))
+    mine = [r for r in cluster.running() if str(r.worker).endswith(f":{first.process.pid}")]
+    started = time.monotonic()
+    cluster.kill(first, signal.SIGTERM)
+    first.process.wait(60)
+    took = time.monotonic() - started
+    cluster.finish()
+    ended = cluster.check_invariants()
+    handed_over = [cluster.get(record.id) for record in mine]
+    resumed = [record for record in handed_over if record.timings.get("resumed_from", 0) > 0]
+    figure("SIGTERM under load", jobs=len(ids), in_flight=len(mine), resumed=len(resumed), exited_after_s=round(took, 2), ended=ended)
+    assert resumed, "no job was handed over with its steps"
+    assert took <= 5 + 2, "drain + 2 s"
+
+
+@pytest.mark.parametrize("fault", ["oom", "nan", "error", "kill"])
+def test_only_the_guilty_job_dies(cluster: Cluster, full: bool, figure: Figure, fault: str) -> None:
+    """Out of memory at step n; NaN; an error; a job that kills its process."""
+    rounds = 20 if full else 1
+    innocents = guilty = lost_workers = 0
+    cluster.start_worker()
+    for _ in range(rounds):
+        (bad,) = cluster.submit(1, prompt=f"a cat [{fault}@3]", num_inference_steps=10)
+        good = cluster.submit(5, num_inference_steps=30)
+        deadline = time.monotonic() + 240
+        while not all(cluster.get(i).status.terminal for i in [bad, *good]):
+            assert time.monotonic() < deadline, cluster.children[-1].tail()
+            if not cluster.alive():  # an operator's supervisor restarts what has died
+                lost_workers += 1
+                cluster.start_worker()
+            time.sleep(0.05)
+        guilty += cluster.get(bad).status is Status.FAILED
+        innocents += sum(cluster.get(i).status is not Status.SUCCEEDED for i in good)
+    codes = {"oom": "out_of_memory", "nan": "numerical_error", "error": "internal_error", "kill": "worker_lost"}
+    assert cluster.get(bad).error is not None and cluster.get(bad).error.code == codes[fault]  # type: ignore[union-attr]
+    cluster.check_invariants((Status.SUCCEEDED, Status.FAILED))
+    figure(f"a job with {fault} at step 3", rounds=rounds, guilty_failed=guilty, innocents_lost=innocents, workers_lost=lost_workers)
+    assert (guilty, innocents) == (rounds, 0)
+
+
+def test_a_flipped_byte_in_the_weights_stops_the_start(cluster: Cluster, tiny_model: Path, figure: Figure) -> None:
+    from latentline_worker.models import checksums
+
+    checksums.write(tiny_model)
+    weights = next((tiny_model / "unet").glob("*.safetensors"))
+    whole = weights.read_bytes()
+    middle = len(whole) // 2
+    try:
+        weights.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        worker = cluster.start_worker(wait=False)
+        status = worker.process.wait(120)
+    finally:
+        weights.write_bytes(whole)
+        (tiny_model / checksums.NAME).unlink()
+    assert status == 1 and f"{weights}: its SHA-256 sum" in worker.tail() and "Traceback" not in worker.tail()
+    figure("a flipped byte in the weights", exit_status=status)
+
+
+def test_a_clock_that_is_a_minute_ahead_doubles_nothing(cluster: Cluster, figure: Figure) -> None:
+    cluster.start_worker(FAULT_SKEW_S="60")
+    cluster.start_worker()
+    ids = cluster.submit(12, num_inference_steps=60)
+    done = cluster.finish()
+    ended = cluster.check_invariants()
+    assert {record.attempt for record in done} == {1}
+    assert len({record.worker for record in done}) == 2, "one of the workers did nothing: the test shows nothing"
+    figure("a worker's clock 60 s ahead", jobs=len(ids), ended=ended, most_attempts=1)
+
+
+def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster, figure: Figure) -> None:
+    """Bit-identical in the reproducible mode, noise of an ancestral sampler included."""
+    fields = {"num_inference_steps": 60, "scheduler": "euler_ancestral", "num_images": 2}
+    mode = {"LATENTLINE_REPRODUCIBLE_ROWS": "4"}
+    worker = cluster.start_worker(**mode)
+    (alone,) = cluster.submit(1, **fields)
+    cluster.finish([alone])
+    seed = cluster.get(alone).request.seed
+    job = cluster.client.submit(model=cluster.model.name, prompt="a cat", seed=seed, **fields)  # type: ignore[arg-type]
+    cluster.accepted.append(job.id)
+    cluster.until(lambda: cluster.get(job.id).step >= 20)
+    os.kill(worker.process.pid, signal.SIGKILL)
+    cluster.start_worker(**mode)
+    cluster.finish()
+    cluster.check_invariants()
+    resumed = cluster.get(job.id)
+    assert resumed.timings["resumed_from"] > 0 and resumed.timings["denoise_steps"] < 60
+    pictures = [[cluster.client.images.download(image.key) for image in cluster.get(i).images] for i in (alone, job.id)]
+    pixels = [[_pixels(data) for data in group] for group in pictures]
+    assert pixels[0] == pixels[1]
+    figure("a resumed job's picture", bit_identical=True, resumed_from=resumed.timings["resumed_from"])
+
+
+def _pixels(data: bytes) -> bytes:
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).tobytes()

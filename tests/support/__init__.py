@@ -1,0 +1,1 @@
+"""What tests share beyond fixtures: a tiny model, a cluster of real processes, a proxy and a receiver that misbehave."""

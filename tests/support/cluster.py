@@ -1,0 +1,156 @@
+"""Real worker processes on a real broker and a real store, behind proxies that can fail."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentline import Client, records
+from latentline.connection import connect
+from latentline.errors import LatentlineError
+from latentline.jobs import JobRecord, JobRequest, Status
+from latentline.records import Records
+from latentline.settings import Settings
+from latentline_worker.embedded.broker import Broker
+from latentline_worker.embedded.process import Child, clean_env
+from latentline_worker.embedded.store import Store
+
+from .proxy import Proxy
+
+FAULTY_WORKER = Path(__file__).with_name("faulty_worker.py")
+LEASE_S = 3.0
+STEP_S = 0.02  # what a network call takes in these workers: a device's time, not this machine's
+PATIENCE_S = 120.0
+
+
+class Cluster:
+    """Services once, workers as told. ``client`` goes to the services directly, workers through the proxies."""
+
+    def __init__(self, folder: Path, broker: Broker, store: Store, model: Path) -> None:
+        self.folder, self.broker, self.store, self.model = folder, broker, store, model
+        self.redis_proxy, self.s3_proxy = Proxy(broker.port), Proxy(store.port)
+        self.children: list[Child] = []
+        self.redis = connect(broker.url)
+        self.redis.flushall()
+        self.records = Records(self.redis)
+        self.client = Client(Settings.from_variables({"LATENTLINE_REDIS_URL": broker.url, **store.environment}))
+        self.accepted: list[str] = []
+        self._names = itertools.count()
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        return clean_env(
+            LATENTLINE_REDIS_URL=self.broker.url.replace(f":{self.broker.port}/", f":{self.redis_proxy.port}/"),
+            **{**self.store.environment, "LATENTLINE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_proxy.port}"},
+            **{
+                "LATENTLINE_MODEL": str(self.model),
+                "LATENTLINE_LEASE_S": str(LEASE_S),
+                "LATENTLINE_CHECKPOINT_S": "0.2",
+                "LATENTLINE_DRAIN_S": "5",
+                "FAULT_STEP_S": str(STEP_S),
+                "OMP_NUM_THREADS": "1",
+                "LATENTLINE_CALLBACK_ALLOW_PRIVATE": "true",
+                "LATENTLINE_CALLBACK_SECRET": "whsec_" + "c2VjcmV0" * 5,
+            },
+            **extra,
+        )
+
+    def start_worker(self, *, wait: bool = True, **env: str) -> Child:
+        """One more worker process; with ``wait`` once it takes work."""
+        number = next(self._names)
+        command = [sys.executable, "-W", "ignore", str(FAULTY_WORKER)]
+        child = Child(f"worker {number}", command, self.folder / f"worker{number}.log", self.environment(**env))
+        self.children.append(child)
+        if wait:
+            child.wait_until(lambda: "celery@" in child.tail() or " ready" in child.log.read_text(errors="replace"), PATIENCE_S)
+        return child
+
+    def start_callbacks(self) -> Child:
+        """The process that delivers callbacks."""
+        command = [sys.executable, "-m", "latentline.cli", "callbacks", "serve"]
+        child = Child("callbacks", command, self.folder / f"callbacks{next(self._names)}.log", self.environment())
+        self.children.append(child)
+        child.wait_until(lambda: "ready" in child.log.read_text(errors="replace"), PATIENCE_S)
+        return child
+
+    def submit(self, count: int = 1, **fields: Any) -> list[str]:
+        """Accepted job ids; prompts and seeds differ."""
+        base = {"prompt": "a cat", "num_inference_steps": 40, "scheduler": "euler_ancestral", "model": self.model.name} | fields
+        requests = [JobRequest.parse(base | {"seed": len(self.accepted) + i}) for i in range(count)]
+        ids = [record.id for record in self.client.submit_many(requests)]
+        self.accepted += ids
+        return ids
+
+    def until(self, true: Callable[[], Any], timeout_s: float = PATIENCE_S, every_s: float = 0.02) -> Any:
+        """The first true value; fails with the workers' logs when time runs out."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                value = true()
+            except LatentlineError:
+                value = None
+            if value:
+                return value
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {timeout_s:g} s\n" + "\n\n".join(child.tail() for child in self.children))
+            time.sleep(every_s)
+
+    def get(self, job_id: str) -> JobRecord:
+        return self.client.get(job_id)
+
+    def running(self, step: int = 1) -> list[JobRecord]:
+        """Jobs in flight that have done so many steps."""
+        return [record for record in self.client.list(Status.RUNNING, limit=200)[0] if record.step >= step]
+
+    def finish(self, ids: Iterable[str] | None = None, timeout_s: float = PATIENCE_S) -> list[JobRecord]:
+        """Wait until these jobs (or all) have ended."""
+        wanted = list(self.accepted if ids is None else ids)
+        left = set(wanted)
+
+        def ended() -> bool:
+            left.difference_update([job_id for job_id in list(left)[:200] if self.get(job_id).status.terminal])
+            return not left
+
+        self.until(ended, timeout_s, 0.1)
+        return [self.get(job_id) for job_id in wanted]
+
+    def check_invariants(self, statuses: Sequence[Status] = (Status.SUCCEEDED,)) -> dict[str, int]:
+        """Nothing lost, nothing doubled, every picture there and whole. Returns how many ended how."""
+        counts: Counter[str] = Counter()
+        s3 = self.client.images
+        for job_id in self.accepted:
+            record = self.get(job_id)
+            assert record.status.terminal, f"{job_id} has not ended: {record}"
+            assert record.status in statuses, f"{job_id}: {record.status} {record.error}"
+            counts[record.status.value] += 1
+            kinds = [event.type for event in records.run(self.redis, records.events(job_id)) if event.terminal]
+            assert len(kinds) == 1, f"{job_id} ended {len(kinds)} times"
+            for image in record.images:
+                assert hashlib.sha256(s3.download(image.key)).hexdigest() == image.sha256
+        assert sum(counts.values()) == len(set(self.accepted)) == len(self.accepted)
+        return dict(counts)
+
+    def kill(self, child: Child, number: int = signal.SIGKILL) -> None:
+        os.kill(child.process.pid, number)
+
+    def alive(self) -> list[Child]:
+        return [child for child in self.children if child.alive]
+
+    def close(self) -> None:
+        for child in self.children:
+            if child.alive:
+                os.kill(child.process.pid, signal.SIGCONT)
+                child.process.kill()
+                child.process.wait()
+            child.stop()
+        self.redis_proxy.close()
+        self.s3_proxy.close()
+        self.client.close()
+        self.redis.close()

@@ -1,0 +1,67 @@
+"""A real worker process whose model misbehaves for certain prompts. Run as a script; arguments are the worker's.
+
+A prompt with ``[oom@N]``, ``[nan@N]``, ``[error@N]`` or ``[kill@N]`` does that in its N-th network call in this process.
+``FAULT_STEP_S`` is added to every call, as time on a device would be; ``FAULT_SKEW_S`` moves this process's clock.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+STEP_S = float(os.environ.get("FAULT_STEP_S", "0"))
+SKEW_S = float(os.environ.get("FAULT_SKEW_S", "0"))
+
+
+def main() -> int:
+    if SKEW_S:
+        real_time = time.time
+        time.time = lambda: real_time() + SKEW_S
+    import torch
+
+    from latentline_worker import launch
+    from latentline_worker.engine.network import Network
+    from latentline_worker.models.sd import StableDiffusion
+
+    real_encode, real_denoise = StableDiffusion.encode, StableDiffusion.denoise
+    poison: dict[str, tuple[torch.Tensor, str, int]] = {}
+    calls: dict[str, int] = {}
+
+    def encode(self: StableDiffusion, texts: Sequence[str]) -> torch.Tensor:
+        states = real_encode(self, texts)
+        for text, state in zip(texts, states, strict=True):
+            if found := re.search(r"\[(oom|nan|error|kill)@(\d+)\]", text):
+                poison[text] = (state.clone(), found[1], int(found[2]))
+        return states
+
+    def denoise(self: StableDiffusion, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        time.sleep(STEP_S)
+        out = real_denoise(self, latents, timesteps, states)
+        for text, (state, kind, when) in poison.items():
+            rows = [i for i, row in enumerate(states) if torch.equal(row, state)]
+            if not rows:
+                continue
+            calls[text] = calls.get(text, 0) + 1
+            if calls[text] < when:
+                continue
+            if kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "oom":
+                raise torch.OutOfMemoryError("out of memory, as asked for")
+            if kind == "error":
+                raise RuntimeError("failed, as asked for")
+            out = out.clone()
+            out[rows] = float("nan")
+        return out
+
+    StableDiffusion.encode, StableDiffusion.denoise = encode, denoise
+    Network.trace = lambda *_: None  # a recording would leave the faults out
+    return launch.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""A TCP proxy on loopback that breaks connections in the ways networks do."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import threading
+from typing import Literal
+
+Mode = Literal["pass", "refuse", "hang", "http500", "http507"]
+
+
+class Proxy:
+    """Forwards to ``target`` until told otherwise. Modes count for new connections; :meth:`hang` and :meth:`reset` for open ones.
+
+    refuse: nothing listens. hang: connections open and nothing ever comes back. http500, http507: every request is answered so.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.mode: Mode = "pass"
+        self.delay_s = 0.0  # before each chunk towards the target
+        self._listener = self._listen(0)
+        self.port: int = self._listener.getsockname()[1]
+        self._open: list[tuple[socket.socket, socket.socket | None]] = []
+        self._frozen = threading.Event()
+        self._closed = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def refuse(self) -> None:
+        """Close the listener and all connections, as a service that is gone."""
+        self.mode = "refuse"
+        self._listener.close()
+        self.reset()
+
+    def accept(self) -> None:
+        """Be there again, on the same port."""
+        self._frozen.clear()
+        if self.mode == "refuse":
+            self._listener = self._listen(self.port)
+            threading.Thread(target=self._accept, daemon=True).start()
+        self.mode = "pass"
+
+    def reset(self) -> None:
+        """End every open connection with RST."""
+        for pair in self._open:
+            for end in pair:
+                if end is not None:
+                    with contextlib.suppress(OSError):
+                        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        end.shutdown(socket.SHUT_RDWR)
+                    end.close()
+        self._open.clear()
+
+    def half_open(self) -> None:
+        """Open connections stay open and nothing passes any more; new ones work."""
+        self._frozen.set()
+        self._frozen = threading.Event()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._listener.close()
+        self.reset()
+
+    @staticmethod
+    def _listen(port: int) -> socket.socket:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(128)
+        return listener
+
+    def _accept(self) -> None:
+        listener = self._listener
+        while not self._closed.is_set():
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(near, self.mode, self._frozen), daemon=True).start()
+
+    def _serve(self, near: socket.socket, mode: Mode, frozen: threading.Event) -> None:
+        if mode == "hang":
+            self._open.append((near, None))
+            return
+        if mode in ("http500", "http507"):
+            self._answer(near, mode)
+            return
+        try:
+            far = socket.create_connection(("127.0.0.1", self.target), 5)
+        except OSError:
+            near.close()
+            return
+        pair = (near, far)
+        self._open.append(pair)
+        try:
+            while not frozen.is_set():
+                ready, _, _ = select.select(pair, [], [], 0.2)
+                if frozen.is_set():
+                    self._closed.wait()  # keep both ends open, silent
+                for end in ready:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    if end is near and self.delay_s:
+                        self._closed.wait(self.delay_s)
+                    (far if end is near else near).sendall(data)
+        except (OSError, ValueError):
+            return
+        finally:
+            near.close()
+            far.close()
+            with contextlib.suppress(ValueError):
+                self._open.remove(pair)
+
+    @staticmethod
+    def _answer(near: socket.socket, mode: Mode) -> None:
+        """Read one request whole and refuse it."""
+        status = {"http500": "500 Internal Server Error", "http507": "507 Insufficient Storage"}[mode]
+        with contextlib.suppress(OSError), near:
+            near.settimeout(5)
+            data = b""
+            while b"\r\n\r\n" not in data:
+                more = near.recv(65536)
+                if not more:
+                    return
+                data += more
+            if b"100-continue" in data.lower():
+                near.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                return
+            head, _, body = data.partition(b"\r\n\r\n")
+            length = next((int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")), 0)
+            while len(body) < length:
+                more = near.recv(65536)
+                if not more:
+                    break
+                body += more
+            near.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
