@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := worker,api,embedded,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt bench docker-lint clean
+.PHONY: help demo test lint fmt bench faults docker-lint clean
 
 help: ## What there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -31,7 +31,10 @@ fmt: $(STAMP) ## Format and fix what can be fixed
 
 bench: $(STAMP) ## Measure throughput and latency of the engine on this machine
 	$(BIN)/pip install -e '.[bench]' -c constraints.txt
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json benchmark.json --plot benchmark.png
+
+faults: $(STAMP) ## Break everything that can break, at full counts (an hour); writes faults.json
+	LATENTLINE_FAULTS_JSON=faults.json $(BIN)/pytest tests/faults
 
 docker-lint: $(STAMP) ## Check the Dockerfiles
 	$(BIN)/hadolint docker/Dockerfile.api docker/Dockerfile.worker

@@ -247,7 +247,7 @@ def list_callbacks(job_id: str | None, limit: int, as_json: bool) -> None:
     """Callbacks with what came of each try, newest first."""
     found = _run(records.callbacks(job_id, limit))
     if as_json:
-        click.echo(json.dumps([{**one, "record": one["record"].id} for one in found], indent=2))
+        click.echo(json.dumps([{**one, "record": one["job_id"]} for one in found], indent=2))
         return
     for one in found:
         last = one["log"][-1]["result"] if one["log"] else "not tried yet"

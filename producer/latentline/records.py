@@ -484,7 +484,7 @@ class Records:
         """Keep what nobody can read, with its cause."""
         seconds = self._now()
         letter = json.dumps({"id": dead_id, "kind": kind, "reason": reason, "at": str(seconds), **more})
-        self._one(lambda client: client.hset(routing.dead_key(), dead_id, letter))
+        self._one(lambda client: client.hsetnx(routing.dead_key(), dead_id, letter))
 
     def announce_model(self, info: ModelInfo) -> None:
         """Say that a worker serves this model."""
@@ -544,7 +544,10 @@ def _field_of(job_ids: Sequence[str], field: str) -> Call:
 
 def _callback(raw: dict[str, str]) -> dict[str, Any]:
     """A callback's hash with its numbers and its log read."""
-    record = json.loads(raw["record"])
+    try:
+        record = _record(_pairs(json.loads(raw["record"])))
+    except JobNotFound:  # of another version: the list of callbacks must not break on it, and it must not come back for ever
+        record = None
     return {
         **{key: raw[key] for key in ("id", "job_id", "type", "url", "status")},
         "seq": int(raw["seq"]),
@@ -552,7 +555,7 @@ def _callback(raw: dict[str, str]) -> dict[str, Any]:
         "at": float(raw["at"]),
         "due": float(raw["due"]),
         "log": json.loads(raw.get("log") or "[]"),
-        "record": _record(_pairs(record)),
+        "record": record,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -27,6 +27,17 @@ class Settings(BaseSettings):
     # whsec_..., or several with commas between while they are rotated: each callback is signed with all. Callbacks need it.
     callback_secret: SecretStr | None = None
     callback_allow_private: bool = False  # addresses that are not global are refused unless set
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, url: SecretStr) -> SecretStr:
+        from redis.connection import parse_url
+
+        try:
+            parse_url(url.get_secret_value())  # type: ignore[no-untyped-call]
+        except ValueError:  # its text may hold the password
+            raise ValueError("a redis://, rediss:// or unix:// URL") from None
+        return url
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str]) -> Self:

@@ -32,7 +32,8 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(cluster: C
         cluster.until(lambda: cluster.running(step=8))
         victim = rng.choice(cluster.alive())
         before = {r.id: r for r in cluster.running() if str(r.worker).endswith(f":{victim.process.pid}")}
-        killed_at = float(cluster.redis.time()[0])
+        seconds, micros = cluster.redis.time()
+        killed_at = seconds + micros / 1e6
         cluster.kill(victim)
         cluster.start_worker(wait=number % 4 == 0)
         for job_id, record in before.items():
@@ -63,9 +64,10 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(cluster: C
         mean_steps_repeated=round(sum(repeated) / max(1, len(repeated)), 1),
     )
     assert repeated, "no job was hit: the test shows nothing"
-    # Checkpoints come each 0.2 s, that is at most ten calls of 20 ms, and the kill may fall before one is written.
-    assert max(repeated) <= 25, "a checkpoint interval and a beat, on a machine that may be slow"
-    assert max(resumed_after) <= LEASE_S + 2 + 1, "the lease, and the reaper's round, rounded to whole seconds"
+    if full:  # judged on a machine that does nothing else; elsewhere times are only reported
+        # A checkpoint each 0.2 s is at most ten calls of 20 ms; a beat may have told of some more than the last one held.
+        assert max(repeated) <= 20
+        assert max(resumed_after) <= LEASE_S + 2
 
 
 def test_a_zombies_commits_are_fenced(cluster: Cluster, figure: Figure) -> None:
@@ -85,7 +87,7 @@ def test_a_zombies_commits_are_fenced(cluster: Cluster, figure: Figure) -> None:
     figure("SIGSTOP past two leases, then CONT", jobs=len(ids), ended=ended, fenced=4)
 
 
-def test_a_worker_told_to_end_hands_its_jobs_over_at_once(cluster: Cluster, figure: Figure) -> None:
+def test_a_worker_told_to_end_hands_its_jobs_over_at_once(cluster: Cluster, full: bool, figure: Figure) -> None:
     """SIGTERM under load."""
     first = cluster.start_worker()
     cluster.start_worker()
@@ -102,7 +104,7 @@ def test_a_worker_told_to_end_hands_its_jobs_over_at_once(cluster: Cluster, figu
     resumed = [record for record in handed_over if record.timings.get("resumed_from", 0) > 0]
     figure("SIGTERM under load", jobs=len(ids), in_flight=len(mine), resumed=len(resumed), exited_after_s=round(took, 2), ended=ended)
     assert resumed, "no job was handed over with its steps"
-    assert took <= 5 + 2, "drain + 2 s"
+    assert not full or took <= 5 + 2, "drain + 2 s"
 
 
 @pytest.mark.parametrize("fault", ["oom", "nan", "error", "kill"])

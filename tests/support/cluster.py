@@ -16,7 +16,7 @@ from typing import Any
 from latentline import Client, records
 from latentline.connection import connect
 from latentline.errors import LatentlineError
-from latentline.jobs import JobRecord, JobRequest, Status
+from latentline.jobs import JobRecord, JobRequest, ModelInfo, Status
 from latentline.records import Records
 from latentline.settings import Settings
 from latentline_worker.embedded.broker import Broker
@@ -41,15 +41,18 @@ class Cluster:
         self.redis = connect(broker.url)
         self.redis.flushall()
         self.records = Records(self.redis)
+        # Jobs may be submitted before the first worker is up.
+        self.records.announce_model(ModelInfo(id=model.name, family="sd", default_width=64, default_height=64, max_pixels=128 * 128))
         self.client = Client(Settings.from_variables({"LATENTLINE_REDIS_URL": broker.url, **store.environment}))
         self.accepted: list[str] = []
         self._names = itertools.count()
 
     def environment(self, **extra: str) -> dict[str, str]:
         return clean_env(
-            LATENTLINE_REDIS_URL=self.broker.url.replace(f":{self.broker.port}/", f":{self.redis_proxy.port}/"),
-            **{**self.store.environment, "LATENTLINE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_proxy.port}"},
             **{
+                "LATENTLINE_REDIS_URL": self.broker.url.replace(f":{self.broker.port}/", f":{self.redis_proxy.port}/"),
+                **self.store.environment,
+                "LATENTLINE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_proxy.port}",
                 "LATENTLINE_MODEL": str(self.model),
                 "LATENTLINE_LEASE_S": str(LEASE_S),
                 "LATENTLINE_CHECKPOINT_S": "0.2",
@@ -58,8 +61,8 @@ class Cluster:
                 "OMP_NUM_THREADS": "1",
                 "LATENTLINE_CALLBACK_ALLOW_PRIVATE": "true",
                 "LATENTLINE_CALLBACK_SECRET": "whsec_" + "c2VjcmV0" * 5,
-            },
-            **extra,
+                **extra,
+            }
         )
 
     def start_worker(self, *, wait: bool = True, **env: str) -> Child:

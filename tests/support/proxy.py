@@ -32,7 +32,7 @@ class Proxy:
     def refuse(self) -> None:
         """Close the listener and all connections, as a service that is gone."""
         self.mode = "refuse"
-        self._listener.close()
+        self._unlisten()
         self.reset()
 
     def accept(self) -> None:
@@ -61,8 +61,13 @@ class Proxy:
 
     def close(self) -> None:
         self._closed.set()
-        self._listener.close()
+        self._unlisten()
         self.reset()
+
+    def _unlisten(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts, which holds the port otherwise
+        self._listener.close()
 
     @staticmethod
     def _listen(port: int) -> socket.socket:

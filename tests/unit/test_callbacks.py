@@ -532,7 +532,6 @@ def test_a_body_beyond_the_cap_is_not_sent_and_not_tried_again(outbox: Outbox, d
         "http://127.1/",
         "http://2130706433/",
         "http://0x7f.0.0.1/",
-        "http://0177.0.0.1/",
         "http://0.0.0.0/",
         "http://10.0.0.1/",
         "http://172.16.0.1/",
@@ -585,6 +584,7 @@ def test_private_addresses_get_no_packet(outbox: Outbox, names: dict[str, list[s
 @pytest.mark.parametrize(
     "url",
     [
+        "http://0177.0.0.1/",  # octal
         "http://１２７.０.０.１/",  # wide digits
         "http://127。0。0。1/",  # ideographic full stops
         "http://[fe80::1%25lo]/",

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
+from latentline_worker.callbacks import TIMEOUT_S
 from latentline_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 MANIFESTS = sorted(p for p in (ROOT / "deploy/kubernetes").glob("*.yaml") if p.name != "kustomization.yaml")
+PODS = ("api.yaml", "worker.yaml", "callbacks.yaml")
+VALKEY = ROOT / "deploy/valkey"
 COMPOSE = ROOT / "deploy/compose.yaml"
 KUBERNETES_VERSIONS = ("1.29", "1.37")  # the oldest and the newest that the manifests are meant for
 
@@ -108,17 +111,49 @@ def test_compose_file_follows_the_specification() -> None:
 
 def test_compose_services_are_pinned_checked_and_drained() -> None:
     found = services()
-    assert set(found) == {"broker", "store", "api", "worker"}
+    assert set(found) == {"broker", "store", "api", "worker", "callbacks"}
     for name, service in found.items():
         assert re.search(r":\d+\.\d+", service["image"]), name
         assert "stop_grace_period" in service, name
     assert all("healthcheck" in found[name] for name in ("broker", "store"))  # api and worker bring theirs in the image
     (device,) = found["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
-    command = found["broker"]["command"]
-    assert command[command.index("--appendonly") + 1] == "yes"
-    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
-    assert "--requirepass" in command
+    assert found["broker"]["command"] == ["sh", "/etc/valkey/start.sh"]
+    assert "./valkey:/etc/valkey:ro" in found["broker"]["volumes"]
+    assert "deploy" not in found["callbacks"]  # no GPU
+
+
+def test_the_broker_keeps_what_it_accepts_and_knows_nobody_but_the_roles() -> None:
+    """That it starts with these very files, and what each role may do: tests/integration/test_acl_tls.py."""
+    lines = [line.split(maxsplit=1) for line in (VALKEY / "valkey.conf").read_text().splitlines() if line and line[0] != "#"]
+    settings = dict(lines)
+    assert settings["appendonly"] == "yes" and settings["appendfsync"] == "everysec"
+    assert settings["maxmemory-policy"] == "noeviction" and settings["maxmemory"] not in ("", "0")
+    users = {line.split()[1]: line.split()[2:] for line in (VALKEY / "users.acl").read_text().splitlines() if line.startswith("user ")}
+    assert set(users) == {"default", "producer", "worker", "callbacks"}
+    assert users.pop("default")[0] == "off"
+    for name, rules in users.items():
+        assert rules[:5] == ["on", f"#@{name}@", "resetkeys", "resetchannels", "-@all"]
+        assert not {"nopass", "allkeys", "~*", "allchannels", "&*"} & set(rules)
+        assert not [rule for rule in rules if rule.startswith("+@")]  # single commands, no categories
+        assert f"//{name}:" in json.dumps([service.get("environment", {}) for service in services().values()])
+
+
+def test_the_deliverer_has_neither_keys_of_the_store_nor_other_secrets() -> None:
+    environment = services()["callbacks"]["environment"]
+    assert not [name for name in environment if "S3" in name]
+    (source,) = deployment("callbacks.yaml")["spec"]["template"]["spec"]["containers"][0]["envFrom"]
+    assert source == {"secretRef": {"name": "latentline-callbacks"}}
+
+
+def test_every_secret_that_a_pod_reads_is_in_the_example() -> None:
+    shown = {secret["metadata"]["name"] for secret in documents("secret.example.yaml")}
+    read = {
+        source["secretRef"]["name"]
+        for name in PODS
+        for source in deployment(name)["spec"]["template"]["spec"]["containers"][0].get("envFrom", [])
+    }
+    assert read == shown
 
 
 def test_compose_reads_only_documented_variables() -> None:
@@ -128,8 +163,10 @@ def test_compose_reads_only_documented_variables() -> None:
 
 
 def test_no_default_password_in_compose() -> None:
-    assert set(re.findall(r"\$\{(VALKEY_PASSWORD|S3_\w*KEY\w*)(:?[-?])", COMPOSE.read_text())) == {
-        ("VALKEY_PASSWORD", ":?"),
+    assert set(re.findall(r"\$\{(VALKEY_\w+|S3_\w*KEY\w*)(:?[-?])", COMPOSE.read_text())) == {
+        ("VALKEY_PRODUCER_PASSWORD", ":?"),
+        ("VALKEY_WORKER_PASSWORD", ":?"),
+        ("VALKEY_CALLBACKS_PASSWORD", ":?"),
         ("S3_ACCESS_KEY_ID", ":?"),
         ("S3_SECRET_ACCESS_KEY", ":?"),
     }
@@ -168,7 +205,7 @@ def test_kustomization_names_every_manifest_but_the_secret_example() -> None:
     assert set(kustomization["resources"]) == {p.name for p in MANIFESTS} - {"secret.example.yaml"}
 
 
-@pytest.mark.parametrize("name", ["api.yaml", "worker.yaml"])
+@pytest.mark.parametrize("name", PODS)
 def test_pods_are_restricted_probed_and_bounded(name: str) -> None:
     pod = deployment(name)["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -176,7 +213,8 @@ def test_pods_are_restricted_probed_and_bounded(name: str) -> None:
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    assert {"livenessProbe", "readinessProbe"} <= set(container)
+    if name != "callbacks.yaml":  # nobody connects to it, and it has nothing to ask
+        assert {"livenessProbe", "readinessProbe"} <= set(container)
     assert container["resources"]["limits"]["memory"]
 
 
@@ -185,8 +223,20 @@ def test_a_worker_pod_has_one_gpu_and_time_to_drain() -> None:
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
     grace_s = pod["terminationGracePeriodSeconds"]
     assert grace_s == seconds(services()["worker"]["stop_grace_period"])
-    # Draining, then as long again for decoding, uploads and callbacks that are under way.
-    assert grace_s >= 2 * WorkerSettings.model_fields["drain_s"].default
+    # The process ends when the time to drain is over; a kill must not come first, on a slow machine either.
+    drain_s = float(services()["worker"]["environment"]["LATENTLINE_DRAIN_S"])
+    assert drain_s == WorkerSettings.model_fields["drain_s"].default
+    assert {"name": "LATENTLINE_DRAIN_S", "value": f"{drain_s:g}"} in pod["containers"][0]["env"]
+    assert grace_s >= drain_s + 15
+
+
+def test_the_deliverer_has_time_to_end_a_try_and_runs_the_command_that_exists() -> None:
+    pod = deployment("callbacks.yaml")["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == seconds(services()["callbacks"]["stop_grace_period"]) >= TIMEOUT_S + 10
+    command = services()["callbacks"]["command"]
+    assert command == pod["containers"][0]["args"]
+    assert "nvidia.com/gpu" not in json.dumps(pod)
+    tool("latentline", *command, "--help")
 
 
 def test_service_selects_the_api_pods() -> None:
@@ -197,13 +247,14 @@ def test_service_selects_the_api_pods() -> None:
 def test_only_settings_that_exist_are_set() -> None:
     """Unknown LATENTLINE_* variables would be ignored in silence."""
     known = {f"LATENTLINE_{name.upper()}" for name in WorkerSettings.model_fields}
-    (secret,) = documents("secret.example.yaml")
-    assert set(secret["stringData"]) <= known
+    for secret in documents("secret.example.yaml"):
+        assert set(secret["stringData"]) <= known
     for service in services().values():
         names = {name for name in service.get("environment", {}) if name.startswith("LATENTLINE_")}
         assert names <= known
     for path in DOCKERFILES:
         assert set(re.findall(r"^ENV (LATENTLINE_\w+)=", path.read_text(), re.M)) <= known
-    for name in ("api.yaml", "worker.yaml"):
+    for name in PODS:
         (container,) = deployment(name)["spec"]["template"]["spec"]["containers"]
-        assert {variable["name"] for variable in container.get("env", [])} <= known
+        names = {variable["name"] for variable in container.get("env", [])}
+        assert {one for one in names if one.startswith("LATENTLINE_")} <= known

@@ -67,7 +67,7 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records) -> C
         bury(records, "not a message of this system", text)
 
     app.latentline_records = records
-    app.task(unreadable, name=UNREADABLE_TASK)
+    app.task(unreadable, name=UNREADABLE_TASK, shared=False)
     return app
 
 
@@ -96,16 +96,38 @@ class BuryingConsumer(Consumer):  # type: ignore[misc]
         self._bury(f"cannot be decoded: {type(exc).__name__}", message)
 
     def _bury(self, reason: str, message: Any) -> None:
-        bury(self.app.latentline_records, reason, str(message.body))
+        body = message.body
+        bury(self.app.latentline_records, reason, body.decode(errors="replace") if isinstance(body, bytes) else str(body))
         message.ack()
 
 
 def _tolerant_loads(text: Any, **options: Any) -> Any:
-    """kombu's reading of an envelope, but for one that it cannot read: that would end the worker with the message lost."""
+    """kombu's reading of an envelope, but for one that is not a wake-up: much of what kombu and Celery then read unchecked
+    would end the worker with the message lost.
+    """
     try:
-        envelope = json.loads(text, **options)
-        if {"delivery_tag", "delivery_info"} <= envelope["properties"].keys() and "body" in envelope and "headers" in envelope:
-            return envelope
-    except (ValueError, TypeError, KeyError, AttributeError):
+        read = json.loads(text, **options)
+        if isinstance(read, list) and len(read) == 3 and isinstance(read[0], dict):
+            return read  # kombu's own bookkeeping of what is not acknowledged: [envelope, exchange, routing key]
+        if _is_wake_up(read):
+            return read
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     return json.loads(wake_up(UNREADABLE_TASK, str(text)[:MAX_KEPT_CHARS], "", 0, str(uuid.uuid4())))
+
+
+def _is_wake_up(envelope: Any) -> bool:
+    """Whether it has the form of :func:`latentline.routing.wake_up`: one task, one argument, nothing that Celery would obey."""
+    headers, properties = envelope["headers"], envelope["properties"]
+    info = properties["delivery_info"]
+    texts = (headers["task"], headers["id"], properties["delivery_tag"], info["exchange"], info["routing_key"])
+    (argument,), kwargs, embedded = json.loads(envelope["body"])
+    return (
+        all(isinstance(one, str) for one in (*texts, argument))
+        and (kwargs, any(embedded.values())) == ({}, False)
+        and envelope["content-type"] == "application/json"
+        and envelope["content-encoding"] == "utf-8"
+        and not properties.get("body_encoding")
+        and not any(headers.get(name) for name in ("eta", "expires", "group", "compression", "retries"))
+        and headers.get("timelimit") in (None, [None, None])
+    )

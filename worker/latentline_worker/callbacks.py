@@ -127,13 +127,20 @@ class Deliverer:
         taken = self._records.take_callback(callback_id, LOCK_S)
         if taken is None:
             return
+        if taken["record"] is None:
+            self._settle(taken, "failed", "the record is of a version that this deliverer cannot read")
+            return
         if self._records.receiver_disabled(taken["url"]):
             self._settle(taken, "gone", "the receiver has answered 410 before")
             return
         if not self._secrets:
             self._settle(taken, "failed", "LATENTLINE_CALLBACK_SECRET is not set")
             return
-        slot = self._slot(taken["url"])
+        try:
+            slot = self._slot(taken["url"])
+        except httpx.InvalidURL as error:
+            self._settle(taken, "failed", f"{type(error).__name__}: {error}")
+            return
         if not slot.acquire(blocking=False):
             self._records.put_back_callback(callback_id, random.uniform(0.5, 1.5))
             return
@@ -204,7 +211,7 @@ class Deliverer:
             # Only the status counts; nothing of the answer's body is read.
             pool.stream("POST", request, headers=headers, content=body, extensions={"timeout": limits}) as answer,
         ):
-            return int(answer.status), _retry_after(dict(answer.headers).get(b"retry-after"))
+            return int(answer.status), _retry_after({name.lower(): value for name, value in answer.headers}.get(b"retry-after"))
 
 
 def _retry_after(value: bytes | None) -> float:
@@ -214,7 +221,7 @@ def _retry_after(value: bytes | None) -> float:
     text = value.decode("ascii", "replace").strip()
     try:
         seconds = float(text) if text.isdigit() else (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), 86400.0)
 

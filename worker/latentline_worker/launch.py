@@ -115,6 +115,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     def tend() -> None:
         """What belongs to no worker, looked after by every one."""
         records.worker_beat(name)
+        records.announce_model(family.info)  # again and again: the broker's state may have been wiped
         for job_id in records.reclaim():
             log.warning("job %s: its worker is lost, the job is taken from it", job_id)
         for job_id in records.wake(family.info.id, settings.lease_s):

@@ -30,6 +30,8 @@ class Broker:
     def start(self) -> None:
         """Start and wait for an authenticated PING; another port is tried when one was lost in a race."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self._child:
+            self._child.stop()
         for attempt in range(3):
             self.port = self.port if self.port and not attempt else free_port()  # a restart keeps its port
             config = self._folder / "valkey.conf"
