@@ -66,10 +66,15 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
     Raises:
         BrokerUnavailable: Redis does not answer.
     """
-    value: Any = None
     try:
+        call = operation.send(None)
         while True:
-            value = operation.send(value)(client)
+            try:
+                value = call(client)
+            except redis.ResponseError as error:
+                call = operation.throw(error)  # the operation may know what to make of a refusal
+            else:
+                call = operation.send(value)
     except StopIteration as done:
         result: T = done.value
         return result
@@ -79,10 +84,15 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
 
 async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
     """Drive an operation with an asyncio client; raises as :func:`run`."""
-    value: Any = None
     try:
+        call = operation.send(None)
         while True:
-            value = await operation.send(value)(client)
+            try:
+                value = await call(client)
+            except redis.ResponseError as error:
+                call = operation.throw(error)  # the operation may know what to make of a refusal
+            else:
+                call = operation.send(value)
     except StopIteration as done:
         result: T = done.value
         return result
@@ -148,9 +158,17 @@ def submit(requests: Sequence[JobRequest], retention_s: int, *, tenant_cap: int 
                 callback.url if callback else "",
                 json.dumps(callback.events) if callback else "",
             )
+        if durable:  # on the connection that wrote
+            pipeline.execute_command("WAITAOF", 1, 0, AOF_TIMEOUT_MS)
         return pipeline.execute()
 
-    replies = yield call
+    try:
+        replies = yield call
+    except redis.ResponseError as error:
+        if "WAITAOF" not in str(error):
+            raise
+        raise BrokerUnavailable("the broker has no append-only file, and durable jobs were asked for: set appendonly yes") from error
+    written = replies.pop()[0] if durable else 1
     records = []
     for request, (outcome, payload, *position) in zip(requests, replies, strict=True):
         if outcome == "conflict":
@@ -163,10 +181,8 @@ def submit(requests: Sequence[JobRequest], retention_s: int, *, tenant_cap: int 
             records.append((yield from get(payload)))
         else:
             records.append(_record(_pairs(payload)).model_copy(update={"queue_position": position[0]}))
-    if durable:
-        local, _ = yield lambda client: client.execute_command("WAITAOF", 1, 0, AOF_TIMEOUT_MS)
-        if not local:
-            raise BrokerUnavailable(f"the broker has not written its append-only file within {AOF_TIMEOUT_MS} ms; the jobs may still run")
+    if not written:
+        raise BrokerUnavailable(f"the broker has not written its append-only file within {AOF_TIMEOUT_MS} ms; the jobs may still run")
     return records
 
 

@@ -106,8 +106,9 @@ def test_unguided_job_equals_plain_pipeline(pipeline: StableDiffusionPipeline, f
     subject = engine.submit(work(family, "subject", "a dog", "euler", 8, 1.0, (3,)))
     engine.submit(work(family, "mate", "a hat", "ddim", 5, 4.0, (4,)))
     engine.start()
+    latents = subject.result(60)  # before the pipeline runs: both use one tokenizer, which knows no threads
     expected = alone(pipeline, "a dog", "euler", 8, 1.0, (3,))
-    assert (subject.result(60) - expected).abs().max() <= RELATIVE * expected.abs().max()
+    assert (latents - expected).abs().max() <= RELATIVE * expected.abs().max()
 
 
 def test_text_states_equal_the_pipelines(pipeline: StableDiffusionPipeline, family: StableDiffusion) -> None:
@@ -158,7 +159,7 @@ def test_one_failing_job_leaves_the_others(family: StableDiffusion, engine: Engi
     real = family.denoise
 
     def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        if any(torch.allclose(row, poison) for row in states):
+        if any(torch.allclose(row, poison, atol=1e-4) for row in states):
             raise RuntimeError("poison")
         return real(latents, timesteps, states)
 

@@ -76,6 +76,28 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     return put
 
 
+QUICK = (
+    "test_a_killed_workers_jobs",
+    "test_only_the_guilty_job_dies[error]",
+    "test_the_picture_of_a_resumed_job",
+    "test_lost_messages",
+    "test_the_same_message_three_times",
+    "costs_a_retry_and_no_denoising[http500",
+    "test_every_job_is_told_once",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without ``make faults`` only the quick ones: the others take minutes each or judge times."""
+    if OUT:
+        return
+    here = [item for item in items if "tests/faults/" in item.nodeid]
+    left_out = [item for item in here if not any(name in item.nodeid for name in QUICK)]
+    if left_out and len(here) > 1:  # one that is asked for by name runs
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield

@@ -66,14 +66,12 @@ def test_the_broker_is_waited_for_no_longer_than_its_connection_is() -> None:
     assert OPTIONS["socket_timeout"] > records.AOF_TIMEOUT_MS / 1000
 
 
-@pytest.mark.xfail(strict=True, raises=redis.ResponseError, reason="records.run lets the server's refusal of WAITAOF through")
 def test_a_durable_job_is_refused_by_a_broker_without_an_append_only_file(client: redis.Redis) -> None:
     client.config_set("appendonly", "no")
     with pytest.raises(BrokerUnavailable, match="append"):
         run(client, durable())
 
 
-@pytest.mark.xfail(strict=True, reason="WAITAOF goes to any connection of the pool, and answers at once on one that has written nothing")
 def test_a_durable_job_waits_on_the_connection_that_wrote_it(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other threads and coroutines take connections from the same pool between any two calls."""
     monkeypatch.setattr(records, "AOF_TIMEOUT_MS", 50)
@@ -119,9 +117,6 @@ def test_each_setting_that_may_lose_jobs_is_named(client: redis.Redis, setting: 
     assert Records(client).durability() == [sentence]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=redis.exceptions.NoPermissionError, reason="records.run does not hand errors of a call to its operation"
-)
 def test_a_broker_that_hides_its_settings_is_said_to(broker: Broker, client: redis.Redis) -> None:
     client.acl_setuser("reserved", enabled=True, nopass=True, commands=["+@all", "-config"], keys=["*"])
     with contextlib.closing(connect(broker.url.replace(":a-password@", "reserved:any@"))) as reserved:

@@ -98,7 +98,7 @@ class Lane:
         return x0.view(-1, *self.shape)
 
     @torch.inference_mode()
-    def step(self, requests: Sequence[Request]) -> int:
+    def step(self, requests: Sequence[Request], most_rows: int) -> int:
         """Advance every request by one network call; the rows that went through the network in one go.
 
         Raises before anything is changed, or not at all.
@@ -124,7 +124,7 @@ class Lane:
         x, timesteps = torch.cat([x, x[guided_at]]), torch.cat([timesteps, timesteps[guided_at]])
         states = torch.cat([self._cond[slots], self._uncond[slots[guided_at]]])
         self._clock.mark()
-        m, rows = self._network(x, timesteps, states)
+        m, rows = self._network(x, timesteps, states, most_rows)
         self._clock.mark()
         if guided:
             m, m_uncond = m[:count], m[count:]
@@ -157,12 +157,13 @@ class Lane:
         return tensor.pin_memory().to(self.family.device, non_blocking=True)
 
     def _grow(self, count: int, states: torch.Tensor) -> None:
-        start = len(self._history)
-        self._free.extend(range(start, start + count))
-
         def extend(old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
             fresh = like.new_zeros(count, *like.shape)
             return fresh if old is None else torch.cat([old, fresh])
 
-        self._history = extend(self._history, self._history.new_zeros(self._history.shape[1:]))
-        self._cond, self._uncond = extend(self._cond, states), extend(self._uncond, states)
+        start = len(self._history)
+        # All or nothing: memory may run out in any of them.
+        history = extend(self._history, self._history.new_zeros(self._history.shape[1:]))
+        cond, uncond = extend(self._cond, states), extend(self._uncond, states)
+        self._history, self._cond, self._uncond = history, cond, uncond
+        self._free.extend(range(start, start + count))

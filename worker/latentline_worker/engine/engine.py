@@ -136,7 +136,9 @@ class Engine:
         with torch.inference_mode():
             latents = torch.zeros(1, *shape, device=self.family.device)
             forward(1)  # allocators and kernels come to life
-            self.memory.measure(key, lambda: forward(1), lambda: self._decoder.decode_now(latents))
+            x, t = torch.zeros(1, *shape, device=self.family.device), torch.full((1,), 500.0, device=self.family.device)
+            # The bare forward: the network's own may pad.
+            self.memory.measure(key, lambda: self.family.denoise(x, t, states[None]), lambda: self._decoder.decode_now(latents))
             self.memory.check(key, states.shape[-1])
             noise = torch.randn(2, *shape, device=self.family.device)
             self.network.trace(noise, torch.full((2,), 500.0, device=self.family.device), states.expand(2, -1, -1))
@@ -190,27 +192,34 @@ class Engine:
             self._finish(request, Cancelled(request.cancel_reason or ""))
         if not self._arriving:
             return
-        failure, first = self._encode(self._arriving), self._arriving[0]
+        failures = self._encode(self._arriving)
+        full: set[LaneKey] = set()  # nobody overtakes a request that waits for slots of its lane
         for request in list(self._arriving):
             try:
-                if failure and request is first:
+                if failure := failures.get(request):
                     raise failure
-                self._join(request)
+                self._join(request, full)
             except Exception as error:  # this job's own failure: the batch goes on
                 self._finish(request, error)
 
-    def _encode(self, requests: Sequence[Request]) -> Exception | None:
-        """One micro-batch of the requests' texts; a failure is the first request's."""
+    def _encode(self, requests: Sequence[Request]) -> dict[Request, Exception]:
+        """One micro-batch of the requests' texts; where it fails, one by one, and whose texts those were."""
         try:
             self._conditioner.encode_some(text for request in requests for text in _texts(request.work))
-            return None
+            return {}
         except Exception as error:
-            if len(requests) == 1:
-                return error
             log.warning("encoding failed (%s): one by one", type(error).__name__)
-        return self._encode(requests[:1])
+        failures: dict[Request, Exception] = {}
+        unknown = [r for r in requests if any(self._conditioner.get(text) is None for text in _texts(r.work))]
+        for request in unknown[:MICRO_BATCH]:
+            try:
+                for text in _texts(request.work):
+                    self._conditioner.encode_some([text])
+            except Exception as error:
+                failures[request] = error
+        return failures
 
-    def _join(self, request: Request) -> None:
+    def _join(self, request: Request, full: set[LaneKey]) -> None:
         """Into its lane, if its texts are encoded and there is a slot for each image; else it stays for the next step."""
         known = [self._conditioner.get(text) for text in _texts(request.work)]
         conditionings = [one for one in known if one]
@@ -221,11 +230,14 @@ class Engine:
         width = cond.states.shape[-1]
         key = request.lane
         if key not in self.lanes:
-            self.memory.check(key, width)
+            self.memory.check(key, width, self._fixed_rows or 1)
             self.lanes[key] = Lane(self.family, key, self.network, self.clock)
             self.planner.cost.cap(key, self.memory.num_rows(key, self.planner.cost.max_rows))
         lane = self.lanes[key]
+        if key in full:
+            return
         if lane.num_used and lane.num_used + request.num_images > self.memory.num_slots(key, width):
+            full.add(key)
             return
         self._arriving.remove(request)
         lane.join(request, cond.states, uncond.states if uncond else None)
@@ -253,8 +265,9 @@ class Engine:
 
     def _forward(self, batch: Sequence[Request]) -> None:
         key, rows = batch[0].lane, sum(r.rows for r in batch)
-        fitted = self.lanes[key].step(batch)
-        if fitted < rows and self._fixed_rows is None:  # memory did not suffice for all at once
+        limit = self.planner.cost.limit(key)
+        fitted = self.lanes[key].step(batch, limit)
+        if fitted < min(rows, limit) and self._fixed_rows is None:  # memory did not suffice for as many as were thought
             self.planner.cost.lower(key, fitted)
         self._launched.append((key, rows))
         while (seconds := self.clock.take()) is not None:
@@ -287,10 +300,13 @@ class Engine:
         pace.spent(time.monotonic() - started)
 
     def _preview(self, request: Request) -> None:
-        if self._rgb is None:
-            self._rgb = LatentToRgb.fit(self.family, request.work.latent_shape[0])
-        with torch.inference_mode():
-            request.preview = Preview(request.step, self._rgb(self.lanes[request.lane].denoised(request)))
+        try:
+            if self._rgb is None:
+                self._rgb = LatentToRgb.fit(self.family, request.work.latent_shape[0])
+            with torch.inference_mode():
+                request.preview = Preview(request.step, self._rgb(self.lanes[request.lane].denoised(request)))
+        except Exception as error:  # nothing that a job should be lost for
+            log.warning("job %s: no preview (%s)", request.work.job_id, type(error).__name__)
 
     def _denoised(self, request: Request) -> None:
         """Free the slots; decode in one of the next steps."""

@@ -146,16 +146,16 @@ class Memory:
         room = int(self.usable * (1 - SLOT_SHARE))
         return max(1, min(most, room // self.row_bytes(key))) if self.footprint else most
 
-    def check(self, key: LaneKey, width: int) -> None:
-        """Refuse a lane that would not fit at one row.
+    def check(self, key: LaneKey, width: int, rows: int = 1) -> None:
+        """Refuse a lane that would not fit at ``rows`` rows: one, or those of the reproducible mode.
 
         Raises:
             OutOfMemory: names the bytes it would need and those there are.
         """
-        needed = self.slot_bytes(key, width) + max(self.row_bytes(key), self.decode_bytes(key))
+        needed = self.slot_bytes(key, width) + max(rows * self.row_bytes(key), self.decode_bytes(key))
         if needed > self.usable:
-            channels, rows, columns = key.latent_shape
+            shape, count = "x".join(map(str, key.latent_shape)), "one row" if rows == 1 else f"{rows} rows"
             raise OutOfMemory(
-                f"latents of {channels}x{rows}x{columns} need {needed:,} bytes for one row and this worker has {self.usable:,}: "
+                f"latents of {shape} need {needed:,} bytes for {count} and this worker has {self.usable:,}: "
                 "ask for a smaller width or height"
             )

@@ -33,10 +33,10 @@ class Network:
         self.family = family
         self.fixed_rows = fixed_rows
         self._graphs: dict[tuple[int, ...], _Graph] | None = {} if graphs and family.device.type == "cuda" else None
-        self._forward: Callable[..., torch.Tensor] = family.denoise
+        self._traced: Callable[..., torch.Tensor] | None = None
 
-    def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """(rows, c, h, w) float32 network outputs, and the most rows that went through in one call.
+    def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, int]:
+        """(rows, c, h, w) float32 network outputs, and the most rows that went through in one call: ``most`` or fewer.
 
         Raises:
             torch.OutOfMemoryError: not even one row fits (or, in the reproducible mode, not the fixed shape).
@@ -44,7 +44,7 @@ class Network:
         rows = len(x)
         if self.fixed_rows is not None:
             return self._padded_parts(x, timesteps, states, self.fixed_rows), self.fixed_rows
-        size = rows
+        size = min(rows, most or rows)
         while True:
             try:
                 parts = [self._call(x[i : i + size], timesteps[i : i + size], states[i : i + size]) for i in range(0, rows, size)]
@@ -75,11 +75,11 @@ class Network:
                 traced = torch.jit.freeze(traced)
                 others = torch.cat([x, x, x]).repeat(1, 1, 2, 1), torch.cat([timesteps] * 3), torch.cat([states] * 3)
                 same = all(torch.equal(traced(*rows), self.family.denoise(*rows)) for rows in ((x, timesteps, states), others))
-            except (RuntimeError, AttributeError) as error:
+            except Exception as error:  # whatever a forward does that cannot be recorded
                 log.warning("the forward cannot be recorded (%s): it runs through Python", type(error).__name__)
                 return
         if same:
-            self._forward = traced
+            self._traced = traced
         else:
             log.warning("the recorded forward gives other results: it runs through Python")
 
@@ -98,14 +98,15 @@ class Network:
 
     def _call(self, x: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         if self._graphs is None:
-            return self._forward(x, timesteps, states).float()
+            return (self._traced or self.family.denoise)(x, timesteps, states).float()
         count = len(x)
         size = next((bucket for bucket in BUCKETS if bucket >= count), count)
         rows = _pad(x, size), _pad(timesteps, size), _pad(states, size)
         key = (*rows[0].shape, *rows[2].shape)
         if key not in self._graphs:
             self._graphs[key] = _Graph(self.family.denoise, rows)
-        return self._graphs[key](rows)[:count].float()
+        # Copied: the next replay overwrites what this one gave.
+        return self._graphs[key](rows)[:count].to(torch.float32, copy=True)
 
 
 class _Forward(torch.nn.Module):

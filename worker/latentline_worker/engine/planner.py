@@ -54,6 +54,8 @@ class Planner:
         self._turn += 1
         now = self._clock()
         row_s = {lane: self._row_seconds(lane) for lane in {r.lane for r in requests}}
+        hopeful = min((seconds for seconds in row_s.values() if seconds), default=1.0)  # of a lane that nothing is known of
+        row_s = {lane: seconds or hopeful for lane, seconds in row_s.items()}
         ranked = sorted(requests, key=lambda r: self._urgency(r, row_s[r.lane], now))
         head = ranked[0]
         if self._turn % OLDEST_EVERY == 0:
@@ -69,9 +71,9 @@ class Planner:
         return chosen
 
     def _row_seconds(self, lane: Hashable) -> float:
-        """What one row adds to a step; 1 while nothing is known, so that steps and rows alone count."""
+        """What one row adds to a step; 0 while nothing is known."""
         budget = self.cost.budget(lane)
-        return self.cost.seconds(lane, budget) / budget or 1.0
+        return self.cost.seconds(lane, budget) / budget
 
     @staticmethod
     def _urgency(request: Candidate, row_s: float, now: float) -> tuple[int, float, float, int]:

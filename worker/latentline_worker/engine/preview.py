@@ -29,8 +29,12 @@ class LatentToRgb:
         z = torch.stack([_smooth(channels, 2 + i, generator) for i in range(NUM_SAMPLES)]).to(family.device)
         pixels = torch.cat([family.decode(z[i : i + 1], tiled=False) for i in range(NUM_SAMPLES)])
         rgb = F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float() / 255, (SIDE, SIDE))
-        known = torch.cat([z, torch.ones_like(z[:, :1])], 1).permute(0, 2, 3, 1).reshape(-1, channels + 1)
         wanted = rgb.permute(0, 2, 3, 1).reshape(-1, 3)
+        known = torch.cat([z, torch.ones_like(z[:, :1])], 1).permute(0, 2, 3, 1).reshape(-1, channels + 1)
+        # What is black or white somewhere may have been cut off there, and says nothing.
+        inside = ((wanted > 0.01) & (wanted < 0.99)).all(1)
+        if inside.sum() > 10 * (channels + 1):
+            known, wanted = known[inside], wanted[inside]
         return cls(torch.linalg.lstsq(known.cpu(), wanted.cpu()).solution.to(family.device))
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
