@@ -108,6 +108,16 @@ def test_lanes_are_compared_by_what_their_rows_cost() -> None:
     assert names(Planner(cost, lambda: 0.0).select(jobs)) == ["many small steps"]
 
 
+@pytest.mark.parametrize("row_s", [0.001, 60.0], ids=["quick", "slow"])
+def test_a_lane_of_which_nothing_is_known_is_compared_by_steps_and_rows(row_s: float) -> None:
+    cost = CostModel(1)
+    cost.observe("known", 1, row_s)
+    jobs = [Candidate("known", 40, rows=1, lane="known"), Candidate("new", 4, arrival=1, rows=1, lane="new")]
+    assert names(Planner(cost, lambda: 0.0).select(jobs)) == ["new"]
+    jobs = [Candidate("known", 4, rows=1, lane="known"), Candidate("new", 40, arrival=1, rows=1, lane="new")]
+    assert names(Planner(cost, lambda: 0.0).select(jobs)) == ["known"]
+
+
 @pytest.mark.parametrize(
     ("deadline", "first"),
     [(112.0, "late"), (110.0, "late"), (109.0, "short"), (125.0, "short"), (None, "short")],

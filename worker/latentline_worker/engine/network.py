@@ -98,7 +98,8 @@ class Network:
 
     def _call(self, x: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         if self._graphs is None:
-            return (self._traced or self.family.denoise)(x, timesteps, states).float()
+            forward = self._traced if self._traced is not None else self.family.denoise
+            return forward(x, timesteps, states).float()
         count = len(x)
         size = next((bucket for bucket in BUCKETS if bucket >= count), count)
         rows = _pad(x, size), _pad(timesteps, size), _pad(states, size)
