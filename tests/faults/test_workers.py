@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.cluster import LEASE_S, Cluster
 
-from latentline import records
+from latentline import records, routing
 from latentline.jobs import Status
 
 Figure = Callable[..., None]
@@ -163,7 +163,7 @@ def test_a_clock_that_is_a_minute_ahead_doubles_nothing(cluster: Cluster, figure
 
 def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster, figure: Figure) -> None:
     """Bit-identical in the reproducible mode, noise of an ancestral sampler included."""
-    fields = {"num_inference_steps": 60, "scheduler": "euler_ancestral", "num_images": 2}
+    fields = {"num_inference_steps": 150, "scheduler": "euler_ancestral", "num_images": 2}
     mode = {"LATENTLINE_REPRODUCIBLE_ROWS": "4"}
     worker = cluster.start_worker(**mode)
     (alone,) = cluster.submit(1, **fields)
@@ -171,13 +171,14 @@ def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster,
     seed = cluster.get(alone).request.seed
     job = cluster.client.submit(model=cluster.model.name, prompt="a cat", seed=seed, **fields)  # type: ignore[arg-type]
     cluster.accepted.append(job.id)
-    cluster.until(lambda: cluster.get(job.id).step >= 20)
+    # The signal is the checkpoint itself: on a busy machine they come less often.
+    cluster.until(lambda: int(cluster.redis.hget(routing.job_key(job.id), "checkpoint_step") or 0) >= 10)
     os.kill(worker.process.pid, signal.SIGKILL)
     cluster.start_worker(**mode)
     cluster.finish()
     cluster.check_invariants()
     resumed = cluster.get(job.id)
-    assert resumed.timings["resumed_from"] > 0 and resumed.timings["denoise_steps"] < 60
+    assert resumed.timings["resumed_from"] > 0 and resumed.timings["denoise_steps"] < 150
     pictures = [[cluster.client.images.download(image.key) for image in cluster.get(i).images] for i in (alone, job.id)]
     pixels = [[_pixels(data) for data in group] for group in pictures]
     assert pixels[0] == pixels[1]
