@@ -129,19 +129,13 @@ class Engine:
         shape = self.family.latent_shape(info.default_width, info.default_height)
         key = LaneKey(info.id, shape, len(states))
 
-        def forward(rows: int) -> torch.Tensor:
-            x = torch.zeros(rows, *shape, device=self.family.device)
-            return self.network(x, torch.full((rows,), 500.0, device=self.family.device), states.expand(rows, -1, -1))[0]
-
         with torch.inference_mode():
-            latents = torch.zeros(1, *shape, device=self.family.device)
-            forward(1)  # allocators and kernels come to life
             x, t = torch.zeros(1, *shape, device=self.family.device), torch.full((1,), 500.0, device=self.family.device)
+            self.network(x, t, states[None])  # allocators and kernels come to life
             # The bare forward: the network's own may pad.
-            self.memory.measure(key, lambda: self.family.denoise(x, t, states[None]), lambda: self._decoder.decode_now(latents))
+            self.memory.measure(key, lambda: self.family.denoise(x, t, states[None]), lambda: self._decoder.decode_now(x))
             self.memory.check(key, states.shape[-1])
-            noise = torch.randn(2, *shape, device=self.family.device)
-            self.network.trace(noise, torch.full((2,), 500.0, device=self.family.device), states.expand(2, -1, -1))
+            self.network.trace(torch.randn(2, *shape, device=self.family.device), t.expand(2), states.expand(2, -1, -1))
             self._rgb = LatentToRgb.fit(self.family, shape[0])
         if self._fixed_rows is None:
             self._calibrate(key)
