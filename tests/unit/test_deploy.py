@@ -124,7 +124,7 @@ def test_compose_services_are_pinned_checked_and_drained() -> None:
 
 
 def test_the_broker_keeps_what_it_accepts_and_knows_nobody_but_the_roles() -> None:
-    """That it starts with these very files, and what each role may do: tests/integration/test_acl_tls.py."""
+    """That it starts with these very files, and what each role may do: tests/integration/test_acl.py."""
     lines = [line.split(maxsplit=1) for line in (VALKEY / "valkey.conf").read_text().splitlines() if line and line[0] != "#"]
     settings = dict(lines)
     assert settings["appendonly"] == "yes" and settings["appendfsync"] == "everysec"

@@ -1,15 +1,11 @@
-"""The broker as ``deploy/`` starts it: each role can do its own work and no other's; and the way to it through TLS."""
+"""The broker as ``deploy/`` starts it: each role can do its own work and no other's."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import datetime
-import ipaddress
 import json
 import os
 import shutil
-import ssl
 import subprocess
 import sys
 import threading
@@ -20,9 +16,7 @@ from urllib.parse import quote
 
 import pytest
 import redis
-from celery import Celery
-from celery.contrib.testing.worker import start_worker
-from kombu.exceptions import OperationalError
+from support.jobs import PATIENCE_S, celery_app, run_worker, submit
 from support.receiver import Receiver
 
 from latentline import records, routing
@@ -31,10 +25,8 @@ from latentline.errors import BrokerUnavailable
 from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Status
 from latentline.records import Beat, Records, Verdict
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, GENERATE_TASK, queue_names
-from latentline.settings import Settings
 from latentline.testing import MODEL, FakeImages, FakeWorker
 from latentline.webhooks import generate_secret
-from latentline_worker.app import create_app
 from latentline_worker.callbacks import Deliverer
 from latentline_worker.embedded.broker import _binary
 from latentline_worker.embedded.process import Child, clean_env, free_port
@@ -42,7 +34,6 @@ from latentline_worker.embedded.process import Child, clean_env, free_port
 VALKEY = Path(__file__).parents[2] / "deploy/valkey"
 ROLES = ("producer", "worker", "callbacks")
 PASSWORDS = {role: f"{role} / & ' \" @ # \\1 \u00e9" for role in ROLES}  # nothing in a password may need escaping
-PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
 DENIED = r"[Nn]o permissions|ACL failure|has no permissions|can't access|can't run this command"
 
 
@@ -105,25 +96,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
 def broker(guarded: Guarded) -> Guarded:
     guarded.reset()
     return guarded
-
-
-def submit(client: redis.Redis, count: int = 1, **fields: Any) -> list[str]:
-    requests = [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": i, **fields}) for i in range(count)]
-    return [record.id for record in records.run(client, records.submit(requests, 600))]
-
-
-@contextlib.contextmanager
-def celery_app(url: str, queues: list[str]) -> Iterator[Celery]:
-    client = connect(url)
-    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client))
-    yield app
-    app.close()
-    client.close()
-
-
-def run_worker(app: Celery) -> Any:
-    # No ping task: it would need a result backend, which this application has not.
-    return start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, shutdown_timeout=PATIENCE_S)
 
 
 # What each role does.
@@ -395,208 +367,3 @@ def test_the_broker_is_not_started_without_a_password(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "VALKEY_ACL_FILE": str(tmp_path / "acl"), "VALKEY_PRODUCER_PASSWORD": "x"}
     result = subprocess.run(["sh", VALKEY / "start.sh"], env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert result.returncode != 0 and "VALKEY_WORKER_PASSWORD" in result.stderr
-
-
-# TLS
-
-
-class Authority:
-    """A throw-away certificate authority; its certificates are for this name."""
-
-    def __init__(self, folder: Path, name: str = "127.0.0.1") -> None:
-        pytest.importorskip("cryptography")
-        from cryptography import x509
-        from cryptography.hazmat.primitives import hashes, serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
-
-        folder.mkdir()
-        now = datetime.datetime.now(datetime.UTC)
-        ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-        ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, folder.name)])
-
-        def certificate(subject: x509.Name, public_key: ec.EllipticCurvePublicKey, is_ca: bool) -> x509.Certificate:
-            builder = (
-                x509.CertificateBuilder(ca_name, subject, public_key, x509.random_serial_number())
-                .not_valid_before(now - datetime.timedelta(hours=1))
-                .not_valid_after(now + datetime.timedelta(hours=1))
-                .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-                .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-                .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-                .add_extension(x509.KeyUsage(not is_ca, False, False, False, False, is_ca, is_ca, False, False), critical=True)
-            )
-            if not is_ca:
-                try:
-                    alternative: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(name))
-                except ValueError:
-                    alternative = x509.DNSName(name)
-                builder = builder.add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
-            return builder.sign(ca_key, hashes.SHA256())
-
-        pem = serialization.Encoding.PEM
-        self.ca, self.certificate, self.key = folder / "ca.crt", folder / "server.crt", folder / "server.key"
-        self.ca.write_bytes(certificate(ca_name, ca_key.public_key(), True).public_bytes(pem))
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "broker")])
-        self.certificate.write_bytes(certificate(subject, key.public_key(), False).public_bytes(pem))
-        self.key.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-
-
-class TlsFront:
-    """Ends TLS in front of a server that has none, as a managed broker's gateway or stunnel does."""
-
-    def __init__(self, target: int, authority: Authority) -> None:
-        self._target = target
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(authority.certificate, authority.key)
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(lambda *_: None)  # a client that refuses the certificate
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._server: asyncio.Server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(PATIENCE_S)
-        self.port: int = self._server.sockets[0].getsockname()[1]
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(PATIENCE_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(PATIENCE_S)
-        self._loop.close()
-
-    async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._context)
-
-    async def _end(self) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # transports that were aborted end in the next turn
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        pumps = [asyncio.ensure_future(self._pump(*pair)) for pair in ((reader, far_writer), (far_reader, writer))]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            pass  # the server is closing; asyncio's streams would report a cancelled handler as an error
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            writer.transport.abort()
-            far_writer.transport.abort()
-            self._tasks.discard(task)
-
-    @staticmethod
-    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-
-
-@contextlib.contextmanager
-def tls_server(binary: str, authority: Authority, folder: Path) -> Iterator[int]:
-    """A server that speaks TLS itself."""
-    port = free_port()
-    command = [binary, "--port", "0", "--tls-port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    command += ["--tls-cert-file", str(authority.certificate), "--tls-key-file", str(authority.key), "--tls-auth-clients", "no"]
-    child = Child("the TLS broker", command, folder / "tls.log", clean_env())
-    client = connect(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={authority.ca}")
-
-    def answers() -> bool:
-        with contextlib.suppress(redis.ConnectionError):
-            return bool(client.ping())
-        return False
-
-    try:
-        child.wait_until(answers, PATIENCE_S)
-        yield port
-    finally:
-        client.close()
-        child.stop()
-
-
-def tls_binary() -> str:
-    """A server on this machine that was built with TLS. The embedded one is not."""
-    refusals = {"Failed finding TLS support", "FATAL CONFIG FILE ERROR", "Missing implement of connection type tls"}
-    for name in (str(_binary()), "valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            command = [found, "--port", "0", "--tls-port", str(free_port()), "--save", ""]
-            output = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout  # no certificate: it ends
-            if not any(refusal in output for refusal in refusals):
-                return found
-    pytest.skip("no server built with TLS is here: the embedded valkey-server has none, and PATH has no other")
-
-
-@pytest.fixture(params=["in front of the embedded server", "of the server itself"])
-def tls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Authority]]:
-    """``rediss://HOST:PORT/0`` and the authority behind it."""
-    authority = Authority(tmp_path / "authority")
-    if request.param == "of the server itself":
-        with tls_server(tls_binary(), authority, tmp_path) as port:
-            yield f"rediss://127.0.0.1:{port}/0", authority
-        return
-    plain = connect(request.getfixturevalue("valkey_url"))
-    plain.flushall()
-    front = TlsFront(plain.connection_pool.connection_kwargs["port"], authority)
-    yield f"rediss://127.0.0.1:{front.port}/0", authority
-    front.close()
-    plain.close()
-
-
-def test_jobs_go_through_tls_from_submission_to_the_worker_and_back(tls: tuple[str, Authority]) -> None:
-    url, authority = tls
-    url += f"?ssl_ca_certs={authority.ca}"
-    with contextlib.closing(connect(url)) as client:
-        fake = FakeWorker(client, FakeImages())
-        done = threading.Event()
-
-        def generate(job_id: str) -> None:
-            fake.run(job_id)
-            done.set()
-
-        (job,) = submit(client)
-        with celery_app(url, queue_names(MODEL.id)) as app:
-            app.task(generate, name=GENERATE_TASK, shared=False)
-            with run_worker(app):
-                assert done.wait(PATIENCE_S)
-        assert records.run(client, records.get(job)).status is Status.SUCCEEDED
-
-
-def test_a_certificate_of_another_authority_is_refused_with_the_reason(tls: tuple[str, Authority], tmp_path: Path) -> None:
-    url = f"{tls[0]}?ssl_ca_certs={Authority(tmp_path / 'another').ca}"
-    with contextlib.closing(connect(url)) as client, pytest.raises(BrokerUnavailable) as refused:
-        records.run(client, records.models())
-    assert "certificate verify failed" in str(refused.value.__cause__)
-    with (
-        celery_app(url, queue_names(MODEL.id)) as app,
-        app.connection_for_read() as connection,
-        pytest.raises(OperationalError, match="certificate verify failed"),
-    ):
-        connection.ensure_connection(max_retries=1, interval_start=0)
-
-
-def test_a_certificate_for_another_name_is_refused(valkey_url: str, tmp_path: Path) -> None:
-    authority = Authority(tmp_path / "authority", "elsewhere.example")
-    front = TlsFront(int(valkey_url.rsplit(":", 1)[1].split("/")[0]), authority)
-    try:
-        url = f"rediss://127.0.0.1:{front.port}/0?ssl_ca_certs={authority.ca}"
-        with contextlib.closing(connect(url)) as client, pytest.raises(BrokerUnavailable) as refused:
-            records.run(client, records.models())
-        assert "IP address mismatch" in str(refused.value.__cause__)
-        with (
-            celery_app(url, queue_names(MODEL.id)) as app,
-            app.connection_for_read() as connection,
-            pytest.raises(OperationalError, match="IP address mismatch"),
-        ):
-            connection.ensure_connection(max_retries=1, interval_start=0)
-    finally:
-        front.close()
-
-
-def test_the_system_authorities_do_not_vouch_for_a_private_one(tls: tuple[str, Authority]) -> None:
-    """Without ``ssl_ca_certs`` the certificate is checked as well, and not just accepted."""
-    with contextlib.closing(connect(tls[0])) as client, pytest.raises(redis.ConnectionError, match="certificate verify failed"):
-        client.ping()

@@ -1,0 +1,39 @@
+"""Submitting jobs and running real Celery workers, for tests that watch what goes over the wire."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import redis
+from celery import Celery
+from celery.contrib.testing.worker import start_worker
+
+from latentline import records
+from latentline.connection import connect
+from latentline.jobs import JobRequest
+from latentline.records import Records
+from latentline.settings import Settings
+from latentline_worker.app import create_app
+
+PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
+
+
+def submit(client: redis.Redis, count: int = 1, **fields: Any) -> list[str]:
+    requests = [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": i, **fields}) for i in range(count)]
+    return [record.id for record in records.run(client, records.submit(requests, 600))]
+
+
+@contextlib.contextmanager
+def celery_app(url: str, queues: list[str]) -> Iterator[Celery]:
+    client = connect(url)
+    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client))
+    yield app
+    app.close()
+    client.close()
+
+
+def run_worker(app: Celery) -> Any:
+    # No ping task: it would need a result backend, which this application has not.
+    return start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, shutdown_timeout=PATIENCE_S)
