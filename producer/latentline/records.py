@@ -53,7 +53,7 @@ MAX_ERRORS = 4  # tries that may end in an error that another try might mend
 # that kills its process takes its neighbours with it, and they must not be blamed.
 SUSPECT_CRASHES = 2
 MAX_CRASHES_ALONE = 2
-MAX_WAKE = 256  # waiting jobs of a model that one look for lost messages covers, those to be served next
+MAX_WAKE = 256  # waiting jobs of a model that one look for lost messages covers
 CHECKPOINT_TTL_S = 86400
 AOF_TIMEOUT_MS = 2000
 MAX_RECLAIM = 1000  # running jobs that one look at the leases covers, oldest first
@@ -333,6 +333,7 @@ class Records:
     def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400) -> None:
         self._client = client
         self._retention_s = retention_s
+        self._wake_rank = 0  # where the next look for lost messages begins
 
     def get(self, job_id: str) -> JobRecord:
         return run(self._client, get(job_id))
@@ -456,15 +457,14 @@ class Records:
         return reclaimed
 
     def wake(self, model: str, grace_s: float) -> list[str]:
-        """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids."""
-        seconds = self._now()
-        due = self._one(lambda client: client.zrangebyscore(routing.delayed_key(), "-inf", seconds, 0, MAX_RECLAIM))
-        oldest = self._one(lambda client: client.zrange(routing.waiting_key(model), 0, MAX_WAKE - 1))
-        woken = self._one(_field_of(oldest, "woken_at"))
-        late = [job_id for job_id, at in zip(oldest, woken, strict=True) if at is not None and float(at) + grace_s <= seconds]
-        if gone := [job_id for job_id, at in zip(oldest, woken, strict=True) if at is None]:
-            self._one(_zrem(routing.waiting_key(model), gone))
-        return [job_id for job_id in dict.fromkeys([*due, *late]) if self._eval(WAKE, job_id, grace_s)]
+        """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids.
+
+        Each call looks at ``MAX_WAKE`` waiting jobs, the next call at the next ones.
+        """
+        woken, looked_at = self._eval(WAKE, model, grace_s, self._wake_rank, MAX_WAKE)
+        self._wake_rank = self._wake_rank + MAX_WAKE if looked_at == MAX_WAKE else 0
+        found: list[str] = woken
+        return found
 
     def expired(self) -> list[str]:
         """Ended jobs whose retention is over, as ``tenant/id``; their records are gone after this, their images may not be."""

@@ -40,18 +40,19 @@ local function list_of(queue, priority)
   return step == 0 and queue or queue .. SEPARATOR .. step
 end
 
--- A Celery message, at the front of its list or at the end.
+-- A Celery message, at the front of its list or at the end; its id. The numbers in the ids of those at the end rise.
 local function wake(task, argument, queue, priority, front)
-  local message = argument .. '-' .. redis.call('INCR', P .. 'messages')
+  local message = argument .. '-' .. redis.call('INCR', P .. 'messages') .. (front and 'f' or '')
   local fill = {task = task, argument = argument, queue = queue, priority = tostring(priority), message = message}
   local text = string.gsub(TEMPLATE, '@(%l+)@', fill)
   redis.call(front and 'RPUSH' or 'LPUSH', list_of(queue, priority), text)
+  return message
 end
 
 local function wake_job(id, front)
   local job = redis.call('HMGET', job_key(id), 'queue', 'priority')
-  redis.call('HSET', job_key(id), 'woken_at', now)
-  wake(GENERATE, id, job[1], tonumber(job[2]), front)
+  local message = wake(GENERATE, id, job[1], tonumber(job[2]), front)
+  redis.call('HSET', job_key(id), 'woken_at', now, 'message', message)
 end
 
 -- The outbox: written together with the event that it tells of.
@@ -154,7 +155,7 @@ if not shard or owed == 0 then
 end
 redis.call('HINCRBY', P .. 'tenants', tenant, ARGV[9])
 local ms = math.floor(t[1] * 1000 + t[2] / 1000)
-local order = string.format('%.0f', tonumber(ARGV[7]) * 1e14 + ms)
+local order = string.format('%.0f', tonumber(ARGV[7]) * 1e14 + redis.call('INCR', P .. 'messages'))
 redis.call('HSET', job_key(id), 'id', id, 'request', ARGV[2], 'status', 'queued', 'step', 0, 'num_steps', ARGV[3],
            'attempt', 0, 'token', 0, 'errors', 0, 'crashes', 0, 'crashes_alone', 0, 'model', model, 'tenant', tenant,
            'priority', ARGV[6], 'queue', 'latentline.generate.' .. model .. '.' .. shard, 'cost', ARGV[9],
@@ -308,29 +309,65 @@ return 1
 """
 )
 
-# Wake a queued job again whose message is lost, or whose next try is due. ARGV id, grace_s
+# Wake queued jobs again whose next try is due, or whose message is lost; their ids, and how many were looked at.
+# ARGV model, grace_s, rank of the first waiting job to look at, most
 WAKE = (
     _PRELUDE
     + """
-local job = redis.call('HMGET', job_key(ARGV[1]), 'status', 'woken_at', 'queue', 'priority')
-local due = redis.call('ZSCORE', P .. 'delayed', ARGV[1])
-if job[1] ~= 'queued' then
-  redis.call('ZREM', P .. 'delayed', ARGV[1])
-  return 0
+local woken = {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'delayed', '-inf', now, 'LIMIT', 0, ARGV[4])) do
+  redis.call('ZREM', P .. 'delayed', id)
+  if redis.call('HGET', job_key(id), 'status') == 'queued' then
+    wake_job(id, true)
+    woken[#woken + 1] = id
+  end
 end
-if due then
-  if tonumber(due) > tonumber(now) then return 0 end
-  redis.call('ZREM', P .. 'delayed', ARGV[1])
-else
-  if tonumber(job[2]) + ARGV[2] > tonumber(now) then return 0 end
-  -- Lists are first in, first out: behind an older message this one may still be on its way.
-  local tail = redis.call('LINDEX', list_of(job[3], tonumber(job[4])), -1)
-  local tail_id = tail and string.match(tail, '%[%[\\\\"([^\\\\]+)')
-  local tail_woken = tail_id and redis.call('HGET', job_key(tail_id), 'woken_at')
-  if tail_woken and tonumber(tail_woken) <= tonumber(job[2]) then return 0 end
+
+-- What will be taken next from a list: the messages put at its front, and the number of the first behind them. Behind
+-- that one numbers only rise, so a message with a lower one is not there any more.
+local SCANNED = 512
+local heads = {}
+local function head_of(list)
+  if heads[list] then return heads[list] end
+  local head, i = {front = {}, number = math.huge}, -1
+  while true do
+    local text = redis.call('LINDEX', list, i)
+    if not text then break end
+    local message, number, mark = string.match(text, '"id": ?"([^"]*%-(%d+)(f?))"')
+    if mark == '' then
+      head.number = tonumber(number)
+      break
+    end
+    if message then head.front[message] = true end
+    i = i - 1
+    if i < -SCANNED then
+      head.number, head.unknown = 0, true
+      break
+    end
+  end
+  heads[list] = head
+  return head
 end
-wake_job(ARGV[1], true)
-return 1
+
+local waiting = redis.call('ZRANGE', P .. 'waiting:' .. ARGV[1], ARGV[3], ARGV[3] + ARGV[4] - 1)
+local lost = {}
+for _, id in ipairs(waiting) do
+  local job = redis.call('HMGET', job_key(id), 'woken_at', 'message', 'queue', 'priority')
+  if not job[1] then
+    redis.call('ZREM', P .. 'waiting:' .. ARGV[1], id)  -- its record has expired
+  elseif tonumber(job[1]) + ARGV[2] <= tonumber(now) and not redis.call('ZSCORE', P .. 'delayed', id) then
+    local head = head_of(list_of(job[3], tonumber(job[4])))
+    local number, mark = string.match(job[2], '(%d+)(f?)$')
+    local there
+    if mark == 'f' then there = head.unknown or head.front[job[2]] else there = tonumber(number) >= head.number end
+    if not there then lost[#lost + 1] = id end
+  end
+end
+for i = #lost, 1, -1 do  -- the oldest comes to stand first
+  wake_job(lost[i], true)
+  woken[#woken + 1] = lost[i]
+end
+return {woken, #waiting}
 """
 )
 

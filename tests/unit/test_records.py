@@ -46,6 +46,12 @@ def queue(priority: int) -> str:
     return routing.queue_list(routing.queue_name("latentline-emoji"), priority)
 
 
+def taken(client: redis.Redis) -> str | None:
+    """The job of the message that is served next, which is gone from the queue then."""
+    message = client.rpop(queue(5))
+    return None if message is None else str(json.loads(json.loads(str(message))["body"])[0][0])
+
+
 def kinds(client: redis.Redis, job_id: str) -> list[str]:
     return [event.type for event in run(client, records.events(job_id))]
 
@@ -185,6 +191,30 @@ def test_a_lost_message_is_written_again_and_one_on_its_way_is_not(client: redis
     client.delete(queue(5))
     assert set(store.wake("latentline-emoji", 0)) == {first, second}
     assert client.llen(queue(5)) == 2
+    assert store.wake("latentline-emoji", 0) == [], "they are there again"
+    assert [taken(client) for _ in range(2)] == [first, second], "in their old order"
+
+
+def test_one_lost_message_among_many_is_found_and_the_others_stay_as_they_are(client: redis.Redis, store: Records) -> None:
+    """Also when jobs that came back stand before older messages."""
+    ids = [submit(client) for _ in range(8)]
+    claim = store.claim(str(taken(client)), "w", 30)
+    assert claim and store.release(ids[0], claim.token)
+    assert store.wake("latentline-emoji", 0) == [], "one that came back stands at the front"
+    assert [taken(client) for _ in range(3)] == ids[:3]  # and are lost, as nobody claims them
+    assert store.wake("latentline-emoji", 0) == [ids[2], ids[1], ids[0]]
+    assert store.wake("latentline-emoji", 0) == []
+    assert [taken(client) for _ in ids] == ids
+
+
+def test_lost_messages_of_many_jobs_are_found_page_by_page(client: redis.Redis, store: Records) -> None:
+    requests = [JobRequest.parse({"prompt": "a cat"}) for _ in range(records.MAX_WAKE + 10)]
+    accepted = [record.id for record in run(client, records.submit(requests, 600))]
+    client.delete(queue(5))
+    assert set(store.wake("latentline-emoji", 0)) == set(accepted[: records.MAX_WAKE])
+    assert set(store.wake("latentline-emoji", 0)) == set(accepted[records.MAX_WAKE :])
+    assert client.llen(queue(5)) == len(accepted)
+    assert store.wake("latentline-emoji", 0) == []
 
 
 def test_a_tenants_jobs_share_a_shard_and_others_have_their_own(client: redis.Redis, store: Records) -> None:
