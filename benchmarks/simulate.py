@@ -53,6 +53,7 @@ class InFlight:
     priority: int = 5
     deadline: float | None = None
     lane: str = "lane"
+    tenant: str = "default"
 
     @property
     def rows(self) -> int:

@@ -13,6 +13,10 @@ GENERATE_TASK = "latentline.generate"
 CALLBACK_TASK = "latentline.callback"
 CALLBACK_QUEUE = f"{PREFIX}.callbacks"
 
+# Where kombu keeps the messages that a worker has taken and not acknowledged, with ":index" and ":mutex" beside it.
+GENERATE_UNACKED = f"{PREFIX}.unacked.generate"
+CALLBACK_UNACKED = f"{PREFIX}.unacked.callbacks"
+
 # kombu's Redis transport keeps a list for each of these priorities; a message's priority falls into the
 # nearest one below it (kombu.transport.redis.Channel.priority_steps).
 PRIORITY_STEPS = (0, 3, 6, 9)

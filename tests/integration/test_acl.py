@@ -142,7 +142,7 @@ def test_a_worker_does_jobs_from_wake_up_to_settled_record_through_celery(broker
         with run_worker(app):
             assert all(done.acquire(timeout=PATIENCE_S) for _ in ids)
     assert {records.run(producer, records.get(job_id)).status for job_id in ids} == {Status.SUCCEEDED}
-    assert broker.admin.hlen("unacked") == 0
+    assert broker.admin.hlen(routing.GENERATE_UNACKED) == 0
     assert broker.refused() == []
 
 
@@ -239,29 +239,23 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     assert broker.refused() == []
 
 
-@pytest.mark.parametrize("role", ["worker", "callbacks"])
-def test_each_consumer_puts_back_what_a_lost_one_of_any_queue_had(broker: Guarded, role: str) -> None:
-    """kombu keeps the messages of all consumers in one place, and any of them puts back what has been there for too long."""
-    lost = [(queue_names(MODEL.id)[3], GENERATE_TASK), (CALLBACK_QUEUE, CALLBACK_TASK)]
-    for tag, (queue, task) in enumerate(lost):
-        message = json.loads(routing.wake_up(task, "an id", queue, 0, str(tag)))
-        broker.admin.hset("unacked", str(tag), json.dumps([message, "", queue]))
-        broker.admin.zadd("unacked_index", {str(tag): 0})
-    queues = queue_names(MODEL.id) if role == "worker" else [CALLBACK_QUEUE]
-    with celery_app(broker.url(role), queues) as app, app.connection_for_read() as connection:
+@pytest.mark.parametrize(
+    ("role", "unacked", "queue", "task"),
+    [
+        ("worker", routing.GENERATE_UNACKED, queue_names(MODEL.id)[3], GENERATE_TASK),
+        ("callbacks", routing.CALLBACK_UNACKED, CALLBACK_QUEUE, CALLBACK_TASK),
+    ],
+)
+def test_each_role_puts_back_what_a_lost_one_of_its_own_had(broker: Guarded, role: str, unacked: str, queue: str, task: str) -> None:
+    """kombu keeps what consumers have in their hands in one place, and any of them puts back what has been there for too long."""
+    message = json.loads(routing.wake_up(task, "an id", queue, 0, "tag"))
+    broker.admin.hset(unacked, "tag", json.dumps([message, "", queue]))
+    broker.admin.zadd(f"{unacked}:index", {"tag": 0})
+    with celery_app(broker.url(role), [queue], unacked) as app, app.connection_for_read() as connection:
         connection.default_channel.qos.restore_visible(num=10)
-    assert [broker.admin.llen(queue) for queue, _ in lost] == [1, 1]
-    assert broker.admin.hlen("unacked") == 0
+    assert broker.admin.llen(queue) == 1
+    assert broker.admin.hlen(unacked) == 0
     assert broker.refused() == []
-
-
-def test_a_kept_message_is_put_back_with_this_systems_reader(broker: Guarded) -> None:
-    message = json.loads(routing.wake_up(GENERATE_TASK, "an id", queue_names(MODEL.id)[0], 0, "tag"))
-    broker.admin.hset("unacked", "tag", json.dumps([message, "", queue_names(MODEL.id)[0]]))
-    broker.admin.zadd("unacked_index", {"tag": 0})
-    with celery_app(broker.url("worker"), queue_names(MODEL.id)) as app, app.connection_for_read() as connection:
-        connection.default_channel.qos.restore_visible(num=10)
-    assert broker.admin.llen(queue_names(MODEL.id)[0]) == 1
 
 
 # What no role does, and what each does not.
@@ -294,7 +288,7 @@ PRODUCER_NOT = [
     ("RPOP", "latentline.generate.latentline-emoji.0"),
     ("BRPOP", "latentline.callbacks", "1"),
     ("GET", "latentline:checkpoint:an-id"),
-    ("HGETALL", "unacked"),
+    ("HGETALL", routing.GENERATE_UNACKED),
     ("HSET", "latentline:models", "latentline-emoji", "{}"),
     ("ZADD", "latentline:workers", "1", "nobody"),
     ("CONFIG", "GET", "*"),
@@ -309,9 +303,12 @@ CALLBACKS_NOT = [
     ("HGETALL", "latentline:tenants"),
     ("HGETALL", "latentline:dead"),
     ("BRPOP", "latentline.generate.latentline-emoji.0", "1"),
+    ("LPUSH", "latentline.generate.latentline-emoji.0", "x"),
+    ("HGETALL", routing.GENERATE_UNACKED),
     ("CONFIG", "GET", "*"),
 ]
 WORKER_NOT = [
+    ("HGETALL", routing.CALLBACK_UNACKED),
     ("BRPOP", "latentline.callbacks", "1"),
     ("EVAL", "return redis.call('LINDEX', 'latentline.callbacks', 0)", "0"),
 ]

@@ -70,7 +70,7 @@ class Bench:
     def all_acknowledged(self) -> None:
         """Until nothing is in the worker's hands: a task says that it is done before Celery acknowledges its message."""
         for _ in range(PATIENCE_S * 100):
-            if not self.client.hlen("unacked"):
+            if not self.client.hlen(routing.GENERATE_UNACKED):
                 return
             threading.Event().wait(0.01)
         pytest.fail("a message stays unacknowledged")
@@ -248,7 +248,7 @@ def test_wake_ups_that_a_worker_holds_at_its_end_go_back_to_the_queue(bench: Ben
         assert waiting(bench.client) == []
     # Nothing was acknowledged: closing the connection has given everything back, and another worker can read it.
     assert sorted(waiting(bench.client)) == sorted(before)
-    assert bench.client.hlen("unacked") == 0
+    assert bench.client.hlen(routing.GENERATE_UNACKED) == 0
     with bench.run():
         assert {bench.done.get(timeout=PATIENCE_S) for _ in ids} == set(ids)
         bench.all_acknowledged()

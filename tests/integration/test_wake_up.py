@@ -15,7 +15,7 @@ from latentline import records
 from latentline.connection import connect
 from latentline.jobs import JobRequest, Status
 from latentline.records import Records
-from latentline.routing import GENERATE_TASK, queue_list, queue_name, queue_names
+from latentline.routing import GENERATE_TASK, GENERATE_UNACKED, queue_list, queue_name, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
 from latentline_worker.app import create_app
 from latentline_worker.settings import WorkerSettings
@@ -68,7 +68,7 @@ def test_wake_ups_of_every_priority_run_once_and_in_order(client: redis.Redis, a
     expected = [job_id for _, job_id in sorted(zip(priorities, ids, strict=True), key=lambda pair: steps[pair[0]])]
     assert taken == expected
     assert not any(client.exists(queue_list(name, p)) for name in queue_names(MODEL.id) for p in range(10))
-    assert client.hlen("unacked") == 0
+    assert client.hlen(GENERATE_UNACKED) == 0
 
 
 def test_from_submission_to_a_settled_record_through_celery(client: redis.Redis, app: Celery) -> None:

@@ -14,6 +14,7 @@ from latentline import records
 from latentline.connection import connect
 from latentline.jobs import JobRequest
 from latentline.records import Records
+from latentline.routing import GENERATE_UNACKED
 from latentline.settings import Settings
 from latentline_worker.app import create_app
 
@@ -26,9 +27,9 @@ def submit(client: redis.Redis, count: int = 1, **fields: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def celery_app(url: str, queues: list[str]) -> Iterator[Celery]:
+def celery_app(url: str, queues: list[str], unacked: str = GENERATE_UNACKED) -> Iterator[Celery]:
     client = connect(url)
-    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client))
+    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client), unacked)
     yield app
     app.close()
     client.close()

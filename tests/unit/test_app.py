@@ -176,5 +176,5 @@ def test_the_delivery_policy(app: Celery) -> None:
     assert app.conf.task_acks_late and app.conf.task_ignore_result and app.conf.accept_content == ["json"]
     assert app.conf.worker_prefetch_multiplier == 1
     assert [queue.name for queue in app.conf.task_queues] == queue_names("latentline-emoji")
-    assert app.conf.broker_transport_options["queue_order_strategy"] == "round_robin"
+    assert app.conf.broker_transport_options["queue_order_strategy"] == "latentline_worker.turns:LeastServedFirst"
     assert app.conf.worker_consumer == "latentline_worker.app:BuryingConsumer"

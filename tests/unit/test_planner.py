@@ -26,6 +26,7 @@ class Candidate:
     priority: int = 5
     deadline: float | None = None
     lane: Hashable = "lane"
+    tenant: str = "default"
 
 
 class Fixed(CostModel):
@@ -159,6 +160,52 @@ def test_the_oldest_of_a_less_urgent_priority_waits() -> None:
     assert {names(plan.select(jobs))[0] for _ in range(3 * OLDEST_EVERY)} == {"urgent"}
 
 
+def steps_until_done(plan: Planner, watched: list[Candidate], others: Callable[[int], list[Candidate]]) -> int:
+    """Steps that the planner takes to finish these jobs beside whatever others are there at each step."""
+    for step in range(1, 10_000):
+        for job in plan.select([*(job for job in watched if job.remaining), *others(step)]):
+            job.remaining -= 1
+        if not any(job.remaining for job in watched):
+            return step
+    raise AssertionError("never")
+
+
+def test_a_tenant_that_has_used_less_goes_first() -> None:
+    plan = planner(2)
+    busy = [Candidate(f"busy {i}", 10, i, tenant="busy") for i in range(50)]
+    for _ in range(20):
+        for job in plan.select([job for job in busy if job.remaining]):
+            job.remaining -= 1
+    quiet = [Candidate("quiet", 30, 100, tenant="quiet")]
+    # Every so many steps the oldest job of all has its turn, and no more than that.
+    assert steps_until_done(plan, quiet, lambda _: [job for job in busy if job.remaining]) <= 30 * OLDEST_EVERY / (OLDEST_EVERY - 1) + 1
+
+
+def test_two_busy_tenants_get_the_same() -> None:
+    plan = planner(2)
+    jobs = [Candidate(f"{tenant} {i}", steps, i, tenant=tenant) for i in range(200) for tenant, steps in (("short", 2), ("long", 40))]
+    done = {"short": 0, "long": 0}
+    for _ in range(300):
+        for job in plan.select([job for job in jobs if job.remaining]):
+            job.remaining -= 1
+            done[job.tenant] += 1
+    assert abs(done["short"] - done["long"]) < 0.3 * sum(done.values()), done
+
+
+def test_one_tenant_alone_is_never_over_its_share() -> None:
+    plan = planner(2)
+    for _ in range(100):
+        plan.select([Candidate("a", 5)])
+    assert names(plan.select([Candidate("long", 50), Candidate("short", 4)])) == ["short"]
+
+
+def test_tenants_that_left_are_forgotten() -> None:
+    plan = planner(2)
+    for i in range(5000):
+        plan.select([Candidate("a", 5, tenant=str(i))])
+    assert len(plan._used) < 1000
+
+
 @dataclass
 class Bound:
     """A job's bound on waiting, from the turn on from which it holds."""
@@ -187,6 +234,7 @@ class Worker:
             priority=priority,
             deadline=self.turn + self.random.uniform(1, 80) if self.random.random() < 0.3 else None,
             lane=self.random.choice(["narrow", "wide"]),
+            tenant=self.random.choice(["one", "two", "three"]),
         )
         self.num_arrived += 1
         self.jobs.append(job)

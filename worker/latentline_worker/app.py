@@ -20,19 +20,24 @@ from kombu import Queue
 
 from latentline.errors import LatentlineError
 from latentline.records import Records
-from latentline.routing import PRIORITY_SEPARATOR, PRIORITY_STEPS, wake_up
+from latentline.routing import GENERATE_UNACKED, PRIORITY_SEPARATOR, PRIORITY_STEPS, wake_up
 from latentline.settings import Settings
 
 log = logging.getLogger(__name__)
 
 UNREADABLE_TASK = "latentline.unreadable"
 MAX_KEPT_CHARS = 10_000  # of an unreadable message
+UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key": ":mutex"}  # kombu's options, after the role's key
 # A worker says nothing to other workers: the records tell who is alive.
 LONELY: dict[str, Any] = {"without_heartbeat": True, "without_gossip": True, "without_mingle": True}
 
 
-def create_app(settings: Settings, queues: Sequence[str], records: Records) -> Celery:
-    """The application of one worker process, consuming these queues; unreadable messages go to the dead letters."""
+def create_app(settings: Settings, queues: Sequence[str], records: Records, unacked: str = GENERATE_UNACKED) -> Celery:
+    """The application of one worker process, consuming these queues; unreadable messages go to the dead letters.
+
+    Args:
+        unacked: the role's key for messages under way.
+    """
     kombu.transport.redis.loads = _tolerant_loads
     app = Celery("latentline", broker=settings.redis_url.get_secret_value(), set_as_current=False)
     app.conf.update(
@@ -55,7 +60,9 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records) -> C
             "visibility_timeout": 86400,
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
-            "queue_order_strategy": "round_robin",  # over the shards, so that no tenant holds up another
+            "queue_order_strategy": "latentline_worker.turns:LeastServedFirst",  # so that no tenant holds up another
+            # What is not acknowledged, kept apart by role: no consumer puts back what another role had in its hands.
+            **{name: f"{unacked}{suffix}" for name, suffix in UNACKED.items()},
             # Without these a half-open connection is never noticed.
             "socket_timeout": 5,
             "socket_connect_timeout": 5,

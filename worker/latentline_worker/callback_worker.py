@@ -11,7 +11,7 @@ from celery.signals import worker_ready
 from latentline.connection import connect
 from latentline.errors import LatentlineError
 from latentline.records import Records
-from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK
+from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, CALLBACK_UNACKED
 from latentline.settings import Settings
 
 from .app import LONELY, create_app
@@ -28,7 +28,7 @@ def serve(settings: Settings) -> int:
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
     secret = settings.callback_secret.get_secret_value() if settings.callback_secret else ""
     deliverer = Deliverer(records, [one.strip() for one in secret.split(",") if one.strip()], settings.callback_allow_private)
-    app = create_app(settings, [CALLBACK_QUEUE], records)
+    app = create_app(settings, [CALLBACK_QUEUE], records, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK)
     stopped = threading.Event()
 

@@ -144,6 +144,7 @@ class JobRunner:
             guidance_scale=request.guidance_scale,
             seeds=tuple(request.seed + i for i in range(request.num_images)),
             priority=request.priority,
+            tenant=request.tenant,
             deadline=deadline,
             preview_every=request.preview_every,
         )

@@ -12,6 +12,8 @@ from .cost import CostModel
 # class is the most urgent one present, a job ends within OLDEST_EVERY x (its own steps + the steps that older jobs
 # of its class still had to go) steps of the worker, whatever arrives after it.
 OLDEST_EVERY = 4
+# Steps after which about two thirds of a tenant's use are forgotten.
+REMEMBERED = 256
 
 
 class Candidate(Protocol):
@@ -29,13 +31,16 @@ class Candidate(Protocol):
     def lane(self) -> Hashable: ...
     @property
     def arrival(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
 
 
 C = TypeVar("C", bound=Candidate)
 
 
 class Planner:
-    """Priority first; then what would miss its deadline, then the shortest remaining work, with the bound above.
+    """Priority first; then tenants that have used less than their share lately, what would miss its deadline, the shortest
+    remaining work; with the bound above.
 
     Args:
         cost: gives each lane's row budget and step time. A single request that needs more rows runs alone.
@@ -46,6 +51,7 @@ class Planner:
         self.cost = cost
         self._clock = clock
         self._turn = 0
+        self._used: dict[str, float] = {}  # tenant -> rows of the steps so far, the older the less
 
     def select(self, requests: Sequence[C]) -> list[C]:
         """The requests of the next step: all of one lane, the most urgent request's own."""
@@ -56,7 +62,8 @@ class Planner:
         row_s = {lane: self._row_seconds(lane) for lane in {r.lane for r in requests}}
         hopeful = min((seconds for seconds in row_s.values() if seconds), default=1.0)  # of a lane that nothing is known of
         row_s = {lane: seconds or hopeful for lane, seconds in row_s.items()}
-        ranked = sorted(requests, key=lambda r: self._urgency(r, row_s[r.lane], now))
+        over = self._over({r.tenant for r in requests})
+        ranked = sorted(requests, key=lambda r: self._urgency(r, row_s[r.lane], now, r.tenant in over))
         head = ranked[0]
         if self._turn % OLDEST_EVERY == 0:
             head = min((r for r in ranked if r.priority == head.priority), key=lambda r: r.arrival)
@@ -68,7 +75,18 @@ class Planner:
             if request is not head and request.lane == head.lane and rows + request.rows <= budget:
                 chosen.append(request)
                 rows += request.rows
+        self._charge(chosen)
         return chosen
+
+    def _over(self, present: set[str]) -> set[str]:
+        """Of the tenants that have jobs here, those that have used more than an equal share."""
+        share = sum(self._used.get(tenant, 0.0) for tenant in present) / len(present)
+        return {tenant for tenant in present if self._used.get(tenant, 0.0) > share}
+
+    def _charge(self, chosen: Sequence[C]) -> None:
+        self._used = {tenant: kept for tenant, used in self._used.items() if (kept := used * (1 - 1 / REMEMBERED)) > 1}
+        for request in chosen:
+            self._used[request.tenant] = self._used.get(request.tenant, 0.0) + request.rows
 
     def _row_seconds(self, lane: Hashable) -> float:
         """What one row adds to a step; 0 while nothing is known."""
@@ -76,7 +94,7 @@ class Planner:
         return self.cost.seconds(lane, budget) / budget
 
     @staticmethod
-    def _urgency(request: Candidate, row_s: float, now: float) -> tuple[int, float, float, int]:
+    def _urgency(request: Candidate, row_s: float, now: float, over: bool) -> tuple[int, bool, float, float, int]:
         work_s = request.remaining * request.rows * row_s
         pressing = float("inf")
         if request.deadline is not None:
@@ -84,4 +102,4 @@ class Planner:
             # Could still make it, and would not if it waited for as long again as it needs.
             if 0 <= slack_s < work_s:
                 pressing = request.deadline
-        return request.priority, pressing, work_s, request.arrival
+        return request.priority, over, pressing, work_s, request.arrival

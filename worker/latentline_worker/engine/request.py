@@ -57,6 +57,7 @@ class Work:
     guidance_scale: float
     seeds: tuple[int, ...]  # one per image
     priority: int = 5  # 0 is served first
+    tenant: str = "default"  # whose job it is: the planner gives each a fair share
     deadline: float | None = None  # time.monotonic(): the planner hurries what would be late
     preview_every: int = 0  # network calls between previews; 0: none
     decode: bool = True  # False: the result is the latents
@@ -117,6 +118,10 @@ class Request:
     @property
     def priority(self) -> int:
         return self.work.priority
+
+    @property
+    def tenant(self) -> str:
+        return self.work.tenant
 
     @property
     def deadline(self) -> float | None:
