@@ -232,10 +232,10 @@ def callbacks() -> None:
 @clear_errors
 def serve_callbacks() -> None:
     """Deliver callbacks until told to stop."""
-    module = load("latentline_worker.callback_worker", "latentline callbacks serve", "worker")
+    module = load("latentline_worker.callback_worker", "latentline callbacks serve", "callbacks")
     check_settings()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    sys.exit(module.serve(Settings()))
+    sys.exit(module.serve(module.ProcessSettings()))
 
 
 @callbacks.command("list")

@@ -79,7 +79,7 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
         result: T = done.value
         return result
     except UNAVAILABLE as error:
-        raise BrokerUnavailable(f"the broker does not answer as it should: {type(error).__name__}") from error
+        raise _unavailable(error) from error
 
 
 async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
@@ -97,7 +97,16 @@ async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
         result: T = done.value
         return result
     except UNAVAILABLE as error:
-        raise BrokerUnavailable(f"the broker does not answer as it should: {type(error).__name__}") from error
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> BrokerUnavailable:
+    """What is the matter, without the text of the error: it may hold a name or an address."""
+    if isinstance(error, redis.AuthenticationError):
+        return BrokerUnavailable("the broker refuses the user or the password of LATENTLINE_REDIS_URL")
+    if "certificate verify failed" in str(error):
+        return BrokerUnavailable("the broker's certificate is not trusted: see ssl_ca_certs in LATENTLINE_REDIS_URL")
+    return BrokerUnavailable(f"the broker does not answer as it should: {type(error).__name__}")
 
 
 class Verdict(StrEnum):

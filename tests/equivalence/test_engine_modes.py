@@ -420,6 +420,30 @@ def test_a_lane_that_cannot_grow_fails_the_job_and_stays_whole(
     assert_close(run(engine, again)[0].result(0), solo(family, again))
 
 
+def test_an_engine_that_fails_itself_lets_nobody_wait(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not a job's failure, which the others survive, but one of the loop around them."""
+    engine = make_engine(family)
+    begun = threading.Event()
+
+    def fail(_: object) -> None:
+        if engine.num_steps >= 2:
+            begun.set()
+            raise RuntimeError("nobody expects this")
+
+    monkeypatch.setattr(engine.planner, "_charge", fail)
+    first, second = engine.submit(work(family, steps=20)), engine.submit(work(family, steps=20))
+    engine.start()
+    assert begun.wait(60)
+    for request in (first, second, engine.submit(work(family, steps=20))):
+        with pytest.raises(Cancelled, match=r"lost|shutdown"):
+            request.result(60)
+    assert engine.stalled_for() == float("inf")
+    assert "the engine has failed" in caplog.text
+    engine.stop()
+
+
 class FakeGraph:
     """What a captured CUDA graph does as far as tensors go: one static output, overwritten by every replay."""
 

@@ -32,7 +32,8 @@ def full() -> bool:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline().save_pretrained(folder, safe_serialization=True)
+    # 16x16 latents at the smallest size that jobs may ask for: these tests are about faults, not about arithmetic.
+    tiny_pipeline(reduction=4).save_pretrained(folder, safe_serialization=True)
     return folder
 
 
@@ -76,6 +77,8 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     return put
 
 
+FULL_TIMEOUT_S = 3600  # of one test at full counts; what waits in it has its own patience
+
 QUICK = (
     "test_a_killed_workers_jobs",
     "test_only_the_guilty_job_dies[error]",
@@ -90,6 +93,8 @@ QUICK = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without ``make faults`` only the quick ones: the others take minutes each or judge times."""
     if OUT:
+        for item in items:
+            item.add_marker(pytest.mark.timeout(FULL_TIMEOUT_S))
         return
     here = [item for item in items if "tests/faults/" in item.nodeid]
     left_out = [item for item in here if not any(name in item.nodeid for name in QUICK)]

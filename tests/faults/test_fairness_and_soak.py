@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import psutil
-import pytest
 from support.cluster import Cluster
 from support.receiver import Receiver
 
@@ -40,9 +39,9 @@ def test_a_busy_tenant_does_not_starve_a_quiet_one(cluster: Cluster, full: bool,
         ended=cluster.check_invariants(),
     )
     assert left > len(busy) / 2, "the quiet tenant waited for the busy one"
+    assert not full or beside <= 2 * alone, "judged on a machine that does nothing else"
 
 
-@pytest.mark.timeout(3600)
 def test_soak(cluster: Cluster, receiver: Receiver, full: bool, figure: Figure) -> None:
     """Short jobs, two workers, random faults; memory stays flat."""
     jobs, batch = (10_000, 250) if full else (60, 30)

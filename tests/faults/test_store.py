@@ -54,6 +54,22 @@ def test_a_slow_store_slows_admission_and_never_the_device(cluster: Cluster, fig
     assert most <= 4
 
 
+def test_a_store_that_takes_away_the_rights_fails_the_job_with_a_clear_code(cluster: Cluster, figure: Figure) -> None:
+    """Another try would not mend it; the device goes on, and so does the worker when the rights are back."""
+    cluster.start_worker()
+    cluster.s3_proxy.reset()
+    cluster.s3_proxy.mode = "http403"
+    (refused,) = cluster.submit(1, num_inference_steps=20)
+    (failed,) = cluster.finish([refused])
+    assert failed.status is Status.FAILED and failed.error is not None and failed.error.code == "configuration_error"
+    cluster.s3_proxy.mode = "pass"
+    cluster.s3_proxy.reset()
+    (later,) = cluster.finish(cluster.submit(1, num_inference_steps=20))
+    assert later.status is Status.SUCCEEDED
+    figure("S3 refuses the credentials while jobs run", code=failed.error.code, attempts=failed.attempt)
+    cluster.check_invariants((Status.SUCCEEDED, Status.FAILED))
+
+
 def test_wrong_credentials_are_named_at_the_start(cluster: Cluster, figure: Figure) -> None:
     worker = cluster.start_worker(wait=False, LATENTLINE_S3_SECRET_ACCESS_KEY="x" * 40)
     assert worker.process.wait(120) == 1

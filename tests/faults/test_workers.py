@@ -132,6 +132,28 @@ def test_only_the_guilty_job_dies(cluster: Cluster, full: bool, figure: Figure, 
     assert (guilty, innocents) == (rounds, 0)
 
 
+def test_a_wedged_worker_loses_its_jobs_and_its_process(cluster: Cluster, figure: Figure) -> None:
+    """A network call that never returns: the device hangs. Whose job it was ends as with a job that kills its process."""
+    stall = {"LATENTLINE_STALL_S": "3"}
+    cluster.start_worker(**stall)
+    (bad,) = cluster.submit(1, prompt="a cat [wedge@3]", num_inference_steps=10)
+    good = cluster.submit(5, num_inference_steps=30)
+    statuses = []
+
+    def all_ended() -> bool:
+        if not cluster.alive():
+            statuses.append(cluster.children[-1].process.returncode)
+            cluster.start_worker(**stall)
+        return all(cluster.get(i).status.terminal for i in [bad, *good])
+
+    cluster.until(all_ended, 240)
+    error = cluster.get(bad).error
+    assert error is not None and error.code == "worker_lost" and set(statuses) == {os.EX_SOFTWARE}
+    assert {cluster.get(i).status for i in good} == {Status.SUCCEEDED}
+    ended = cluster.check_invariants((Status.SUCCEEDED, Status.FAILED))
+    figure("a network call that never returns", workers_ended=len(statuses), innocents_lost=0, ended=ended)
+
+
 def test_a_flipped_byte_in_the_weights_stops_the_start(cluster: Cluster, tiny_model: Path, figure: Figure) -> None:
     from latentline_worker.models import checksums
 

@@ -1,6 +1,7 @@
 """A real worker process whose model misbehaves for certain prompts. Run as a script; arguments are the worker's.
 
-A prompt with ``[oom@N]``, ``[nan@N]``, ``[error@N]`` or ``[kill@N]`` does that in its N-th network call in this process.
+A prompt with ``[oom@N]``, ``[nan@N]``, ``[error@N]``, ``[kill@N]`` or ``[wedge@N]`` does that in its N-th network call in
+this process; wedged, the call never returns.
 ``FAULT_STEP_S`` is added to every call, as time on a device would be; ``FAULT_SKEW_S`` moves this process's clock.
 """
 
@@ -10,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -34,7 +36,7 @@ def main() -> int:
     def encode(self: StableDiffusion, texts: Sequence[str]) -> torch.Tensor:
         states = real_encode(self, texts)
         for text, state in zip(texts, states, strict=True):
-            if found := re.search(r"\[(oom|nan|error|kill)@(\d+)\]", text):
+            if found := re.search(r"\[(oom|nan|error|kill|wedge)@(\d+)\]", text):
                 poison[text] = (state.clone(), found[1], int(found[2]))
         return states
 
@@ -50,6 +52,8 @@ def main() -> int:
                 continue
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "wedge":
+                threading.Event().wait()
             if kind == "oom":
                 raise torch.OutOfMemoryError("out of memory, as asked for")
             if kind == "error":

@@ -9,13 +9,13 @@ import struct
 import threading
 from typing import Literal
 
-Mode = Literal["pass", "refuse", "hang", "http500", "http507"]
+Mode = Literal["pass", "refuse", "hang", "http403", "http500", "http507"]
 
 
 class Proxy:
     """Forwards to ``target`` until told otherwise. Modes count for new connections; :meth:`hang` and :meth:`reset` for open ones.
 
-    refuse: nothing listens. hang: connections open and nothing ever comes back. http500, http507: every request is answered so.
+    refuse: nothing listens. hang: connections open and nothing ever comes back. http403, http500, http507: every request is answered so.
     """
 
     def __init__(self, target: int) -> None:
@@ -90,7 +90,7 @@ class Proxy:
         if mode == "hang":
             self._open.append((near, None))
             return
-        if mode in ("http500", "http507"):
+        if mode.startswith("http"):
             self._answer(near, mode)
             return
         try:
@@ -123,7 +123,7 @@ class Proxy:
     @staticmethod
     def _answer(near: socket.socket, mode: Mode) -> None:
         """Read one request whole and refuse it."""
-        status = {"http500": "500 Internal Server Error", "http507": "507 Insufficient Storage"}[mode]
+        status = {"http403": "403 Forbidden", "http500": "500 Internal Server Error", "http507": "507 Insufficient Storage"}[mode]
         with contextlib.suppress(OSError), near:
             near.settimeout(5)
             data = b""

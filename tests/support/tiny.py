@@ -7,9 +7,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """SD's shape at a thousandth of its size: 16x16 latents for 32 px, CLIP with a few words."""
+def tiny_pipeline(prediction_type: str = "epsilon", reduction: int = 2) -> StableDiffusionPipeline:
+    """SD's shape at a thousandth of its size, 16x16 latents, CLIP with a few words.
+
+    Args:
+        reduction: pixels per latent along a side, a power of two: 2 makes 32 px, 4 makes 64 px.
+    """
     torch.manual_seed(0)
+    vae_channels = (16, *[32] * (reduction.bit_length() - 1))
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -23,12 +28,12 @@ def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         norm_num_groups=8,
     )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
+        block_out_channels=vae_channels,
         norm_num_groups=8,
         latent_channels=4,
-        sample_size=32,
+        sample_size=16 * reduction,
     )
     config = CLIPTextConfig(
         hidden_size=32,

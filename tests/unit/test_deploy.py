@@ -85,10 +85,11 @@ def test_healthcheck_is_valid_python(path: Path) -> None:
     compile(code, str(path), "exec")
 
 
-def test_worker_probe_tells_fresh_from_stale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["worker.yaml", "callbacks.yaml"])
+def test_probe_tells_fresh_from_stale(tmp_path: Path, name: str) -> None:
     """The image and the pods ask the same question, and it has the right answers."""
     (command,) = re.findall(r"CMD (\[\"python\".+\])$", (ROOT / "docker/Dockerfile.worker").read_text(), re.M)
-    container = deployment("worker.yaml")["spec"]["template"]["spec"]["containers"][0]
+    container = deployment(name)["spec"]["template"]["spec"]["containers"][0]
     code = json.loads(command)[2]
     assert {container[probe]["exec"]["command"][2] for probe in ("startupProbe", "livenessProbe", "readinessProbe")} == {code}
 
@@ -213,8 +214,7 @@ def test_pods_are_restricted_probed_and_bounded(name: str) -> None:
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    if name != "callbacks.yaml":  # nobody connects to it, and it has nothing to ask
-        assert {"livenessProbe", "readinessProbe"} <= set(container)
+    assert {"livenessProbe", "readinessProbe"} <= set(container)
     assert container["resources"]["limits"]["memory"]
 
 

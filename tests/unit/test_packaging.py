@@ -23,7 +23,8 @@ INSTALL = re.compile(r"python -m pip install -e '\.\[([\w$(),]+)\]' -c constrain
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"].values()
-    return [Requirement(r) for r in [*PROJECT["dependencies"], *(r for extra in extras for r in extra)]]
+    found = [Requirement(r) for r in [*PROJECT["dependencies"], *(r for extra in extras for r in extra)]]
+    return [requirement for requirement in found if requirement.name != PROJECT["name"]]  # an extra may hold another
 
 
 def pins() -> dict[str, str]:
@@ -69,6 +70,13 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
 def test_constraints_name_releases_only() -> None:
     for name, version in pins().items():
         assert re.fullmatch(r"[0-9][0-9a-z.]*", version), f"{name}=={version}: a local suffix or a path is no release"
+
+
+def test_callbacks_are_delivered_without_torch() -> None:
+    """The extra for it is small: nothing that the process imports may need more."""
+    heavy = "{'torch', 'diffusers', 'transformers', 'numpy', 'PIL'}"
+    code = f"import latentline_worker.callback_worker, sys; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_makefile_and_dockerfiles_install_alike() -> None:

@@ -74,6 +74,38 @@ def test_the_bucket_is_made_once(settings: Settings) -> None:
     assert Images(settings).download("kept") == b"x"
 
 
+def test_a_bucket_of_our_own_lets_images_expire_after_their_records(settings: Settings) -> None:
+    store = ImageStore(settings.model_copy(update={"retention_s": 36 * 3600}))
+    store.ensure_bucket()
+    (rule,) = store._s3.get_bucket_lifecycle_configuration(Bucket=settings.s3_bucket)["Rules"]
+    assert (rule["Status"], rule["Expiration"]["Days"]) == ("Enabled", 3)
+
+
+def test_a_bucket_of_others_keeps_its_rules(settings: Settings) -> None:
+    store = ImageStore(settings)
+    store._s3.create_bucket(Bucket=settings.s3_bucket)
+    store.ensure_bucket()
+    with pytest.raises(ClientError, match="NoSuchLifecycleConfiguration"):
+        store._s3.get_bucket_lifecycle_configuration(Bucket=settings.s3_bucket)
+
+
+def test_a_store_without_such_rules_is_good_enough(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ImageStore(settings)
+    call = store._s3._make_api_call  # type: ignore[attr-defined]
+
+    def no_rules(name: str, arguments: Any) -> Any:
+        if name == "PutBucketLifecycleConfiguration":
+            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no"}}, name)
+        return call(name, arguments)
+
+    monkeypatch.setattr(store._s3, "_make_api_call", no_rules)
+    store.ensure_bucket()
+    store.put("k", DATA, "image/png", {})
+    assert "cannot set an expiry rule" in caplog.text
+
+
 def test_the_upload_carries_its_md5(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ImageStore(settings)
     seen: dict[str, Any] = {}

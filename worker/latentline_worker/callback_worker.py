@@ -12,10 +12,10 @@ from latentline.connection import connect
 from latentline.errors import LatentlineError
 from latentline.records import Records
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, CALLBACK_UNACKED
-from latentline.settings import Settings
 
 from .app import LONELY, create_app
 from .callbacks import Deliverer
+from .settings import ProcessSettings
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ CONCURRENCY = 16  # tries at a time in one process
 TEND_EVERY_S = 1.0
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: ProcessSettings) -> int:
     """Deliver callbacks until SIGTERM: a Celery worker of its own queue, with no model and no GPU."""
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
     secret = settings.callback_secret.get_secret_value() if settings.callback_secret else ""
@@ -34,6 +34,8 @@ def serve(settings: Settings) -> int:
 
     def tend() -> None:
         while not stopped.wait(TEND_EVERY_S):
+            if settings.ready_file:
+                settings.ready_file.touch()
             try:
                 records.wake_callbacks()
             except LatentlineError as error:
@@ -44,4 +46,6 @@ def serve(settings: Settings) -> int:
     worker = app.Worker(hostname=name, pool="threads", concurrency=CONCURRENCY, queues=[CALLBACK_QUEUE], loglevel="INFO", **LONELY)
     worker.start()
     stopped.set()
+    if settings.ready_file:
+        settings.ready_file.unlink(missing_ok=True)
     return int(worker.exitcode or 0)

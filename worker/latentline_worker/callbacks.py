@@ -16,6 +16,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -119,7 +120,7 @@ class Deliverer:
             sign(secret, "check", 0, b"")  # a malformed secret stops the process at its start
         self._records, self._secrets, self._timeout_s, self._schedule_s = records, list(secrets), timeout_s, schedule_s
         self._backend = GuardedBackend(backend or httpcore.AnyIOBackend(), allow_private)
-        self._hosts: dict[str, threading.Semaphore] = {}
+        self._busy: Counter[str] = Counter()  # host -> tries under way; no entry where there is none
         self._lock = threading.Lock()
 
     def deliver(self, callback_id: str) -> None:
@@ -137,17 +138,17 @@ class Deliverer:
             self._settle(taken, "failed", "LATENTLINE_CALLBACK_SECRET is not set")
             return
         try:
-            slot = self._slot(taken["url"])
+            host = httpx.URL(taken["url"]).host
         except httpx.InvalidURL as error:
             self._settle(taken, "failed", f"{type(error).__name__}: {error}")
             return
-        if not slot.acquire(blocking=False):
+        if not self._enter(host):
             self._records.put_back_callback(callback_id, random.uniform(0.5, 1.5))
             return
         try:
             self._try(taken)
         finally:
-            slot.release()
+            self._leave(host)
 
     def _try(self, taken: dict[str, Any]) -> None:
         body = message_body(taken)
@@ -182,9 +183,18 @@ class Deliverer:
         entry = {"at": round(time.time(), 3), "try": taken["tries"], "result": reason[:300]}
         self._records.settle_callback(taken["id"], entry, status, delay_s)
 
-    def _slot(self, url: str) -> threading.Semaphore:
+    def _enter(self, host: str) -> bool:
         with self._lock:
-            return self._hosts.setdefault(httpx.URL(url).host, threading.Semaphore(MAX_PER_HOST))
+            if self._busy[host] >= MAX_PER_HOST:
+                return False
+            self._busy[host] += 1
+            return True
+
+    def _leave(self, host: str) -> None:
+        with self._lock:
+            self._busy[host] -= 1
+            if not self._busy[host]:
+                del self._busy[host]
 
     async def _post(self, url: str, message_id: str, body: bytes) -> tuple[int, float]:
         """Status and Retry-After in seconds."""

@@ -60,6 +60,8 @@ class Heartbeat:
             away: the leases of all workers ran out meanwhile, and each has to have the chance to renew its own.
         stalled_for: seconds for which the engine has finished nothing while it has work.
         stall_s: a stall after which the engine counts as wedged: its jobs' leases are no longer renewed.
+        give_up: called when the engine is wedged and no job is left that needs only uploading; ends the process.
+        pulse: called at every beat, whether the broker answers or not: the process is alive.
         pace: told what checkpoints cost.
     """
 
@@ -71,10 +73,13 @@ class Heartbeat:
         tend: Callable[[], None],
         stalled_for: Callable[[], float] = lambda: 0.0,
         stall_s: float = float("inf"),
+        give_up: Callable[[], None] = lambda: None,
+        pulse: Callable[[], None] = lambda: None,
         pace: Pace | None = None,
     ) -> None:
         self._records, self._worker, self._lease_s, self._tend = records, worker, lease_s, tend
         self._stalled_for, self._stall_s, self._pace = stalled_for, stall_s, pace
+        self._give_up, self._pulse = give_up, pulse
         self._tracked: set[Tracked] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -115,6 +120,7 @@ class Heartbeat:
     def _loop(self) -> None:
         next_tend = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
+            self._pulse()
             try:
                 self._beat()
                 if time.monotonic() >= next_tend:
@@ -129,9 +135,10 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._lock:
             tracked = list(self._tracked)
-        if self._stalled_for() > self._stall_s:
-            log.error("the engine has finished nothing for %.0f s: its jobs are left to other workers", self._stalled_for())
+        if self._stalled_for() > self._stall_s:  # those who upload need no engine any more
             tracked = [one for one in tracked if one.uploading]
+            if not tracked:
+                self._give_up()
         if not tracked:
             return
         verdicts = self._records.beat([self._describe(one) for one in tracked])

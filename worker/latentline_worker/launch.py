@@ -122,10 +122,29 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
             log.info("job %s: woken again", job_id)
         if over := records.expired():
             records.forget([member for member in over if store.delete_all(f"{member}/")])
+
+    def pulse() -> None:
         if settings.ready_file:
             settings.ready_file.touch()
 
-    heartbeat = Heartbeat(records, name, settings.lease_s, tend, engine.stalled_for, settings.stall_s, engine.pace)
+    def give_up() -> None:
+        # The engine's thread hangs in a call that nothing interrupts, or is gone: only a new process mends that.
+        log.critical("%s: the engine has finished nothing for %.0f s: this process ends", name, engine.stalled_for())
+        if settings.ready_file:
+            settings.ready_file.unlink(missing_ok=True)
+        os._exit(os.EX_SOFTWARE)
+
+    heartbeat = Heartbeat(
+        records,
+        name,
+        settings.lease_s,
+        tend,
+        stalled_for=engine.stalled_for,
+        stall_s=settings.stall_s,
+        give_up=give_up,
+        pulse=pulse,
+        pace=engine.pace,
+    )
     runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s)
     app = create_app(settings, queue_names(family.info.id), records)
     app.task(runner.run, name=GENERATE_TASK)

@@ -10,7 +10,13 @@ from pydantic import Field
 from latentline.settings import Settings
 
 
-class WorkerSettings(Settings):
+class ProcessSettings(Settings):
+    """What every process of the worker side has."""
+
+    ready_file: Path | None = None  # touched all the time while the process is well, for container probes
+
+
+class WorkerSettings(ProcessSettings):
     """Read from ``LATENTLINE_*`` variables, checked once at start."""
 
     model: str = "latentline-emoji"  # the bundled model's id, a diffusers folder, or a hub id
@@ -24,7 +30,7 @@ class WorkerSettings(Settings):
     decode_batch: Annotated[int, Field(ge=1, le=64)] = 4  # images per VAE call; larger is often slower per image
     lease_s: Annotated[float, Field(ge=1)] = 30.0  # a worker that says nothing for this long has lost its jobs
     checkpoint_s: Annotated[float, Field(gt=0)] = 1.0  # between two checkpoints of a job, or more where they cost over 1%
-    stall_s: Annotated[float, Field(ge=1)] = 120.0  # an engine that finishes nothing for this long has lost its jobs
+    # An engine that finishes nothing for this long has lost its jobs, and the process ends for another to take its place.
+    stall_s: Annotated[float, Field(ge=1)] = 120.0
     # After SIGTERM jobs that denoise go back to the queue at once; those that upload have this long.
     drain_s: Annotated[float, Field(ge=0)] = 10.0
-    ready_file: Path | None = None  # touched every few seconds while ready, for container probes

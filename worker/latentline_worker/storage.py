@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import math
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -24,7 +25,7 @@ class ImageStore:
     """Write access to the bucket of result images."""
 
     def __init__(self, settings: Settings) -> None:
-        self._bucket, self._region = settings.s3_bucket, settings.s3_region
+        self._bucket, self._region, self._retention_s = settings.s3_bucket, settings.s3_region, settings.retention_s
         self._s3 = connect(settings, read_timeout_s=10, retries=TRIES)
 
     def ensure_bucket(self) -> None:
@@ -47,8 +48,22 @@ class ImageStore:
                 return  # another worker was faster
             except (ClientError, BotoCoreError) as failure:
                 raise self._domain_error(failure, "create") from failure
+            self._let_expire()
         except BotoCoreError as error:
             raise self._domain_error(error, "check") from error
+
+    def _let_expire(self) -> None:
+        """A rule on a bucket of our own making: images go with their records, also when no worker runs to delete them.
+
+        The reaper is exact and deletes first; the rule counts whole days from the upload, so it has a day more. Others'
+        buckets are left alone: writing a rule replaces all that are there.
+        """
+        days = math.ceil(self._retention_s / 86400) + 1
+        rule: Any = {"ID": "latentline-retention", "Status": "Enabled", "Filter": {"Prefix": ""}, "Expiration": {"Days": days}}
+        try:
+            self._s3.put_bucket_lifecycle_configuration(Bucket=self._bucket, LifecycleConfiguration={"Rules": [rule]})
+        except (ClientError, BotoCoreError) as error:
+            log.warning("%s; images are deleted by workers alone", self._domain_error(error, "set an expiry rule on"))
 
     def put(self, key: str, data: bytes, content_type: str, metadata: dict[str, str]) -> None:
         """Store one object; the store refuses it when what arrives is not what was sent (Content-MD5).

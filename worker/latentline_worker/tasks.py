@@ -77,6 +77,9 @@ class JobRunner:
             if stop.reason == "stale":
                 log.warning("job %s: another worker owns it now", job_id)
                 return
+            if stop.reason == "lost":
+                log.warning("job %s: left to other workers, who take it when its lease has run out", job_id)
+                return
             if stop.reason == "shutdown":
                 self._insist(lambda: self._heartbeat.save(tracked))
                 self._insist(lambda: self._records.release(job_id, claim.token))

@@ -76,6 +76,14 @@ class Decoder:
         if batch:
             self._run(batch)
 
+    def abandon(self, error: Exception) -> None:
+        """Decode nothing more; whoever waits gets this error."""
+        while self._queue:
+            decoding, _ = self._queue.popleft()
+            if not decoding.failed:
+                decoding.failed = True
+                decoding.done(error)
+
     def _run(self, batch: list[tuple[Decoding, int]]) -> None:
         tiled = batch[0][0].tiled
         try:

@@ -74,6 +74,7 @@ class Engine:
         self._incoming: list[Request] = []  # written by other threads, under _wake
         self._wake = threading.Condition()
         self._stopping = False
+        self._lost = False  # the thread has ended by an error that no job explains
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.num_steps = 0  # forwards run
         self.num_shared_steps = 0  # of these, how many advanced two jobs or more
@@ -116,7 +117,9 @@ class Engine:
         self.progress_at = time.monotonic()
 
     def stalled_for(self) -> float:
-        """Seconds since anything was finished, while there is work."""
+        """Seconds since anything was finished, while there is work; infinite when the engine has failed."""
+        if self._lost:
+            return float("inf")
         return 0.0 if self.idle else time.monotonic() - self.progress_at
 
     def warm_up(self) -> None:
@@ -163,6 +166,20 @@ class Engine:
         log.info("%d rows a step are enough for latents of %s", self.planner.cost.budget(key), "x".join(map(str, key.latent_shape)))
 
     def _loop(self) -> None:
+        try:
+            self._run_until_stopped()
+        except BaseException:
+            # Not a job's failure: those are settled in step(). What is in the process now nobody knows, so it has to
+            # end; leases run out as after a crash, and a job that does this again ends up running alone.
+            log.critical("the engine has failed: its jobs are left to other workers", exc_info=True)
+            with self._wake:
+                self._lost = self._stopping = True
+            self._decoder.abandon(Cancelled("lost"))
+            for request in [*self._active, *self._arriving, *self._incoming]:
+                if not request.future.done():
+                    request.future.set_exception(Cancelled("lost"))
+
+    def _run_until_stopped(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: not self.idle or self._stopping)

@@ -1,0 +1,106 @@
+"""The heartbeat when the engine, and not the broker, is what fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import fakeredis
+import pytest
+
+from latentline import records
+from latentline.connection import connect
+from latentline.jobs import JobRequest
+from latentline.records import Records
+from latentline_worker.heartbeat import Heartbeat
+
+PATIENCE_S = 20  # how long a test waits for a signal before it fails; no test measures time
+
+
+class Stalled:
+    """A heartbeat over an engine that has stalled for as long as it says."""
+
+    def __init__(self, store: Records) -> None:
+        self.seconds = 0.0
+        self.given_up, self.beaten, self.tended = threading.Event(), threading.Event(), threading.Event()
+        self.heart = Heartbeat(
+            store,
+            "w",
+            lease_s=30,
+            tend=self.tended.set,
+            stalled_for=lambda: self.seconds,
+            stall_s=5,
+            give_up=self.given_up.set,
+            pulse=self.beaten.set,
+        )
+
+
+@pytest.fixture
+def client() -> fakeredis.FakeRedis:
+    return fakeredis.FakeRedis(decode_responses=True)
+
+
+@pytest.fixture
+def stalled(client: fakeredis.FakeRedis) -> Stalled:
+    return Stalled(Records(client))
+
+
+def claim(client: fakeredis.FakeRedis) -> Any:
+    job = records.run(client, records.submit([JobRequest.parse({"prompt": "a cat"})], 600))[0]
+    return Records(client).claim(job.id, "w", 30)
+
+
+def beats(stalled: Stalled, wanted: Callable[[], bool]) -> None:
+    stalled.heart.start()
+    try:
+        for _ in range(PATIENCE_S * 100):
+            if wanted():
+                return
+            threading.Event().wait(0.01)
+        pytest.fail("it never came")
+    finally:
+        stalled.heart.stop()
+
+
+def test_an_engine_that_goes_on_keeps_its_process(stalled: Stalled) -> None:
+    stalled.seconds = 4
+    beats(stalled, lambda: stalled.beaten.is_set() and stalled.tended.is_set())
+    assert not stalled.given_up.is_set()
+
+
+@pytest.mark.parametrize("seconds", [6.0, float("inf")])
+def test_a_wedged_engine_loses_its_leases_and_then_its_process(client: fakeredis.FakeRedis, stalled: Stalled, seconds: float) -> None:
+    tracked = stalled.heart.track(claim(client))
+    before = client.hget(f"latentline:job:{tracked.claim.record.id}", "lease_until")
+    stalled.seconds = seconds
+    beats(stalled, stalled.given_up.is_set)
+    assert client.hget(f"latentline:job:{tracked.claim.record.id}", "lease_until") == before, "not renewed"
+
+
+def test_what_only_uploads_may_end_first(client: fakeredis.FakeRedis, stalled: Stalled) -> None:
+    tracked = stalled.heart.track(claim(client))
+    tracked.uploading = True
+    before = client.hget(f"latentline:job:{tracked.claim.record.id}", "lease_until")
+    stalled.seconds = 6
+
+    def renewed() -> bool:
+        return client.hget(f"latentline:job:{tracked.claim.record.id}", "lease_until") != before
+
+    stalled.heart.start()
+    for _ in range(PATIENCE_S * 100):
+        if renewed():
+            break
+        threading.Event().wait(0.01)
+    assert renewed() and not stalled.given_up.is_set()
+    stalled.heart.forget(tracked)
+    assert stalled.given_up.wait(PATIENCE_S)
+    stalled.heart.stop()
+
+
+def test_the_process_is_known_to_be_well_also_while_the_broker_is_away() -> None:
+    stalled = Stalled(Records(connect("redis://127.0.0.1:9/0")))  # nobody listens
+    client = fakeredis.FakeRedis(decode_responses=True)
+    stalled.heart.track(claim(client))
+    beats(stalled, stalled.beaten.is_set)
+    assert not stalled.given_up.is_set() and not stalled.tended.is_set()
