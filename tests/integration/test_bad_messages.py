@@ -45,7 +45,7 @@ class Bench:
         self.client, self.store = client, Records(client)
         self.done: queue.Queue[str] = queue.Queue()
         self._fake = FakeWorker(client, FakeImages())
-        self.app: Celery = create_app(WorkerSettings.model_validate({"redis_url": url}), routing.queue_names(MODEL.id), self.store)
+        self.app: Celery = create_app(WorkerSettings.model_validate({"redis_url": url}), routing.queue_names(MODEL.id), self.store, 16)
         unused = cast(Any, None)
         runner = JobRunner("cpu@test", unused, self.store, unused, unused, unused, lease_s=30)
         runner._do = self._do  # type: ignore[method-assign]

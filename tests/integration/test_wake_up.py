@@ -34,7 +34,7 @@ def client(valkey_url: str) -> Iterator[redis.Redis]:
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
     """The application of a real worker, with its real delivery policy."""
-    app = create_app(WorkerSettings.model_validate({"redis_url": valkey_url}), queue_names(MODEL.id), Records(connect(valkey_url)))
+    app = create_app(WorkerSettings.model_validate({"redis_url": valkey_url}), queue_names(MODEL.id), Records(connect(valkey_url)), 16)
     yield app
     app.close()
 

@@ -29,7 +29,7 @@ def submit(client: redis.Redis, count: int = 1, **fields: Any) -> list[str]:
 @contextlib.contextmanager
 def celery_app(url: str, queues: list[str], unacked: str = GENERATE_UNACKED) -> Iterator[Celery]:
     client = connect(url)
-    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client), unacked)
+    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client), 4, unacked)
     yield app
     app.close()
     client.close()

@@ -21,6 +21,7 @@ from latentline.records import Records, run
 from latentline.routing import GENERATE_TASK, queue_names, wake_up
 from latentline.settings import Settings
 from latentline_worker.app import MAX_KEPT_CHARS, UNREADABLE_TASK, BuryingConsumer, bury, create_app
+from latentline_worker.turns import LeastServedFirst
 
 PROMPT = "a very private prompt"
 
@@ -34,7 +35,7 @@ def client() -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def app(client: redis.Redis) -> Iterator[Celery]:
-    made = create_app(Settings(), queue_names("latentline-emoji"), Records(client))
+    made = create_app(Settings(), queue_names("latentline-emoji"), Records(client), 16)
     yield made
     made.close()
 
@@ -176,5 +177,6 @@ def test_the_delivery_policy(app: Celery) -> None:
     assert app.conf.task_acks_late and app.conf.task_ignore_result and app.conf.accept_content == ["json"]
     assert app.conf.worker_prefetch_multiplier == 1
     assert [queue.name for queue in app.conf.task_queues] == queue_names("latentline-emoji")
-    assert app.conf.broker_transport_options["queue_order_strategy"] == "latentline_worker.turns:LeastServedFirst"
+    turns = app.conf.broker_transport_options["queue_order_strategy"]()
+    assert isinstance(turns, LeastServedFirst)
     assert app.conf.worker_consumer == "latentline_worker.app:BuryingConsumer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -179,6 +180,34 @@ def test_a_tenant_that_has_used_less_goes_first() -> None:
     quiet = [Candidate("quiet", 30, 100, tenant="quiet")]
     # Every so many steps the oldest job of all has its turn, and no more than that.
     assert steps_until_done(plan, quiet, lambda _: [job for job in busy if job.remaining]) <= 30 * OLDEST_EVERY / (OLDEST_EVERY - 1) + 1
+
+
+class Proportional(Fixed):
+    """A step takes a second a row: batching gains nothing."""
+
+    def seconds(self, lane: Hashable, rows: int) -> float:
+        return float(rows)
+
+
+class Flat(Fixed):
+    """A step takes a second, whatever is in it."""
+
+    def seconds(self, lane: Hashable, rows: int) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize(("cost", "most_busy_rows"), [(Proportional(64), 4), (Flat(64), 56)])
+def test_a_busy_tenant_slows_another_by_half_at_most_and_fills_what_costs_nothing(cost: CostModel, most_busy_rows: int) -> None:
+    plan = Planner(cost, lambda: 0.0)
+    busy = [Candidate(f"busy {i}", 1000, i, tenant="busy") for i in range(100)]
+    for _ in range(10):
+        plan.select(busy)
+    quiet = [Candidate(f"quiet {i}", 10, 1000, tenant="quiet") for i in range(4)]
+    for _ in range(20):
+        rows = Counter[str]()
+        for job in plan.select([*busy, *quiet]):
+            rows[job.tenant] += job.rows
+        assert (rows["quiet"], rows["busy"]) == (8, most_busy_rows)
 
 
 def test_two_busy_tenants_get_the_same() -> None:

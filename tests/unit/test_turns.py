@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from latentline_worker.turns import LeastServedFirst
+from latentline_worker.turns import InFlight, LeastServedFirst
 
 
 def take(turns: LeastServedFirst, filled: dict[str, int]) -> str:
@@ -15,7 +15,7 @@ def take(turns: LeastServedFirst, filled: dict[str, int]) -> str:
 
 
 def turns_over(*queues: str) -> LeastServedFirst:
-    turns = LeastServedFirst()
+    turns = LeastServedFirst(InFlight(), most=4)
     turns.update(queues)
     return turns
 
@@ -46,3 +46,15 @@ def test_what_was_taken_long_ago_counts_little() -> None:
 def test_it_goes_on_for_ever() -> None:
     turns, filled = turns_over("a", "b"), {"a": 10**6, "b": 10**6}
     assert Counter(take(turns, filled) for _ in range(20_000)) == {"a": 10_000, "b": 10_000}
+
+
+def test_a_queue_that_has_all_that_it_may_waits_and_leaves_places_to_others() -> None:
+    in_flight = InFlight()
+    turns = LeastServedFirst(in_flight, most=2)
+    turns.update(["busy", "quiet"])
+    in_flight.begin("busy")
+    assert turns.consume(2) == ["busy", "quiet"]
+    in_flight.begin("busy")
+    assert turns.consume(2) == ["quiet"]
+    in_flight.end("busy")
+    assert turns.consume(2) == ["busy", "quiet"]

@@ -11,10 +11,12 @@ import json
 import logging
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import kombu.transport.redis
 from celery import Celery
+from celery.signals import task_postrun, task_prerun
 from celery.worker.consumer import Consumer
 from kombu import Queue
 
@@ -23,21 +25,28 @@ from latentline.records import Records
 from latentline.routing import GENERATE_UNACKED, PRIORITY_SEPARATOR, PRIORITY_STEPS, wake_up
 from latentline.settings import Settings
 
+from .turns import InFlight, LeastServedFirst
+
 log = logging.getLogger(__name__)
 
 UNREADABLE_TASK = "latentline.unreadable"
+BRPOP_S = 0.1  # one look into the queues
 MAX_KEPT_CHARS = 10_000  # of an unreadable message
 UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key": ":mutex"}  # kombu's options, after the role's key
 # A worker says nothing to other workers: the records tell who is alive.
 LONELY: dict[str, Any] = {"without_heartbeat": True, "without_gossip": True, "without_mingle": True}
 
 
-def create_app(settings: Settings, queues: Sequence[str], records: Records, unacked: str = GENERATE_UNACKED) -> Celery:
+def create_app(
+    settings: Settings, queues: Sequence[str], records: Records, most_of_one_queue: int, unacked: str = GENERATE_UNACKED
+) -> Celery:
     """The application of one worker process, consuming these queues; unreadable messages go to the dead letters.
 
     Args:
+        most_of_one_queue: messages of one queue that are worked on at a time.
         unacked: the role's key for messages under way.
     """
+    in_flight = InFlight()
     kombu.transport.redis.loads = _tolerant_loads
     app = Celery("latentline", broker=settings.redis_url.get_secret_value(), set_as_current=False)
     app.conf.update(
@@ -60,7 +69,9 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, unac
             "visibility_timeout": 86400,
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
-            "queue_order_strategy": "latentline_worker.turns:LeastServedFirst",  # so that no tenant holds up another
+            # So that no tenant holds up another. Which queues may be looked into changes whenever a job ends: ask anew often.
+            "queue_order_strategy": partial(LeastServedFirst, in_flight, most_of_one_queue),
+            "polling_interval": BRPOP_S,
             # What is not acknowledged, kept apart by role: no consumer puts back what another role had in its hands.
             **{name: f"{unacked}{suffix}" for name, suffix in UNACKED.items()},
             # Without these a half-open connection is never noticed.
@@ -73,6 +84,14 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, unac
     def unreadable(text: str) -> None:
         bury(records, "not a message of this system", text)
 
+    def begin(task: Any, **_: object) -> None:
+        in_flight.begin(task.request.delivery_info["routing_key"])
+
+    def end(task: Any, **_: object) -> None:
+        in_flight.end(task.request.delivery_info["routing_key"])
+
+    task_prerun.connect(begin, weak=False)
+    task_postrun.connect(end, weak=False)
     app.latentline_records = records
     app.task(unreadable, name=UNREADABLE_TASK, shared=False)
     return app

@@ -146,7 +146,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
         pace=engine.pace,
     )
     runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s)
-    app = create_app(settings, queue_names(family.info.id), records)
+    app = create_app(settings, queue_names(family.info.id), records, settings.concurrency)
     app.task(runner.run, name=GENERATE_TASK)
 
     def on_ready(**_: object) -> None:
@@ -168,7 +168,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     worker = app.Worker(
         hostname=name,
         pool="threads",
-        concurrency=settings.concurrency,
+        concurrency=2 * settings.concurrency,  # one tenant gets half of it, so that another's jobs need not wait for it
         queues=queue_names(family.info.id),
         loglevel="INFO",
         **LONELY,

@@ -21,7 +21,8 @@ class WorkerSettings(ProcessSettings):
 
     model: str = "latentline-emoji"  # the bundled model's id, a diffusers folder, or a hub id
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 16  # jobs in flight per process
+    # Jobs in flight per process of one tenant (of one shard of tenants); there is room for as many of others.
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     # Network rows of one forward, at most; a guided image costs two. Measured costs and memory may allow fewer.
     max_rows: Annotated[int, Field(ge=1, le=1024)] = 64
     # Same seed, same bits: every forward has exactly this many rows, padded, so that a picture does not depend on its batch.

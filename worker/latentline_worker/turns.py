@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 REMEMBERED = 256  # messages after which about two thirds of a take are forgotten
+
+
+class InFlight:
+    """How many messages of each queue are being worked on. Told by task threads."""
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def begin(self, queue: str) -> None:
+        with self._lock:
+            self._count[queue] += 1
+
+    def end(self, queue: str) -> None:
+        with self._lock:
+            self._count[queue] -= 1
+
+    def __getitem__(self, queue: str) -> int:
+        return self._count[queue]
 
 
 class LeastServedFirst:
@@ -13,10 +33,15 @@ class LeastServedFirst:
 
     Takes the place of ``kombu.utils.scheduling.round_robin_cycle``, which would give a tenant with few jobs every other
     place only. Queues that are equally busy alternate here as well.
+
+    Args:
+        in_flight: what is being worked on.
+        most: of one queue at a time; as many as are there already are left to wait, so that others find a place at once.
     """
 
-    def __init__(self, queues: Iterable[str] = ()) -> None:
-        self._queues = list(queues)
+    def __init__(self, in_flight: InFlight, most: int) -> None:
+        self._in_flight, self._most = in_flight, most
+        self._queues: list[str] = []
         self._taken: defaultdict[str, float] = defaultdict(float)
         self._weight = 1.0  # of the next take: growing it is the same as fading all earlier ones
 
@@ -25,8 +50,8 @@ class LeastServedFirst:
         self._queues = list(queues)
 
     def consume(self, num: int) -> list[str]:
-        """The first ``num`` of the order."""
-        return sorted(self._queues, key=self._taken.__getitem__)[:num]
+        """The first ``num`` of the order, without those that have to wait."""
+        return sorted((q for q in self._queues if self._in_flight[q] < self._most), key=self._taken.__getitem__)[:num]
 
     def rotate(self, last_used: str) -> str:
         """A message of this queue was taken."""

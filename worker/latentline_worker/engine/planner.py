@@ -14,6 +14,8 @@ from .cost import CostModel
 OLDEST_EVERY = 4
 # Steps after which about two thirds of a tenant's use are forgotten.
 REMEMBERED = 256
+# How much longer a step with jobs of a tenant below its share may take because others' jobs are in it as well.
+SLOWDOWN = 1.5
 
 
 class Candidate(Protocol):
@@ -68,13 +70,18 @@ class Planner:
         if self._turn % OLDEST_EVERY == 0:
             head = min((r for r in ranked if r.priority == head.priority), key=lambda r: r.arrival)
         budget = self.cost.budget(head.lane)
-        chosen, rows = [head], head.rows
+        chosen, rows, under_rows = [head], head.rows, 0 if head.tenant in over else head.rows
         for request in ranked:
             if rows >= budget:
                 break
-            if request is not head and request.lane == head.lane and rows + request.rows <= budget:
-                chosen.append(request)
-                rows += request.rows
+            if request is head or request.lane != head.lane or rows + request.rows > budget:
+                continue
+            if request.tenant not in over:
+                under_rows += request.rows
+            elif under_rows and self._slows(head.lane, under_rows, rows + request.rows):
+                continue
+            chosen.append(request)
+            rows += request.rows
         self._charge(chosen)
         return chosen
 
@@ -82,6 +89,10 @@ class Planner:
         """Of the tenants that have jobs here, those that have used more than an equal share."""
         share = sum(self._used.get(tenant, 0.0) for tenant in present) / len(present)
         return {tenant for tenant in present if self._used.get(tenant, 0.0) > share}
+
+    def _slows(self, lane: Hashable, under_rows: int, rows: int) -> bool:
+        """Whether a step of so many rows takes too long for those below their share, who have so many of them."""
+        return self.cost.seconds(lane, rows) > SLOWDOWN * self.cost.seconds(lane, under_rows)
 
     def _charge(self, chosen: Sequence[C]) -> None:
         self._used = {tenant: kept for tenant, used in self._used.items() if (kept := used * (1 - 1 / REMEMBERED)) > 1}
