@@ -115,7 +115,7 @@ class Heartbeat:
         if data is not None and self._records.checkpoint(tracked.claim.record.id, tracked.claim.token, step, data):
             tracked.saved, tracked.saved_step = checkpoint.step, step
         if self._pace:
-            self._pace.spent(time.monotonic() - started)
+            self._pace.written(time.monotonic() - started)
 
     def _loop(self) -> None:
         next_tend = time.monotonic()

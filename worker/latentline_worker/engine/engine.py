@@ -300,7 +300,7 @@ class Engine:
             if request.remaining == 0:
                 self._denoised(request)
                 continue
-            if self.pace and self.pace.due(request.checkpoint_at):
+            if self.pace and self.pace.due(request.checkpoint_at, len(self._active)):
                 self._checkpoint(request, self.pace)
             if every and request.step % every == 0:
                 self._preview(request)
@@ -308,7 +308,7 @@ class Engine:
     def _checkpoint(self, request: Request, pace: Pace) -> None:
         started = time.monotonic()
         request.checkpoint, request.checkpoint_at = self.lanes[request.lane].snapshot(request), started
-        pace.spent(time.monotonic() - started)
+        pace.taken(time.monotonic() - started)
 
     def _preview(self, request: Request) -> None:
         try:

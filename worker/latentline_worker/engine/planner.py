@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, TypeVar
 
@@ -12,9 +13,10 @@ from .cost import CostModel
 # class is the most urgent one present, a job ends within OLDEST_EVERY x (its own steps + the steps that older jobs
 # of its class still had to go) steps of the worker, whatever arrives after it.
 OLDEST_EVERY = 4
-# Steps after which about two thirds of a tenant's use are forgotten.
-REMEMBERED = 256
-# How much longer a step with jobs of a tenant below its share may take because others' jobs are in it as well.
+# Steps after which about two thirds of a tenant's use are forgotten, and how much of an equal share a tenant may have used
+# before its jobs come after others'.
+REMEMBERED, MOST_OF_SHARE = 256, 1.5
+# How much longer a step may take for the tenants that go first because jobs of those behind them are in it as well.
 SLOWDOWN = 1.5
 
 
@@ -41,8 +43,11 @@ C = TypeVar("C", bound=Candidate)
 
 
 class Planner:
-    """Priority first; then tenants that have used less than their share lately, what would miss its deadline, the shortest
-    remaining work; with the bound above.
+    """Priority first; then the tenants that ask for little, what would miss its deadline, the shortest remaining work; with
+    the bound above.
+
+    A tenant comes behind the others while it has more rows in flight than an equal part, or when it has had half as much
+    again as its share of what several wanted. With one tenant, or with equal ones, this changes nothing.
 
     Args:
         cost: gives each lane's row budget and step time. A single request that needs more rows runs alone.
@@ -53,7 +58,7 @@ class Planner:
         self.cost = cost
         self._clock = clock
         self._turn = 0
-        self._used: dict[str, float] = {}  # tenant -> rows of the steps so far, the older the less
+        self._used: dict[str, float] = {}  # tenant -> rows of steps that several wanted, the older the less
 
     def select(self, requests: Sequence[C]) -> list[C]:
         """The requests of the next step: all of one lane, the most urgent request's own."""
@@ -64,35 +69,43 @@ class Planner:
         row_s = {lane: self._row_seconds(lane) for lane in {r.lane for r in requests}}
         hopeful = min((seconds for seconds in row_s.values() if seconds), default=1.0)  # of a lane that nothing is known of
         row_s = {lane: seconds or hopeful for lane, seconds in row_s.items()}
-        over = self._over({r.tenant for r in requests})
-        ranked = sorted(requests, key=lambda r: self._urgency(r, row_s[r.lane], now, r.tenant in over))
+        wanted = Counter[str]()
+        for request in requests:
+            wanted[request.tenant] += request.rows
+        behind = self._behind(wanted)
+        ranked = sorted(requests, key=lambda r: self._urgency(r, row_s[r.lane], now, r.tenant in behind))
         head = ranked[0]
         if self._turn % OLDEST_EVERY == 0:
             head = min((r for r in ranked if r.priority == head.priority), key=lambda r: r.arrival)
         budget = self.cost.budget(head.lane)
-        chosen, rows, under_rows = [head], head.rows, 0 if head.tenant in over else head.rows
+        chosen, rows, first_rows = [head], head.rows, 0 if head.tenant in behind else head.rows
         for request in ranked:
             if rows >= budget:
                 break
             if request is head or request.lane != head.lane or rows + request.rows > budget:
                 continue
-            if request.tenant not in over:
-                under_rows += request.rows
-            elif under_rows and self._slows(head.lane, under_rows, rows + request.rows):
+            if request.tenant not in behind:
+                first_rows += request.rows
+            elif first_rows and self._slows(head.lane, first_rows, rows + request.rows):
                 continue
             chosen.append(request)
             rows += request.rows
-        self._charge(chosen)
+        if len(wanted) > 1:  # what nobody else wanted is nobody's loss
+            self._charge(chosen)
         return chosen
 
-    def _over(self, present: set[str]) -> set[str]:
-        """Of the tenants that have jobs here, those that have used more than an equal share."""
-        share = sum(self._used.get(tenant, 0.0) for tenant in present) / len(present)
-        return {tenant for tenant in present if self._used.get(tenant, 0.0) > share}
+    def _behind(self, wanted: dict[str, int]) -> set[str]:
+        """The tenants whose jobs come after the others', from the rows that each has in flight."""
+        even = sum(wanted.values()) / len(wanted)
+        share = sum(self._used.get(tenant, 0.0) for tenant in wanted) / len(wanted)
+        place = {
+            tenant: 2 if self._used.get(tenant, 0.0) > MOST_OF_SHARE * share else 1 if rows > even else 0 for tenant, rows in wanted.items()
+        }
+        return {tenant for tenant in wanted if place[tenant] > min(place.values())}
 
-    def _slows(self, lane: Hashable, under_rows: int, rows: int) -> bool:
-        """Whether a step of so many rows takes too long for those below their share, who have so many of them."""
-        return self.cost.seconds(lane, rows) > SLOWDOWN * self.cost.seconds(lane, under_rows)
+    def _slows(self, lane: Hashable, first_rows: int, rows: int) -> bool:
+        """Whether a step of so many rows takes too long for those that go first, who have so many of them."""
+        return self.cost.seconds(lane, rows) > SLOWDOWN * self.cost.seconds(lane, first_rows)
 
     def _charge(self, chosen: Sequence[C]) -> None:
         self._used = {tenant: kept for tenant, used in self._used.items() if (kept := used * (1 - 1 / REMEMBERED)) > 1}
@@ -105,7 +118,7 @@ class Planner:
         return self.cost.seconds(lane, budget) / budget
 
     @staticmethod
-    def _urgency(request: Candidate, row_s: float, now: float, over: bool) -> tuple[int, bool, float, float, int]:
+    def _urgency(request: Candidate, row_s: float, now: float, behind: bool) -> tuple[int, bool, float, float, int]:
         work_s = request.remaining * request.rows * row_s
         pressing = float("inf")
         if request.deadline is not None:
@@ -113,4 +126,4 @@ class Planner:
             # Could still make it, and would not if it waited for as long again as it needs.
             if 0 <= slack_s < work_s:
                 pressing = request.deadline
-        return request.priority, over, pressing, work_s, request.arrival
+        return request.priority, behind, pressing, work_s, request.arrival
