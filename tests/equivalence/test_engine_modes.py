@@ -427,12 +427,15 @@ def test_an_engine_that_fails_itself_lets_nobody_wait(
     engine = make_engine(family)
     begun = threading.Event()
 
-    def fail(_: object) -> None:
+    select = engine.planner.select
+
+    def fail(requests: Sequence[Request]) -> list[Request]:
         if engine.num_steps >= 2:
             begun.set()
             raise RuntimeError("nobody expects this")
+        return select(requests)
 
-    monkeypatch.setattr(engine.planner, "_charge", fail)
+    monkeypatch.setattr(engine.planner, "select", fail)
     first, second = engine.submit(work(family, steps=20)), engine.submit(work(family, steps=20))
     engine.start()
     assert begun.wait(60)
