@@ -45,6 +45,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker,
         broker.start()
         store.start()
     except MissingExtra as error:
+        broker.stop()
         if os.environ.get("CI"):
             raise
         pytest.skip(error.message)
