@@ -55,7 +55,7 @@ def test_a_durable_job_outlives_a_broker_that_is_killed(broker: Broker, client: 
 
 
 def test_a_durable_job_is_not_accepted_while_the_file_is_not_written(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "AOF_TIMEOUT_MS", 50)
+    monkeypatch.setattr("latentline.records.jobs.AOF_TIMEOUT_MS", 50)
     client.config_set("appendfsync", "no")
     with pytest.raises(BrokerUnavailable, match="append-only file within 50 ms; the jobs may still run"):
         run(client, durable())
@@ -63,7 +63,7 @@ def test_a_durable_job_is_not_accepted_while_the_file_is_not_written(client: red
 
 def test_the_broker_is_waited_for_no_longer_than_its_connection_is() -> None:
     """Else the connection's own time-out would come first, and say less."""
-    assert OPTIONS["socket_timeout"] > records.AOF_TIMEOUT_MS / 1000
+    assert OPTIONS["socket_timeout"] > records.jobs.AOF_TIMEOUT_MS / 1000
 
 
 def test_a_durable_job_is_refused_by_a_broker_without_an_append_only_file(client: redis.Redis) -> None:
@@ -74,7 +74,7 @@ def test_a_durable_job_is_refused_by_a_broker_without_an_append_only_file(client
 
 def test_a_durable_job_waits_on_the_connection_that_wrote_it(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other threads and coroutines take connections from the same pool between any two calls."""
-    monkeypatch.setattr(records, "AOF_TIMEOUT_MS", 50)
+    monkeypatch.setattr("latentline.records.jobs.AOF_TIMEOUT_MS", 50)
     client.config_set("appendfsync", "no")
     held = []
 

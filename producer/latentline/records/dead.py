@@ -1,0 +1,32 @@
+"""Dead letters: jobs that were given up and messages that nobody could read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from latentline import routing
+from latentline.errors import JobNotFound
+
+from .driving import Operation
+
+
+def dead_letters() -> Operation[list[dict[str, Any]]]:
+    """Jobs that were given up and messages that nobody could read, newest first."""
+    raw = yield lambda client: client.hgetall(routing.dead_key())
+    return sorted((json.loads(letter) for letter in raw.values()), key=lambda letter: float(letter["at"]), reverse=True)
+
+
+def dead_letter(dead_id: str) -> Operation[dict[str, Any]]:
+    """One dead letter; raises JobNotFound."""
+    raw = yield lambda client: client.hget(routing.dead_key(), dead_id)
+    if raw is None:
+        raise JobNotFound(f"no dead letter {dead_id!r}")
+    letter: dict[str, Any] = json.loads(raw)
+    return letter
+
+
+def drop_dead_letter(dead_id: str) -> Operation[None]:
+    """Forget a dead letter; raises JobNotFound."""
+    yield from dead_letter(dead_id)
+    yield lambda client: client.hdel(routing.dead_key(), dead_id)

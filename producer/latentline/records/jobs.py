@@ -1,0 +1,215 @@
+"""What applications do with jobs: submit, get, list, cancel, follow."""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from pydantic import ValidationError
+
+from latentline import routing
+from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, TenantQuotaExceeded
+from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status
+from latentline.scripts.lifecycle import CANCEL, SUBMIT
+
+from .driving import Call, Operation, hgetall_many, pairs, zrem
+
+MAX_PAGE = 200
+AOF_TIMEOUT_MS = 2000
+
+
+def submit(requests: Sequence[JobRequest], retention_s: int, *, tenant_cap: int = 0, durable: bool = False) -> Operation[list[JobRecord]]:
+    """Write records, wake-ups, indexes and events of all requests in one pipeline, each atomically.
+
+    Args:
+        retention_s: how long an idempotency key is kept.
+        tenant_cap: rows of denoising that one tenant may have queued and running; 0 for no bound. One job always fits.
+        durable: return only when the append-only file holds them (WAITAOF).
+
+    Raises:
+        IdempotencyConflict, TenantQuotaExceeded: for the first request that is refused; those before it are accepted.
+        BrokerUnavailable: also when ``durable`` was asked for and the file is not written in time.
+    """
+
+    def call(client: Any) -> Any:
+        pipeline = client.pipeline(transaction=False)
+        for request in requests:
+            callback = request.callback
+            pipeline.eval(
+                SUBMIT,
+                0,
+                str(uuid.uuid4()),
+                request.model_dump_json(),
+                request.num_inference_steps,
+                request.model,
+                request.tenant,
+                request.priority,
+                routing.priority_step(request.priority),  # the order in which kombu serves
+                request.deadline_s or 0,
+                request.cost,
+                tenant_cap,
+                routing.idempotency_key(request.tenant, request.idempotency_key or ""),
+                request.fingerprint() if request.idempotency_key else "",
+                retention_s,
+                callback.url if callback else "",
+                json.dumps(callback.events) if callback else "",
+            )
+        if durable:  # on the connection that wrote
+            pipeline.execute_command("WAITAOF", 1, 0, AOF_TIMEOUT_MS)
+        return pipeline.execute()
+
+    try:
+        replies = yield call
+    except redis.ResponseError as error:
+        if "WAITAOF" not in str(error):
+            raise
+        raise BrokerUnavailable("the broker has no append-only file, and durable jobs were asked for: set appendonly yes") from error
+    written = replies.pop()[0] if durable else 1
+    records = []
+    for request, (outcome, payload, *position) in zip(requests, replies, strict=True):
+        if outcome == "conflict":
+            raise IdempotencyConflict(f"idempotency key {request.idempotency_key!r} was used with another request (job {payload})")
+        if outcome == "full":
+            raise TenantQuotaExceeded(
+                f"tenant {request.tenant!r} has {payload} rows queued and running: {request.cost} more exceed the {tenant_cap} allowed"
+            )
+        if outcome == "same":
+            records.append((yield from get(payload)))
+        else:
+            records.append(record_of(pairs(payload)).model_copy(update={"queue_position": position[0]}))
+    if not written:
+        raise BrokerUnavailable(f"the broker has not written its append-only file within {AOF_TIMEOUT_MS} ms; the jobs may still run")
+    return records
+
+
+def get(job_id: str) -> Operation[JobRecord]:
+    """One record; raises JobNotFound."""
+    raw = yield lambda client: client.hgetall(routing.job_key(job_id))
+    if not raw:
+        raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
+    record = record_of(raw)
+    if record.status is not Status.QUEUED:
+        return record
+    position = yield lambda client: client.zrank(routing.waiting_key(record.request.model), job_id)
+    return record.model_copy(update={"queue_position": position})
+
+
+def list_jobs(status: Status | None = None, cursor: str | None = None, limit: int = 50) -> Operation[tuple[list[JobRecord], str | None]]:
+    """A page of records, newest first, and the cursor of the next page.
+
+    Raises:
+        InvalidRequest: a limit out of range, or a cursor that no page gave.
+    """
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest("limit", limit, f"1 to {MAX_PAGE}")
+    key = routing.index_key(status)
+    before, last_id = _read_cursor(cursor) if cursor else ("+inf", "")
+    records: list[JobRecord] = []
+    offset = 0
+    while len(records) <= limit:
+        page = yield _index_page(key, before, offset, limit + 1)
+        if not page:
+            break
+        offset += len(page)
+        # Equal scores come in descending order of id: skip up to and including the cursor's own.
+        wanted = [job_id for job_id, score in page if not (last_id and score == float(before) and job_id >= last_id)]
+        raws = yield hgetall_many(wanted)
+        gone = [job_id for job_id, raw in zip(wanted, raws, strict=True) if not raw]
+        if gone:  # expired: the index is trimmed when somebody looks
+            yield zrem(key, gone)
+            offset -= len(gone)
+        records += [record_of(raw) for raw in raws if raw]
+    following = _cursor(records[limit - 1]) if len(records) > limit else None
+    positions = yield _positions(records[:limit])
+    placed = [record.model_copy(update={"queue_position": place}) for record, place in zip(records[:limit], positions, strict=True)]
+    return placed, following
+
+
+def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
+    """Cancel at once when queued, at the next step when running; a terminal job stays as it is."""
+    yield from get(job_id)  # raises for an unknown one
+    yield lambda client: client.eval(CANCEL, 0, job_id, retention_s)
+    return (yield from get(job_id))
+
+
+def events(job_id: str, last_event_id: str | None = None, block_ms: int | None = None) -> Operation[list[JobEvent]]:
+    """The events after ``last_event_id``; waits up to ``block_ms`` for the first."""
+    exists = yield lambda client: client.exists(routing.job_key(job_id))
+    if not exists:
+        raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
+    after = last_event_id or "0-0"
+    parts = after.split("-")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
+        raise InvalidRequest("last_event_id", last_event_id, "an id that this stream gave, such as 1700000000000-0")
+    reply = yield lambda client: client.xread({routing.events_key(job_id): after}, block=block_ms)
+    streams = reply.items() if isinstance(reply, dict) else reply or []
+    found = []
+    for _, entries in streams:
+        batches = entries if entries and isinstance(entries[0], tuple) else [e for batch in entries for e in batch]
+        for event_id, fields in batches:
+            data = json.loads(fields.get("data") or "{}")
+            found.append(JobEvent(id=event_id, type=fields["type"], job_id=job_id, at=float(fields["at"]), data=data))
+    return found
+
+
+def follow(job_id: str, last_event_id: str | None, block_ms: int) -> Operation[tuple[list[JobEvent], bool]]:
+    """One read of a job's events, and whether nothing more can come."""
+    # Asked first: a job that ends between the two calls then still has its last event in the read.
+    ended = (yield from get(job_id)).status.terminal
+    found = yield from events(job_id, last_event_id, None if ended else block_ms)
+    return found, ended or any(event.terminal for event in found)
+
+
+def _index_page(key: str, before: str, offset: int, count: int) -> Call:
+    return lambda client: client.zrange(key, before, "-inf", desc=True, byscore=True, offset=offset, num=count, withscores=True)
+
+
+def _positions(records: Sequence[JobRecord]) -> Call:
+    """A call that gives the queue position of each record, None where it is not queued."""
+
+    def call(client: Any) -> Any:
+        pipeline = client.pipeline(transaction=False)
+        for record in records:
+            pipeline.zrank(routing.waiting_key(record.request.model), record.id)
+        return pipeline.execute()
+
+    return call
+
+
+def record_of(raw: dict[str, str]) -> JobRecord:
+    try:
+        return JobRecord(
+            id=raw["id"],
+            request=JobRequest.model_validate_json(raw["request"]),
+            status=Status(raw["status"]),
+            phase=Phase(raw["phase"]) if raw.get("phase") else None,
+            step=int(raw.get("step", 0)),
+            num_steps=int(raw["num_steps"]),
+            attempt=int(raw.get("attempt", 0)),
+            worker=raw.get("worker"),
+            cancel_requested=raw.get("cancel_requested") == "1",
+            created_at=float(raw["created_at"]),
+            started_at=float(raw["started_at"]) if "started_at" in raw else None,
+            finished_at=float(raw["finished_at"]) if "finished_at" in raw else None,
+            images=tuple(ImageRef.model_validate(image) for image in json.loads(raw.get("images", "[]"))),
+            error=JobError.model_validate_json(raw["error"]) if raw.get("error") else None,
+            timings=json.loads(raw.get("timings", "{}")),
+        )
+    except (KeyError, ValueError, ValidationError) as error:
+        raise JobNotFound(f"job {raw.get('id')!r} has a record that this version cannot read") from error
+
+
+def _cursor(record: JobRecord) -> str:
+    return base64.urlsafe_b64encode(f"{round(record.created_at * 1000)}:{record.id}".encode()).decode()
+
+
+def _read_cursor(cursor: str) -> tuple[str, str]:
+    try:
+        score, job_id = base64.urlsafe_b64decode(cursor.encode()).decode().split(":", 1)
+        return str(int(score)), job_id
+    except ValueError:
+        raise InvalidRequest("cursor", cursor, "a cursor that an earlier page gave") from None

@@ -1,0 +1,258 @@
+"""What the worker side does with records: every transition after submission, and looking after what belongs to nobody."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import redis
+from redis.client import NEVER_DECODE
+
+from latentline import routing
+from latentline.errors import JobNotFound, StaleToken
+from latentline.jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
+from latentline.scripts.lifecycle import BEAT, CHECKPOINT, CLAIM, RELEASE, RETRY, SETTLE
+from latentline.scripts.outbox import PUT_BACK_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
+from latentline.scripts.reaper import EXPIRE, RECLAIM, WAKE
+
+from .driving import Call, Operation, field_of, pairs, run, zrem
+from .fleet import durability, models, workers
+from .jobs import get, record_of
+from .outbox import callback_of
+
+MAX_ERRORS = 4  # tries that may end in an error that another try might mend
+# Workers that may be lost with a job in flight before it runs with no other beside it, and then before it fails: a job
+# that kills its process takes its neighbours with it, and they must not be blamed.
+SUSPECT_CRASHES = 2
+MAX_CRASHES_ALONE = 2
+MAX_WAKE = 256  # waiting jobs of a model that one look for lost messages covers
+CHECKPOINT_TTL_S = 86400
+MAX_RECLAIM = 1000  # running jobs that one look at the leases covers, oldest first
+
+
+class Verdict(StrEnum):
+    """What a worker is told of a job that it reports on."""
+
+    GO = "go"
+    CANCEL = "cancel"
+    STALE = "stale"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """How a job in flight stands."""
+
+    job_id: str
+    token: int
+    phase: Phase
+    step: int
+    lease_s: float
+    batch_jobs: int = 0
+    previews: tuple[str, ...] = ()  # a data: URL per image, when there is a new one
+
+
+class Records:
+    """What workers do with records, on a blocking client."""
+
+    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400) -> None:
+        self._client = client
+        self._retention_s = retention_s
+        self._wake_rank = 0  # where the next look for lost messages begins
+
+    def get(self, job_id: str) -> JobRecord:
+        return run(self._client, get(job_id))
+
+    def models(self) -> dict[str, ModelInfo]:
+        return run(self._client, models())
+
+    def workers(self) -> list[str]:
+        return run(self._client, workers())
+
+    def durability(self) -> list[str]:
+        return run(self._client, durability())
+
+    def suspect(self, job_id: str) -> bool:
+        """Whether so many workers were lost with this job that it should run with no other beside it."""
+        crashes = self._one(lambda client: client.hget(routing.job_key(job_id), "crashes"))
+        return int(crashes or 0) >= SUSPECT_CRASHES
+
+    def claim(self, job_id: str, worker: str, lease_s: float, *, alone: bool = False) -> Claim | None:
+        """Own the job for ``lease_s`` seconds; None when there is nothing to do for it.
+
+        That is: it has ended, is past its deadline (then it is failed here), waits for its next try, or is under a live lease.
+
+        Raises:
+            JobNotFound: there is no such record, or it is of another version (then it is failed and kept as dead letter).
+        """
+        reply = self._eval(CLAIM, job_id, worker, lease_s, self._retention_s, int(alone))
+        if reply == "unknown":
+            raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
+        if isinstance(reply, str):
+            return None
+        raw = pairs(reply)
+        token = int(raw["token"])
+        try:
+            return Claim(record=record_of(raw), token=token)
+        except JobNotFound as error:
+            failure = JobError(code="unreadable_record", message="the record is of a version that this worker cannot read")
+            self._eval(SETTLE, job_id, token, Status.FAILED.value, "[]", failure.model_dump_json(), "{}", self._retention_s)
+            self.bury(job_id, "job", error.message, job_id=job_id, code=failure.code)
+            raise
+
+    def beat(self, beats: Sequence[Beat]) -> list[Verdict]:
+        """Renew leases and store progress of many jobs in one round trip."""
+
+        def call(client: Any) -> Any:
+            pipeline = client.pipeline(transaction=False)
+            for b in beats:
+                previews = json.dumps(b.previews) if b.previews else ""
+                pipeline.eval(BEAT, 0, b.job_id, b.token, b.phase.value, b.step, b.lease_s, b.batch_jobs, previews)
+            return pipeline.execute()
+
+        def operation() -> Operation[list[Verdict]]:
+            replies = yield call
+            return [Verdict(reply) for reply in replies]
+
+        return run(self._client, operation())
+
+    def checkpoint(self, job_id: str, token: int, step: int, data: bytes) -> bool:
+        """Keep what another worker needs to go on from ``step`` (in the job's own steps); False for a stale token."""
+        return bool(self._eval(CHECKPOINT, job_id, token, step, data, CHECKPOINT_TTL_S))
+
+    def load_checkpoint(self, job_id: str) -> bytes | None:
+        """The newest checkpoint of a job."""
+        # The client decodes what it reads, and these are bytes: asked for as such.
+        data: bytes | None = self._one(lambda client: client.execute_command("GET", routing.checkpoint_key(job_id), **{NEVER_DECODE: True}))
+        return data
+
+    def release(self, job_id: str, token: int) -> bool:
+        """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when somebody else owns the job now."""
+        return bool(self._eval(RELEASE, job_id, token, self._retention_s))
+
+    def retry(self, job_id: str, token: int, error: JobError, delay_s: float) -> Status:
+        """Another try after ``delay_s``, or failed and a dead letter after ``MAX_ERRORS``; the status that came of it.
+
+        Raises:
+            StaleToken: as :meth:`settle`.
+        """
+        status = self._eval(RETRY, job_id, token, error.model_dump_json(), delay_s, MAX_ERRORS, self._retention_s)
+        if not status:
+            raise StaleToken(f"job {job_id}: token {token} is not the newest, or the job has ended")
+        return Status(status)
+
+    def settle(
+        self,
+        job_id: str,
+        token: int,
+        status: Status,
+        images: Sequence[ImageRef] = (),
+        error: JobError | None = None,
+        timings: dict[str, float] | None = None,
+    ) -> JobRecord:
+        """The one terminal transition of a running job.
+
+        Raises:
+            StaleToken: the token is not the newest, or the job has ended.
+            ValueError: the status is not terminal.
+        """
+        if not status.terminal:
+            raise ValueError(f"status: got {status.value!r}; allowed: a terminal status")
+        stored = json.dumps([image.model_dump(mode="json", exclude={"url"}) for image in images])
+        failure = error.model_dump_json() if error else ""
+        reply = self._eval(SETTLE, job_id, token, status.value, stored, failure, json.dumps(timings or {}), self._retention_s)
+        if not reply:
+            raise StaleToken(f"job {job_id}: token {token} is not the newest, or the job has ended")
+        return record_of(pairs(reply))
+
+    def reclaim(self) -> list[str]:
+        """Take jobs away from workers whose lease has run out and queue them again; the ids of those jobs.
+
+        A job that was alone on ``MAX_CRASHES_ALONE`` lost workers fails with ``worker_lost``: it is what kills them.
+        """
+        seconds = self._now()
+        running = self._one(lambda client: client.zrange(routing.index_key(Status.RUNNING), 0, MAX_RECLAIM - 1))
+        leases = self._one(field_of(running, "lease_until"))
+        reclaimed = []
+        for job_id, lease in zip(running, leases, strict=True):
+            if lease is None:
+                self._one(zrem(routing.index_key(Status.RUNNING), [job_id]))  # its record has expired
+            elif float(lease) <= seconds and self._eval(RECLAIM, job_id, MAX_CRASHES_ALONE, self._retention_s):
+                reclaimed.append(job_id)
+        return reclaimed
+
+    def wake(self, model: str, grace_s: float) -> list[str]:
+        """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids.
+
+        Each call looks at ``MAX_WAKE`` waiting jobs, the next call at the next ones.
+        """
+        woken, looked_at = self._eval(WAKE, model, grace_s, self._wake_rank, MAX_WAKE)
+        self._wake_rank = self._wake_rank + MAX_WAKE if looked_at == MAX_WAKE else 0
+        found: list[str] = woken
+        return found
+
+    def expired(self) -> list[str]:
+        """Ended jobs whose retention is over, as ``tenant/id``; their records are gone after this, their images may not be."""
+        members: list[str] = self._eval(EXPIRE, MAX_RECLAIM)
+        return members
+
+    def forget(self, members: Sequence[str]) -> None:
+        """The images of these are gone as well."""
+        self._one(zrem(routing.expiring_key(), members))
+
+    def take_callback(self, callback_id: str, lock_s: float) -> dict[str, Any] | None:
+        """A due callback for one try within ``lock_s``; None when it is delivered, given up, not due yet, or in other hands."""
+        reply = self._eval(TAKE_CALLBACK, callback_id, lock_s)
+        return callback_of(pairs(reply)) if reply else None
+
+    def settle_callback(self, callback_id: str, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
+        """Log a try: ``pending`` and due again after ``delay_s``, or ended (delivered, failed, refused, gone)."""
+        self._eval(SETTLE_CALLBACK, callback_id, json.dumps(entry), status, delay_s)
+
+    def put_back_callback(self, callback_id: str, delay_s: float) -> None:
+        """A callback that was taken and not tried: due again after ``delay_s``."""
+        self._eval(PUT_BACK_CALLBACK, callback_id, delay_s)
+
+    def wake_callbacks(self) -> int:
+        """Hand every callback whose next try is due to the deliverers; how many."""
+        return int(self._eval(WAKE_CALLBACKS, MAX_RECLAIM))
+
+    def receiver_disabled(self, url: str) -> bool:
+        """Whether this receiver has answered 410 Gone."""
+        return bool(self._one(lambda client: client.hexists(routing.disabled_receivers_key(), url)))
+
+    def bury(self, dead_id: str, kind: str, reason: str, **more: Any) -> None:
+        """Keep what nobody can read, with its cause."""
+        seconds = self._now()
+        letter = json.dumps({"id": dead_id, "kind": kind, "reason": reason, "at": str(seconds), **more})
+        self._one(lambda client: client.hsetnx(routing.dead_key(), dead_id, letter))
+
+    def announce_model(self, info: ModelInfo) -> None:
+        """Say that a worker serves this model."""
+        self._one(lambda client: client.hset(routing.models_key(), info.id, info.model_dump_json()))
+
+    def worker_beat(self, name: str) -> None:
+        """Say that a worker is alive, on the server's clock."""
+        seconds = self._now()
+        self._one(lambda client: client.zadd(routing.workers_key(), {name: seconds}))
+
+    def worker_gone(self, name: str) -> None:
+        """Say that a worker has stopped."""
+        self._one(lambda client: client.zrem(routing.workers_key(), name))
+
+    def _now(self) -> float:
+        """The server's clock."""
+        seconds, microseconds = self._one(lambda client: client.time())
+        return float(seconds + microseconds / 1e6)
+
+    def _eval(self, script: str, *args: Any) -> Any:
+        return self._one(lambda client: client.eval(script, 0, *args))
+
+    def _one(self, call: Call) -> Any:
+        def operation() -> Operation[Any]:
+            return (yield call)
+
+        return run(self._client, operation())

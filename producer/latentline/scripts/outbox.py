@@ -1,0 +1,91 @@
+"""The life of a callback after the transition that wrote it."""
+
+from __future__ import annotations
+
+from .prelude import PRELUDE, TIME
+
+# Take a due callback for one try, or hear why not. ARGV callback id, lock_s
+TAKE_CALLBACK = (
+    TIME
+    + """
+local key = P .. 'callback:' .. ARGV[1]
+local c = redis.call('HMGET', key, 'status', 'due')
+if c[1] ~= 'pending' or tonumber(c[2]) > tonumber(now) then return false end
+redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[2]))
+redis.call('ZADD', P .. 'callbacks:due', now + ARGV[2], ARGV[1])
+redis.call('HINCRBY', key, 'tries', 1)
+return redis.call('HGETALL', key)
+"""
+)
+
+
+# What came of a try. ARGV callback id, log entry, status, delay_s until the next try
+SETTLE_CALLBACK = (
+    TIME
+    + """
+local key = P .. 'callback:' .. ARGV[1]
+if redis.call('HGET', key, 'status') ~= 'pending' then return 0 end
+local log = cjson.decode(redis.call('HGET', key, 'log') or '[]')
+log[#log + 1] = cjson.decode(ARGV[2])
+redis.call('HSET', key, 'log', cjson.encode(log), 'status', ARGV[3])
+if ARGV[3] == 'pending' then
+  redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[4]))
+  redis.call('ZADD', P .. 'callbacks:due', now + ARGV[4], ARGV[1])
+else
+  redis.call('ZREM', P .. 'callbacks:due', ARGV[1])
+  if ARGV[3] == 'gone' then redis.call('HSET', P .. 'callbacks:disabled', redis.call('HGET', key, 'url'), now) end
+end
+return 1
+"""
+)
+
+
+# A callback that was taken and not tried. ARGV callback id, delay_s
+PUT_BACK_CALLBACK = (
+    TIME
+    + """
+local key = P .. 'callback:' .. ARGV[1]
+if redis.call('HGET', key, 'status') ~= 'pending' then return 0 end
+redis.call('HINCRBY', key, 'tries', -1)
+redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[2]))
+redis.call('ZADD', P .. 'callbacks:due', now + ARGV[2], ARGV[1])
+return 1
+"""
+)
+
+
+# Wake every callback whose try is due; also those whose message or deliverer was lost. ARGV most
+WAKE_CALLBACKS = (
+    PRELUDE
+    + """
+local due = redis.call('ZRANGEBYSCORE', P .. 'callbacks:due', '-inf', now, 'LIMIT', 0, ARGV[1])
+local woken = 0
+for _, cid in ipairs(due) do
+  if redis.call('EXISTS', P .. 'callback:' .. cid) == 0 then
+    redis.call('ZREM', P .. 'callbacks:due', cid)
+    redis.call('ZREM', P .. 'callbacks', cid)
+  else
+    -- Not again before the deliverer had time to take it.
+    redis.call('ZADD', P .. 'callbacks:due', now + 5, cid)
+    wake(CALLBACK, cid, CALLBACK_QUEUE, 0, false)
+    woken = woken + 1
+  end
+end
+return woken
+"""
+)
+
+
+# Send a callback once more, whatever came of it. ARGV callback id
+REPLAY_CALLBACK = (
+    PRELUDE
+    + """
+local key = P .. 'callback:' .. ARGV[1]
+if redis.call('EXISTS', key) == 0 then return 0 end
+redis.call('HDEL', P .. 'callbacks:disabled', redis.call('HGET', key, 'url'))
+redis.call('HSET', key, 'status', 'pending', 'due', now, 'tries', 0)
+redis.call('ZADD', P .. 'callbacks:due', now, ARGV[1])
+wake(CALLBACK, ARGV[1], CALLBACK_QUEUE, 0, false)
+return 1
+"""
+)

@@ -1,0 +1,105 @@
+"""What is done for jobs that belong to no worker."""
+
+from __future__ import annotations
+
+from .prelude import PRELUDE, TIME
+
+# ARGV id, max_crashes_alone, retention_s
+RECLAIM = (
+    PRELUDE
+    + """
+local id, key = ARGV[1], job_key(ARGV[1])
+local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone')
+if job[1] ~= 'running' or tonumber(job[2] or 0) > tonumber(now) then return 0 end
+local crashes = redis.call('HINCRBY', key, 'crashes', 1)
+local alone = redis.call('HINCRBY', key, 'crashes_alone', job[4] == '1' and 1 or 0)
+if job[3] == '1' then
+  finish(id, 'cancelled', nil, ARGV[3])
+elseif alone >= tonumber(ARGV[2]) then
+  local error = {code = 'worker_lost', message = 'workers that ran this job and nothing else were lost ' .. alone .. ' times'}
+  bury(id, {kind = 'job', job_id = id, code = error.code, reason = error.message, crashes = crashes})
+  finish(id, 'failed', error, ARGV[3])
+else
+  requeue(id, 0, true)
+end
+return 1
+"""
+)
+
+
+# Wake queued jobs again whose next try is due, or whose message is lost; their ids, and how many were looked at.
+# ARGV model, grace_s, rank of the first waiting job to look at, most
+WAKE = (
+    PRELUDE
+    + """
+local woken = {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'delayed', '-inf', now, 'LIMIT', 0, ARGV[4])) do
+  redis.call('ZREM', P .. 'delayed', id)
+  if redis.call('HGET', job_key(id), 'status') == 'queued' then
+    wake_job(id, true)
+    woken[#woken + 1] = id
+  end
+end
+
+-- What will be taken next from a list: the messages put at its front, and the number of the first behind them. Behind
+-- that one numbers only rise, so a message with a lower one is not there any more.
+local SCANNED = 512
+local heads = {}
+local function head_of(list)
+  if heads[list] then return heads[list] end
+  local head, i = {front = {}, number = math.huge}, -1
+  while true do
+    local text = redis.call('LINDEX', list, i)
+    if not text then break end
+    local message, number, mark = string.match(text, '"id": ?"([^"]*%-(%d+)(f?))"')
+    if mark == '' then
+      head.number = tonumber(number)
+      break
+    end
+    if message then head.front[message] = true end
+    i = i - 1
+    if i < -SCANNED then
+      head.number, head.unknown = 0, true
+      break
+    end
+  end
+  heads[list] = head
+  return head
+end
+
+local waiting = redis.call('ZRANGE', P .. 'waiting:' .. ARGV[1], ARGV[3], ARGV[3] + ARGV[4] - 1)
+local lost = {}
+for _, id in ipairs(waiting) do
+  local job = redis.call('HMGET', job_key(id), 'woken_at', 'message', 'queue', 'priority')
+  if not job[1] then
+    redis.call('ZREM', P .. 'waiting:' .. ARGV[1], id)  -- its record has expired
+  elseif tonumber(job[1]) + ARGV[2] <= tonumber(now) and not redis.call('ZSCORE', P .. 'delayed', id) then
+    local head = head_of(list_of(job[3], tonumber(job[4])))
+    local number, mark = string.match(job[2], '(%d+)(f?)$')
+    local there
+    if mark == 'f' then there = head.unknown or head.front[job[2]] else there = tonumber(number) >= head.number end
+    if not there then lost[#lost + 1] = id end
+  end
+end
+for i = #lost, 1, -1 do  -- the oldest comes to stand first
+  wake_job(lost[i], true)
+  woken[#woken + 1] = lost[i]
+end
+return {woken, #waiting}
+"""
+)
+
+
+# Forget ended jobs whose time is over. ARGV most; returns tenant/id of each, also again until their images are gone
+EXPIRE = (
+    TIME
+    + """
+local over = redis.call('ZRANGEBYSCORE', P .. 'expiring', '-inf', now, 'LIMIT', 0, ARGV[1])
+for _, member in ipairs(over) do
+  local id = string.match(member, '/(.*)$')
+  redis.call('DEL', job_key(id), P .. 'events:' .. id, P .. 'checkpoint:' .. id)
+  for _, index in ipairs({'jobs', 'jobs:succeeded', 'jobs:failed', 'jobs:cancelled'}) do redis.call('ZREM', P .. index, id) end
+end
+return over
+"""
+)
