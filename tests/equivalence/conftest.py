@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from support.engines import make_engine
 from support.tiny import tiny_pipeline
 
+from latentline_worker.engine.memory import Memory
 from latentline_worker.models.sd import StableDiffusion
 
 
@@ -27,3 +29,11 @@ def family(pipeline: StableDiffusionPipeline) -> StableDiffusion:
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
+
+
+@pytest.fixture
+def measured(family: StableDiffusion) -> Memory:
+    """What a warm-up without a limit finds."""
+    engine = make_engine(family, max_rows=1)
+    engine.warm_up()
+    return engine.memory

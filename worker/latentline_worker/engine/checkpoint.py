@@ -60,6 +60,7 @@ class Pace:
         self.every_s = every_s
         self.taken_s = self.written_s = 0.0  # what taking and writing one costs, lately
         self.total_s = 0.0  # what all of them have cost
+        self.num_taken = 0
 
     def due(self, last: float, num_jobs: int) -> bool:
         """Whether a job whose last checkpoint was at ``last`` (``time.monotonic()``) should have another.
@@ -71,6 +72,7 @@ class Pace:
 
     def taken(self, seconds: float) -> None:
         """Copying one job's state took this long. Told by the engine's thread alone."""
+        self.num_taken += 1
         self.taken_s += 0.2 * (seconds - self.taken_s)
         self.total_s += seconds
 

@@ -1,0 +1,112 @@
+"""The forward, recorded or captured, gives what Python gives."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from support.engines import (
+    Denoise,
+    assert_close,
+    counted,
+    once,
+    short_of_memory,
+)
+
+from latentline_worker.engine import network
+from latentline_worker.engine.network import Network
+from latentline_worker.models.sd import StableDiffusion
+
+
+class FakeGraph:
+    """What a captured CUDA graph does as far as tensors go: one static output, overwritten by every replay."""
+
+    def __init__(self, forward: Denoise, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        self._forward = forward
+        self._out = forward(*rows).clone()
+
+    def __call__(self, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self._out.copy_(self._forward(*rows))
+
+
+@pytest.mark.parametrize("fixed_rows", [None, 4])
+@once
+def test_parts_of_a_split_batch_do_not_share_the_output_of_a_captured_graph(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, fixed_rows: int | None
+) -> None:
+    x = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    timesteps, states = torch.full((8,), 500.0), family.encode(list("abcdefgh"))
+    expected = Network(family)(x, timesteps, states)[0]
+    short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= 4)
+    monkeypatch.setattr(network, "_Graph", FakeGraph)
+    net = Network(family, fixed_rows)
+    net._graphs = {}
+    got, rows = net(x, timesteps, states)
+    assert rows == 4
+    assert_close(got, expected)
+
+
+def example_rows(family: StableDiffusion, count: int, size: tuple[int, int] = (32, 32)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, *family.latent_shape(*size), generator=generator)
+    return x, torch.linspace(10, 900, count), family.encode([f"thing {i}" for i in range(count)])
+
+
+@torch.inference_mode()
+def test_the_recorded_forward_gives_equal_results_at_other_row_counts_and_sizes(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = family.denoise
+    calls = counted(family, monkeypatch)
+    traced = Network(family)
+    traced.trace(*example_rows(family, 2))
+    del calls[:]
+    for count, size in [(2, (32, 32)), (1, (32, 32)), (5, (48, 40)), (8, (32, 32)), (2, (32, 32)), (3, (64, 64))] * 2:
+        rows = example_rows(family, count, size)
+        assert torch.equal(traced(*rows)[0], eager(*rows))
+    assert not calls, "Python was called: the recording is not in use"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+@torch.inference_mode()
+@once
+def test_a_forward_that_cannot_be_recorded_runs_through_python_with_a_warning(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
+    real = family.denoise
+
+    def change(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise error("not while tracing")
+        return real(latents, timesteps, states)
+
+    assert_falls_back(family, monkeypatch, caplog, change, f"cannot be recorded ({error.__name__})")
+
+
+@torch.inference_mode()
+@once
+def test_a_recording_that_gives_other_results_is_not_used(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = family.denoise
+
+    def change(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        factor = 2.0 if int(latents.shape[0]) == 2 else 1.0  # decided while recording
+        return real(latents, timesteps, states) * factor
+
+    assert_falls_back(family, monkeypatch, caplog, change, "gives other results")
+
+
+def assert_falls_back(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: Denoise, message: str
+) -> None:
+    calls = counted(family, monkeypatch, change)
+    net = Network(family)
+    with caplog.at_level(logging.WARNING):
+        net.trace(*example_rows(family, 2))
+    assert message in caplog.text
+    del calls[:]
+    rows = example_rows(family, 5)
+    assert torch.equal(net(*rows)[0], change(*rows))
+    assert calls == [5]

@@ -1,0 +1,266 @@
+"""No memory left: batches are split, the guilty job fails alone, and what cannot fit is refused before it starts."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from support.engines import (
+    FIXED_ROWS,
+    MOST_STEPS,
+    assert_close,
+    counted,
+    drain,
+    keys,
+    make_engine,
+    mates_of,
+    needed_bytes,
+    num_used,
+    once,
+    run,
+    short_of_memory,
+    solo,
+    tight,
+    work,
+)
+
+from latentline.errors import OutOfMemory
+from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.memory import Memory
+from latentline_worker.engine.request import LaneKey, Request
+from latentline_worker.models.sd import StableDiffusion
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+@once
+def test_out_of_memory_splits_the_batch_and_every_job_equals_its_solo_run(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    works = mates_of(family, 11)
+    expected = [solo(family, one) for one in works]
+    events = short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= most)
+    engine = make_engine(family)
+    requests = run(engine, *works)
+    assert events, "memory always sufficed: the test shows nothing"
+    for request, latents in zip(requests, expected, strict=True):
+        assert_close(request.result(0), latents)
+    assert min(engine.planner.cost.limit(key) for key in engine.lanes) <= most
+    assert num_used(engine) == 0
+
+
+@once
+def test_after_out_of_memory_batches_stay_within_what_fitted(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= 5)
+    engine = make_engine(family)
+    requests = [engine.submit(work(family, seeds=(i,), steps=10)) for i in range(6)]
+    engine.step()
+    assert events == [12, 6]
+    drain(engine)
+    assert events == [12, 6], "it ran out of memory again with jobs of two rows each"
+    assert all(torch.isfinite(request.result(0)).all() for request in requests)
+
+
+@once
+def test_a_job_of_more_rows_than_fit_does_not_run_out_of_memory_at_every_step(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = work(family, seeds=(1, 2, 3, 4), steps=6)
+    expected = solo(family, subject)
+    events = short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= 4)
+    assert_close(solo(family, subject), expected)
+    assert events == [8]
+
+
+@once
+def test_no_forward_has_more_rows_than_are_allowed(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nobody raises an error when memory runs out: the process is killed."""
+    subject = work(family, seeds=(1, 2, 3, 4), steps=3)
+    expected = solo(family, subject)
+    calls = counted(family, monkeypatch)
+    assert_close(solo(family, subject, max_rows=4), expected)
+    assert max(calls) <= 4
+
+
+@once
+def test_a_job_that_does_not_fit_by_itself_fails_alone(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    mates = [work(family, f"thing {i}", steps=3 + i, seeds=(i,)) for i in range(4)]
+    expected = [solo(family, mate) for mate in mates]
+    glutton = family.encode(["glutton"])[0]
+    short_of_memory(monkeypatch, family, lambda latents, states: not any(torch.allclose(row, glutton) for row in states))
+    engine = make_engine(family)
+    first, *requests = run(engine, work(family, "glutton", steps=3), *mates)
+    with pytest.raises(torch.OutOfMemoryError):
+        first.result(0)
+    for request, latents in zip(requests, expected, strict=True):
+        assert_close(request.result(0), latents)
+
+
+@once
+def test_a_shape_that_never_fits_fails_and_the_others_go_on(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_of_memory(monkeypatch, family, lambda latents, states: latents.shape[-1] <= 16)
+    engine = make_engine(family)
+    big = [engine.submit(work(family, "big", seeds=(i,), size=(64, 64))) for i in range(3)]
+    small = [engine.submit(work(family, "small", seeds=(i,))) for i in range(3)]
+    drain(engine)
+    for request in big:
+        with pytest.raises(torch.OutOfMemoryError):
+            request.result(0)
+    assert all(torch.isfinite(request.result(0)).all() for request in small)
+
+
+@once
+def test_out_of_memory_in_the_reproducible_mode_fails_the_job_and_frees_its_slots(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch, family, lambda latents, states: len(latents) < FIXED_ROWS)
+    engine = make_engine(family, fixed_rows=FIXED_ROWS)
+    for request in run(engine, work(family, "a"), work(family, "b")):
+        with pytest.raises(torch.OutOfMemoryError):
+            request.result(0)
+    assert num_used(engine) == 0
+
+
+def num_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def lane_bytes(engine: Engine) -> int:
+    tensors = [value for lane in engine.lanes.values() for value in vars(lane).values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@once
+def test_a_hundred_times_out_of_memory_leak_nothing(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    glutton = family.encode(["glutton"])[0]
+    events = short_of_memory(
+        monkeypatch, family, lambda latents, states: len(latents) <= 3 and not any(torch.allclose(row, glutton) for row in states)
+    )
+    engine = make_engine(family)
+    kept: list[Request] = []  # failed jobs, whose errors must not hold the tensors of the step that failed
+
+    def trouble() -> None:
+        big, mate, failed = run(engine, work(family, "big", seeds=(1, 2), steps=3), work(family, "mate", steps=2), work(family, "glutton"))
+        assert isinstance(failed.future.exception(0), torch.OutOfMemoryError)
+        assert torch.isfinite(big.result(0)).all() and torch.isfinite(mate.result(0)).all()
+        kept.append(failed)
+
+    for _ in range(3):
+        trouble()
+    before, grown, num_events = num_tensors(), lane_bytes(engine), len(events)
+    while len(events) < num_events + 100:
+        trouble()
+    assert len(kept) > 10
+    assert (num_tensors(), lane_bytes(engine)) == (before, grown)
+    assert num_used(engine) == 0
+    assert engine.idle
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3], ids=["history", "states", "negative states"])
+@once
+def test_a_lane_that_cannot_grow_fails_the_job_and_stays_whole(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Memory that runs out while slots are added must not leave slots that do not exist."""
+    engine = make_engine(family)
+    run(engine, work(family, guidance=1.0))  # the lane has its first slots, and the text is known
+    real, calls = torch.cat, []
+
+    def cat(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", cat)
+        crowd = engine.submit(work(family, seeds=tuple(range(9)), guidance=1.0))
+        engine.step()
+    assert isinstance(crowd.future.exception(0), torch.OutOfMemoryError)
+    assert num_used(engine) == 0
+    again = work(family, seeds=tuple(range(12)), guidance=1.0)
+    assert_close(run(engine, again)[0].result(0), solo(family, again))
+
+
+@once
+def test_a_shape_too_large_for_the_memory_is_refused_with_the_byte_counts_and_smaller_ones_run(
+    family: StableDiffusion, measured: Memory
+) -> None:
+    own, large = keys(family)
+    limit = 2 * needed_bytes(measured, own)
+    assert needed_bytes(measured, large) > limit
+
+    engine = make_engine(family, max_rows=4, memory_limit_bytes=limit)
+    engine.warm_up()
+    good = [engine.submit(work(family, f"thing {i}", seeds=(i,), size=(64, 64), decode=True)) for i in range(3)]
+    bad = engine.submit(work(family, "large", size=(128, 128), decode=True))
+    drain(engine)
+    with pytest.raises(OutOfMemory) as refused:
+        bad.result(0)
+    channels, rows, columns = large.latent_shape
+    assert f"latents of {channels}x{rows}x{columns} need {needed_bytes(engine.memory, large):,} bytes" in refused.value.message
+    assert f"this worker has {limit:,}" in refused.value.message
+    assert bad.step == 0 and large not in engine.lanes
+    for request in good:
+        assert request.result(0).shape == (1, 64, 64, 3)
+
+
+@once
+def test_in_the_reproducible_mode_a_shape_is_refused_whose_fixed_rows_do_not_fit(family: StableDiffusion, measured: Memory) -> None:
+    """The network always runs all of the fixed rows: memory for one is not enough."""
+    _own, large = keys(family)
+    limit = int(1.1 * needed_bytes(measured, large))
+    rows = 1 + limit // measured.row_bytes(large)  # of the large shape, one row more than there is memory for
+    engine = make_engine(family, fixed_rows=rows, memory_limit_bytes=limit)
+    engine.warm_up()
+    bad, good = run(engine, work(family, "large", size=(128, 128)), work(family, "small"))
+    with pytest.raises(OutOfMemory, match=f"this worker has {limit:,}"):
+        bad.result(0)
+    assert torch.isfinite(good.result(0)).all()
+
+
+@once
+def test_the_refusal_names_the_bytes_that_are_needed(family: StableDiffusion) -> None:
+    engine = make_engine(family, memory_limit_bytes=1000)
+    key = LaneKey("tiny", (4, 16, 16), 77)
+    (request,) = run(engine, work(family))
+    with pytest.raises(OutOfMemory, match=f"4x16x16 need {engine.memory.slot_bytes(key, 32):,} bytes for one row and .* has 1,000:"):
+        request.result(0)
+
+
+@once
+def test_images_beyond_the_slots_wait_for_their_turn(family: StableDiffusion) -> None:
+    engine = tight(family, 3)
+    requests = [engine.submit(work(family, seeds=(i,), steps=3 + i % 3)) for i in range(8)]
+    most = 0
+    for _ in range(MOST_STEPS):
+        if engine.idle:
+            break
+        engine.step()
+        most = max(most, num_used(engine))
+    assert most <= 3
+    for i, request in enumerate(requests):
+        assert_close(request.result(0), solo(family, work(family, seeds=(i,), steps=3 + i % 3)))
+
+
+@once
+def test_a_job_with_more_images_than_slots_runs_alone(family: StableDiffusion) -> None:
+    engine = tight(family, 2)
+    big, mate = run(engine, work(family, seeds=(1, 2, 3)), work(family, "mate"))
+    assert big.result(0).shape[0] == 3
+    assert big.shared_steps == 0
+    assert torch.isfinite(mate.result(0)).all()
+
+
+@once
+def test_a_job_of_several_images_gets_its_slots_however_many_small_ones_keep_arriving(family: StableDiffusion) -> None:
+    engine = tight(family, 2)
+    engine.submit(work(family, seeds=(0,), steps=2))
+    engine.step()
+    big = engine.submit(work(family, seeds=(1, 2), steps=2))
+    for i in range(60):
+        engine.submit(work(family, seeds=(i,), steps=2))
+        engine.step()
+    assert big.step > 0, "sixty steps, and every free slot went to a job that came later"

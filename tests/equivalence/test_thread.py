@@ -1,0 +1,169 @@
+"""Warm-up, and the thread that owns the device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from support.engines import (
+    FIXED_ROWS,
+    Decodes,
+    assert_cancelled,
+    assert_close,
+    keys,
+    make_engine,
+    needed_bytes,
+    num_used,
+    once,
+    run,
+    solo,
+    work,
+)
+
+from latentline.errors import ConfigurationError
+from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.memory import Memory
+from latentline_worker.engine.request import Cancelled, Request
+from latentline_worker.models.sd import StableDiffusion
+
+
+def test_an_engine_that_fails_itself_lets_nobody_wait(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not a job's failure, which the others survive, but one of the loop around them."""
+    engine = make_engine(family)
+    begun = threading.Event()
+
+    select = engine.planner.select
+
+    def fail(requests: Sequence[Request]) -> list[Request]:
+        if engine.num_steps >= 2:
+            begun.set()
+            raise RuntimeError("nobody expects this")
+        return select(requests)
+
+    monkeypatch.setattr(engine.planner, "select", fail)
+    first, second = engine.submit(work(family, steps=20)), engine.submit(work(family, steps=20))
+    engine.start()
+    assert begun.wait(60)
+    for request in (first, second, engine.submit(work(family, steps=20))):
+        with pytest.raises(Cancelled, match=r"lost|shutdown"):
+            request.result(60)
+    assert engine.stalled_for() == float("inf")
+    assert "the engine has failed" in caplog.text
+    engine.stop()
+
+
+def test_warm_up_measures_memory_finds_a_row_budget_and_leaves_nothing_behind(family: StableDiffusion) -> None:
+    engine = Engine(family, max_rows=16)
+    engine.warm_up()
+    key, _ = keys(family)
+    footprint = engine.memory.footprint
+    assert footprint is not None and footprint.row > 0 and footprint.decode > 0
+    assert 1 <= engine.planner.cost.budget(key) <= 16
+    assert engine.planner.cost.seconds(key, 1) > 0, "nothing was observed"
+    assert engine.idle
+    assert num_used(engine) == 0
+    subject = work(family, steps=5, decode=True)
+    assert torch.equal(run(engine, subject)[0].result(0), solo(family, subject))
+
+
+@once
+def test_warm_up_keeps_the_row_budget_within_memory(family: StableDiffusion, measured: Memory) -> None:
+    own, _ = keys(family)
+    engine = make_engine(family, memory_limit_bytes=int(1.2 * needed_bytes(measured, own)))
+    engine.warm_up()
+    rows = engine.memory.num_rows(own, 64)
+    assert 1 <= rows < 64
+    assert engine.planner.cost.limit(own) == rows
+    assert engine.idle and num_used(engine) == 0
+
+
+@once
+def test_warm_up_refuses_fixed_rows_that_do_not_fit(family: StableDiffusion, measured: Memory) -> None:
+    own, _ = keys(family)
+    # Enough for the forward, were it not for the share that is kept for jobs between steps.
+    limit = int(1.05 * needed_bytes(measured, own, rows=32))
+    engine = make_engine(family, fixed_rows=32, memory_limit_bytes=limit)
+    with pytest.raises(ConfigurationError, match=r"reproducible_rows: got 32; memory allows \d+$"):
+        engine.warm_up()
+
+
+@once
+def test_warm_up_accepts_fixed_rows_that_fit(family: StableDiffusion, measured: Memory) -> None:
+    own, _ = keys(family)
+    engine = make_engine(family, fixed_rows=32, memory_limit_bytes=int(1.5 * needed_bytes(measured, own, rows=32)))
+    engine.warm_up()
+    assert torch.isfinite(run(engine, work(family))[0].result(0)).all()
+
+
+@once
+def test_a_rows_footprint_is_that_of_one_row_in_the_reproducible_mode_too(family: StableDiffusion, measured: Memory) -> None:
+    own, _ = keys(family)
+    engine = make_engine(family, fixed_rows=FIXED_ROWS)
+    engine.warm_up()
+    assert engine.memory.row_bytes(own) <= 1.5 * measured.row_bytes(own)
+
+
+@once
+def test_many_threads_submit_and_cancel_while_the_engine_runs(family: StableDiffusion) -> None:
+    engine = make_engine(family)
+    start = threading.Barrier(8)
+    requests: dict[int, list[Request]] = {}
+
+    def client(number: int) -> None:
+        start.wait()
+        requests[number] = []
+        for i in range(5):
+            request = engine.submit(work(family, f"thing {number}", steps=3 + i, seeds=(number * 10 + i,), decode=i % 2 == 0))
+            requests[number].append(request)
+            if i == 4:
+                request.cancel("changed my mind")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    engine.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine in requests.values():
+        for i, request in enumerate(mine):
+            if i < 4:
+                assert request.result(60).shape == ((1, 32, 32, 3) if i % 2 == 0 else (1, 4, 16, 16))
+            else:
+                request.future.exception(60)  # cancelled, or done before that was seen
+    engine.stop()
+    assert engine.idle
+    assert num_used(engine) == 0
+    assert_close(requests[3][1].result(0), solo(family, work(family, "thing 3", steps=4, seeds=(31,))))
+
+
+@once
+def test_stopping_decodes_what_is_denoised_and_cancels_the_rest(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, stopping = threading.Event(), threading.Event()
+    decodes = Decodes(family, monkeypatch)
+
+    def hold(latents: torch.Tensor, tiled: bool) -> Exception | None:
+        entered.set()
+        stopping.wait(60)
+        return None
+
+    decodes.fails = hold
+    engine = make_engine(family, decode_batch=1)
+    paid = engine.submit(work(family, "paid", steps=2, seeds=(1, 2, 3), decode=True))
+    long = engine.submit(work(family, "long", steps=100))
+    engine.start()
+    assert entered.wait(60)
+    waiting = engine.submit(work(family, "waiting"))
+    engine.stop(timeout_s=0)  # only says so: the engine thread stands in the first of three decodes
+    assert_cancelled(engine.submit(work(family, "refused")), "shutdown")
+    stopping.set()
+    engine.stop()
+    assert paid.result(0).shape == (3, 32, 32, 3)
+    for request in (long, waiting):
+        assert_cancelled(request, "shutdown")
+    assert num_used(engine) == 0
+    assert long.checkpoint is not None
+    assert long.checkpoint.step == long.step > 0

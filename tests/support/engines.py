@@ -1,0 +1,202 @@
+"""Engines, work for them, and what to compare their results with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from latentline_worker.engine.cost import CostModel
+from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.memory import Memory
+from latentline_worker.engine.planner import Planner
+from latentline_worker.engine.request import Cancelled, LaneKey, Request, Work
+from latentline_worker.models.sd import StableDiffusion
+from latentline_worker.samplers import sampler_table
+
+RELATIVE = 1e-4  # fp32: what the contract promises against solo runs
+
+FIXED_ROWS = 8
+
+MOST_STEPS = 2000  # of any test: an engine that does not get idle is a failure and no hang
+
+# For tests to which the prediction type makes no difference.
+once = pytest.mark.parametrize("pipeline", ["epsilon"], indirect=True)
+
+Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Everything(CostModel):
+    """As many rows as memory allows: which jobs meet then does not depend on this machine's timings."""
+
+    def budget(self, lane: Hashable) -> int:
+        return self.limit(lane)
+
+
+def make_engine(family: StableDiffusion, **options: Any) -> Engine:
+    engine = Engine(family, **options)
+    engine.planner = Planner(Everything(engine.planner.cost.max_rows))
+    return engine
+
+
+def work(
+    family: StableDiffusion,
+    prompt: str = "a cat",
+    scheduler: str = "ddim",
+    steps: int = 4,
+    guidance: float = 5.0,
+    seeds: tuple[int, ...] = (1,),
+    size: tuple[int, int] = (32, 32),
+    **options: Any,
+) -> Work:
+    return Work(
+        job_id=prompt,
+        model="tiny",
+        prompt=prompt,
+        negative_prompt="blurry",
+        latent_shape=family.latent_shape(*size),
+        table=sampler_table(scheduler, family.scheduler_config, steps),
+        guidance_scale=guidance,
+        seeds=seeds,
+        **{"decode": False, **options},
+    )
+
+
+def drain(engine: Engine) -> None:
+    """Step until nothing is left to do."""
+    for _ in range(MOST_STEPS):
+        if engine.idle:
+            return
+        engine.step()
+    pytest.fail(f"the engine is not idle after {MOST_STEPS} steps")
+
+
+def run(engine: Engine, *works: Work) -> list[Request]:
+    requests = [engine.submit(one) for one in works]
+    drain(engine)
+    return requests
+
+
+def solo(family: StableDiffusion, one: Work, **options: Any) -> torch.Tensor:
+    return run(make_engine(family, **options), one)[0].result(0)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (got - expected).abs().max() <= RELATIVE * expected.abs().max()
+
+
+def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (a.double() - b.double()).square().mean()))
+
+
+def num_used(engine: Engine) -> int:
+    return sum(lane.num_used for lane in engine.lanes.values())
+
+
+def short_of_memory(
+    monkeypatch: pytest.MonkeyPatch, family: StableDiffusion, fits: Callable[[torch.Tensor, torch.Tensor], bool]
+) -> list[int]:
+    """Let the denoiser run out of memory unless the latents and states fit. To be called before the engine is made.
+
+    Returns:
+        The row counts of the calls that did not fit; it grows.
+    """
+    real, events = family.denoise, []
+
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        if not fits(latents, states):
+            events.append(len(latents))
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+        return real(latents, timesteps, states)
+
+    monkeypatch.setattr(family, "denoise", denoise)
+    return events
+
+
+def mates_of(family: StableDiffusion, seed: int, count: int = 5, **options: Any) -> list[Work]:
+    """Jobs that differ in all that a batch allows, and some of another size."""
+    choose = random.Random(seed)
+    return [
+        work(
+            family,
+            "thing " + "abcdefgh"[choose.randrange(8)] * choose.randint(1, 5),
+            choose.choice(["ddim", "euler", "euler_ancestral", "dpmpp_2m_karras", "dpmpp_3m", "unipc", "lcm", "heun", "pndm"]),
+            choose.randint(3, 6),
+            choose.choice([1.0, 2.0, 7.5]),
+            tuple(choose.randrange(1000) for _ in range(choose.randint(1, 3))),
+            choose.choice([(32, 32), (32, 32), (32, 32), (48, 40)]),
+            **options,
+        )
+        for _ in range(count)
+    ]
+
+
+def keys(family: StableDiffusion) -> tuple[LaneKey, LaneKey]:
+    """The lanes of the model's own size and of twice that: four times the pixels."""
+    width, height = family.info.default_width, family.info.default_height
+    own, large = (LaneKey("tiny", family.latent_shape(factor * width, factor * height), 77) for factor in (1, 2))
+    return own, large
+
+
+def needed_bytes(memory: Memory, key: LaneKey, rows: int = 1) -> int:
+    return memory.slot_bytes(key, 32) + max(rows * memory.row_bytes(key), memory.decode_bytes(key))
+
+
+def tight(family: StableDiffusion, slots: int) -> Engine:
+    """An engine whose memory allows so many images between steps."""
+    key = LaneKey("tiny", family.latent_shape(32, 32), 77)
+    engine = make_engine(family)
+    engine.memory.usable = 4 * slots * engine.memory.slot_bytes(key, 32)
+    assert engine.memory.num_slots(key, 32) == slots
+    return engine
+
+
+class Decodes:
+    """Records the calls of ``family.decode``; some fail."""
+
+    def __init__(self, family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real = family.decode
+        self.calls: list[tuple[int, bool]] = []  # images, tiled
+        self.fails: Callable[[torch.Tensor, bool], Exception | None] = lambda latents, tiled: None
+        monkeypatch.setattr(family, "decode", self)
+
+    def __call__(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
+        self.calls.append((len(latents), tiled))
+        if error := self.fails(latents, tiled):
+            raise error
+        return self._real(latents, tiled=tiled)
+
+
+def assert_cancelled(request: Request, reason: str) -> None:
+    with pytest.raises(Cancelled) as stopped:
+        request.result(0)
+    assert stopped.value.reason == reason
+
+
+def recorded_texts(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The texts of each call of ``family.encode`` from now on; texts with "bad" fail."""
+    real, calls = family.encode, []
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        calls.append(list(texts))
+        if any("bad" in text for text in texts):
+            raise ValueError("no such letter")
+        return real(texts)
+
+    monkeypatch.setattr(family, "encode", encode)
+    return calls
+
+
+def counted(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, change: Denoise | None = None) -> list[int]:
+    """The row counts of the calls of ``family.denoise`` from Python, from now on."""
+    real, calls = family.denoise, []
+
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        calls.append(len(latents))
+        return (change or real)(latents, timesteps, states)
+
+    monkeypatch.setattr(family, "denoise", denoise)
+    return calls
