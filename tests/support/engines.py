@@ -18,9 +18,7 @@ from latentline_worker.models.sd import StableDiffusion
 from latentline_worker.samplers import sampler_table
 
 RELATIVE = 1e-4  # fp32: what the contract promises against solo runs
-
 FIXED_ROWS = 8
-
 MOST_STEPS = 2000  # of any test: an engine that does not get idle is a failure and no hang
 
 # For tests to which the prediction type makes no difference.
