@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from support.cluster import LEASE_S, Cluster
 
@@ -152,6 +153,22 @@ def test_a_wedged_worker_loses_its_jobs_and_its_process(cluster: Cluster, figure
     assert {cluster.get(i).status for i in good} == {Status.SUCCEEDED}
     ended = cluster.check_invariants((Status.SUCCEEDED, Status.FAILED))
     figure("a network call that never returns", workers_ended=len(statuses), innocents_lost=0, ended=ended)
+
+
+def test_a_parent_of_several_workers_that_is_killed_leaves_none_behind(cluster: Cluster, figure: Figure) -> None:
+    """One process per device, here two that are not there: on a CPU the children run all the same. They hand their jobs over."""
+    parent = cluster.start_worker(wait=False, CUDA_VISIBLE_DEVICES="0,1", LATENTLINE_CONCURRENCY="4")
+    cluster.until(lambda: parent.log.read_text(errors="replace").count(": ready\n") == 2)
+    ids = cluster.submit(8, num_inference_steps=100)
+    cluster.until(lambda: len({r.worker for r in cluster.running(step=3)}) == 2)
+    children = psutil.Process(parent.process.pid).children()
+    cluster.kill(parent)
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    assert len(gone) == 2 and not alive
+    cluster.start_worker()
+    done = cluster.finish()
+    figure("the parent of two workers is killed", jobs=len(ids), left_behind=len(alive), ended=cluster.check_invariants())
+    assert any(record.timings["resumed_from"] > 0 for record in done)
 
 
 def test_a_flipped_byte_in_the_weights_stops_the_start(cluster: Cluster, tiny_model: Path, figure: Figure) -> None:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from latentline.errors import LatentlineError
 
+from .orphans import die_with_parent
 from .settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,11 @@ def visible_devices() -> list[str]:
 def _supervise(devices: Sequence[str], args: list[str]) -> int:
     """One child per device; a signal goes to all, and when one dies the others are stopped: no half-alive worker."""
     command = [sys.executable, "-m", "latentline_worker.launch", *args]
-    children = [subprocess.Popen([*command, "--device", d], env={**os.environ, "CUDA_VISIBLE_DEVICES": d}) for d in devices]
+    # Children that outlived this process would hold the devices that its successor needs.
+    children = [
+        subprocess.Popen([*command, "--device", d], env={**os.environ, "CUDA_VISIBLE_DEVICES": d}, preexec_fn=die_with_parent())
+        for d in devices
+    ]
 
     def stop(*_: object) -> None:
         for child in children:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -12,11 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from latentline.errors import ConfigurationError
+from latentline_worker.orphans import die_with_parent
 
 LOG_TAIL_LINES = 12
-PR_SET_PDEATHSIG = 1
-# Loaded here, because between fork and exec only what is already there is safe to call.
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def free_port(offset: int = 0) -> int:
@@ -43,21 +40,13 @@ class Child:
     """One service process: its log in a file, stopped by SIGTERM and then by SIGKILL.
 
     It runs in a session of its own, so that Ctrl-C reaches only the parent, which then stops its children in order; and
-    the kernel stops it when the parent dies hard (Linux; the signal follows the thread that started the child,
-    which therefore has to be the main thread or one that lives as long).
+    the kernel stops it when the parent dies hard (:func:`latentline_worker.orphans.die_with_parent`).
     """
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
         self.name = name
         self.log = log
         self._stream = log.open("ab")
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before the line above
-                os._exit(1)
-
         try:
             self.process = subprocess.Popen(
                 command,
@@ -67,7 +56,7 @@ class Child:
                 env=dict(env),
                 start_new_session=True,
                 pass_fds=pass_fds,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             self._stream.close()
