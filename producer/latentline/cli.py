@@ -298,7 +298,10 @@ def replay_dead(dead_id: str) -> None:
     letter = _run(records.dead_letter(dead_id))
     if letter["kind"] != "job":
         raise InvalidRequest("dead_id", dead_id, "the dead letter of a job: a message that nobody can read has nothing to replay")
-    request = _run(records.get(letter["job_id"])).request.model_copy(update={"idempotency_key": None})
+    try:
+        request = JobRequest.model_validate_json(letter["request"]).model_copy(update={"idempotency_key": None})
+    except ValueError:
+        raise JobNotFound(f"the dead letter {dead_id!r} holds a request that this version cannot read") from None
     with Client(Settings()) as client:
         record = client.submit(request)
     _run(records.drop_dead_letter(dead_id))

@@ -73,6 +73,11 @@ def waiting_key(model: str) -> str:
     return f"{PREFIX}:waiting:{model}"
 
 
+def leases_key() -> str:
+    """Sorted set of running job ids by the time at which their lease runs out."""
+    return f"{PREFIX}:leases"
+
+
 def delayed_key() -> str:
     """Sorted set of job ids that wait for another try, by the time at which it is due."""
     return f"{PREFIX}:delayed"
@@ -89,8 +94,13 @@ def tenants_key() -> str:
 
 
 def shards_key(model: str) -> str:
-    """Hash: tenant -> shard of its queued jobs of a model."""
+    """Hash: tenant -> shard of its jobs of a model, while it has any."""
     return f"{PREFIX}:shards:{model}"
+
+
+def open_key(model: str) -> str:
+    """Hash: tenant -> number of its jobs of a model that have not ended."""
+    return f"{PREFIX}:open:{model}"
 
 
 def idempotency_key(tenant: str, key: str) -> str:
@@ -121,6 +131,11 @@ def disabled_receivers_key() -> str:
 def dead_key() -> str:
     """Hash: id -> a dead letter (JSON): a job that was given up, or a message that nobody can read."""
     return f"{PREFIX}:dead"
+
+
+def dead_times_key() -> str:
+    """Sorted set of dead letters' ids by their time."""
+    return f"{PREFIX}:dead:at"
 
 
 def models_key() -> str:

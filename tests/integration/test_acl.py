@@ -23,7 +23,7 @@ from latentline import records, routing
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
 from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Status
-from latentline.records import Beat, Records, Verdict
+from latentline.records import Backoff, Beat, Records, Verdict
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, GENERATE_TASK, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
 from latentline.webhooks import generate_secret
@@ -164,9 +164,9 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     assert store.release(job, claim.token)
 
     claim = store.claim(job, "two", 30)
-    assert claim is not None and store.retry(job, claim.token, failure, 0) is Status.QUEUED
+    assert claim is not None and store.retry(job, claim.token, failure, Backoff(0, 0)) == (Status.QUEUED, 0)
     claim = store.claim(job, "three", 30)
-    assert claim is not None and store.retry(job, claim.token, failure, 0.001) is Status.QUEUED
+    assert claim is not None and store.retry(job, claim.token, failure, Backoff(0.001, 1))[0] is Status.QUEUED
     while not store.wake(MODEL.id, 0):
         pass
     claim = store.claim(job, "four", 0)
@@ -227,6 +227,7 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     assert not store.receiver_disabled(taken["url"])
     store.put_back_callback(first, 0)
     store.settle_callback(first, {"result": "status 500"}, "pending", 0)
+    broker.admin.zadd(routing.due_callbacks_key(), {first: 1, second: 1})
     assert store.wake_callbacks() == 2
     broker.admin.delete(routing.callback_key(second))
     broker.admin.zadd(routing.due_callbacks_key(), {second: 0})

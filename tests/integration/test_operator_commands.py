@@ -18,7 +18,7 @@ from latentline.connection import connect
 from latentline.errors import JobNotFound
 from latentline.images import Images
 from latentline.jobs import JobError, JobRequest, Status
-from latentline.records import MAX_ERRORS, Records, run
+from latentline.records import MAX_ERRORS, Backoff, Records, run
 from latentline.testing import MODEL, FakeImages, FakeWorker
 from latentline_worker.callbacks import Deliverer
 
@@ -70,7 +70,7 @@ def give_up(client: redis.Redis, store: Records, **fields: Any) -> str:
     for _ in range(MAX_ERRORS):
         claim = store.claim(job_id, "cpu@test", 30)
         assert claim is not None
-        status = store.retry(job_id, claim.token, error, 0.0)
+        status, _ = store.retry(job_id, claim.token, error, Backoff(0, 0))
     assert status is Status.FAILED
     return job_id
 
@@ -171,11 +171,13 @@ def test_a_message_has_nothing_to_replay(client: redis.Redis, store: Records, la
     assert len(run(client, records.dead_letters())) == 1
 
 
-def test_a_dead_letter_whose_record_has_expired_says_so(client: redis.Redis, store: Records, images: None, latentline: Command) -> None:
+def test_a_dead_letter_outlives_its_record(client: redis.Redis, store: Records, images: None, latentline: Command) -> None:
+    FakeWorker(client, FakeImages()).announce()
     dead = give_up(client, store)
     client.delete(routing.job_key(dead))
-    assert failed_with(latentline("dead", "replay", dead), dead, "retention")
-    assert len(run(client, records.dead_letters())) == 1
+    new = latentline("dead", "replay", dead).stdout.strip()
+    assert run(client, records.get(new)).status is Status.QUEUED
+    assert run(client, records.dead_letters()) == []
 
 
 def test_a_dead_letter_of_a_record_that_nobody_can_read_says_so(client: redis.Redis, store: Records, latentline: Command) -> None:

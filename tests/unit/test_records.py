@@ -15,8 +15,9 @@ from latentline import records, routing
 from latentline.connection import connect, connect_async
 from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken, TenantQuotaExceeded
 from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status
-from latentline.records import Beat, Records, Verdict, arun, run
+from latentline.records import Backoff, Beat, Records, Verdict, arun, run
 
+BACKOFF = Backoff(first_s=60, most_s=1000, jitter=0.5)
 IMAGE = ImageRef(key="t/j/1/0.png", seed=1, width=64, height=64, content_type="image/png", sha256="0" * 64, num_bytes=3)
 
 
@@ -50,6 +51,17 @@ def taken(client: redis.Redis) -> str | None:
     """The job of the message that is served next, which is gone from the queue then."""
     message = client.rpop(queue(5))
     return None if message is None else str(json.loads(json.loads(str(message))["body"])[0][0])
+
+
+def taken_from_any(client: redis.Redis) -> bool:
+    """Whether any shard had a message, which is gone then."""
+    return any(client.rpop(routing.queue_list(name, 5)) for name in routing.queue_names("latentline-emoji"))
+
+
+def run_out(client: redis.Redis, job_id: str) -> None:
+    """Let the job's lease have run out long ago."""
+    client.hset(routing.job_key(job_id), "lease_until", 1)
+    client.zadd(routing.leases_key(), {job_id: 1})
 
 
 def kinds(client: redis.Redis, job_id: str) -> list[str]:
@@ -118,7 +130,7 @@ def lose(client: redis.Redis, store: Records, job_id: str, *, alone: bool) -> No
     """A worker takes the job and is never heard of again."""
     claim = store.claim(job_id, "lost", 0.0, alone=alone)
     assert claim
-    client.hset(routing.job_key(job_id), "lease_until", 1)
+    run_out(client, job_id)
     assert store.reclaim() == [job_id]
     with pytest.raises(StaleToken):
         store.settle(job_id, claim.token, Status.SUCCEEDED)
@@ -153,13 +165,13 @@ def test_errors_are_retried_later_and_end_as_a_dead_letter(client: redis.Redis, 
     for attempt in range(1, records.MAX_ERRORS):
         claim = store.claim(job_id, "w", 30)
         assert claim and claim.record.attempt == attempt
-        assert store.retry(job_id, claim.token, error, 60) is Status.QUEUED
+        assert store.retry(job_id, claim.token, error, BACKOFF) == (Status.QUEUED, 60 * 2 ** (attempt - 1) * 0.5)
         assert store.claim(job_id, "w", 30) is None, "not before it is due"
         assert store.wake("latentline-emoji", 0) == []
         client.zadd(routing.delayed_key(), {job_id: 1})
         assert store.wake("latentline-emoji", 0) == [job_id]
     claim = store.claim(job_id, "w", 30)
-    assert claim and store.retry(job_id, claim.token, error, 60) is Status.FAILED
+    assert claim and store.retry(job_id, claim.token, error, BACKOFF)[0] is Status.FAILED
     (letter,) = run(client, records.dead_letters())
     assert (letter["job_id"], letter["code"], letter["errors"]) == (job_id, "store_unavailable", records.MAX_ERRORS)
     assert run(client, records.dead_letter(job_id)) == letter
@@ -225,6 +237,60 @@ def test_a_tenants_jobs_share_a_shard_and_others_have_their_own(client: redis.Re
     assert sorted(lengths, reverse=True)[:2] == [3, 1]
 
 
+def test_a_tenant_that_comes_anew_gets_a_shard_of_its_own_also_when_all_are_empty(client: redis.Redis, store: Records) -> None:
+    """And leaves it with its last job: nothing is kept of tenants that are gone."""
+    jobs = {tenant: submit(client, tenant=tenant) for tenant in ("one", "two", "three")}
+    while taken_from_any(client):  # workers have them in their hands
+        pass
+    assert submit(client, tenant="four")
+    assert sorted(client.hvals(routing.shards_key("latentline-emoji"))) == ["0", "1", "2", "3"]
+    run(client, records.cancel(jobs["two"], 600))
+    assert set(client.hkeys(routing.shards_key("latentline-emoji"))) == {"one", "three", "four"}
+    submit(client, tenant="five")
+    assert client.hget(routing.shards_key("latentline-emoji"), "five") == "1"
+    assert client.hkeys(routing.open_key("latentline-emoji")) == ["one", "three", "four", "five"]
+
+
+def test_a_job_that_another_worker_has_taken_meanwhile_stays_where_it_can_be_found(client: redis.Redis, store: Records) -> None:
+    """The reaper looks at leases first and acts later: what has changed in between counts."""
+    job_id = submit(client)
+    assert store.claim(job_id, "w", 30)
+    client.zadd(routing.leases_key(), {job_id: 1})  # what a slow reaper believes; the record knows better
+    assert store.reclaim() == []
+    assert client.zscore(routing.index_key(Status.RUNNING), job_id) is not None
+    client.delete(routing.job_key(job_id))
+    assert store.reclaim() == []
+    assert client.zscore(routing.index_key(Status.RUNNING), job_id) is None
+    assert client.zcard(routing.leases_key()) == 0
+
+
+def test_dead_letters_are_kept_for_a_month_and_not_without_bound(
+    client: redis.Redis, store: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("old", "newer", "newest"):
+        store.bury(name, "message", "a reason")
+    client.zadd(routing.dead_times_key(), {"old": 1})
+    store.expired()
+    assert {letter["id"] for letter in run(client, records.dead_letters())} == {"newer", "newest"}
+    monkeypatch.setattr("latentline.records.worker.DEAD_MOST", 1)
+    client.zincrby(routing.dead_times_key(), 1, "newest")
+    store.expired()
+    assert [letter["id"] for letter in run(client, records.dead_letters())] == ["newest"]
+    run(client, records.drop_dead_letter("newest"))
+    assert not client.exists(routing.dead_key(), routing.dead_times_key())
+
+
+def test_deliverers_with_enough_to_do_get_no_second_messages(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client, callback={"url": "http://127.0.0.1:9/"})
+    run(client, records.cancel(job_id, 600))
+    assert store.wake_callbacks() == 0, "its message is on its way"
+    client.zadd(routing.due_callbacks_key(), {f"msg_{job_id}_cancelled": 1})
+    client.lpush(routing.CALLBACK_QUEUE, *["x"] * 1000)
+    assert store.wake_callbacks() == 0
+    client.delete(routing.CALLBACK_QUEUE)
+    assert store.wake_callbacks() == 1
+
+
 def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     def give(tenant: str) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10, "tenant": tenant})  # 20 rows
@@ -274,6 +340,7 @@ def test_a_callback_whose_message_is_lost_is_woken(client: redis.Redis, store: R
     job_id = submit(client, callback={"url": "https://example.com/hook"})
     run(client, records.cancel(job_id, 600))
     client.delete(routing.CALLBACK_QUEUE)
+    client.zadd(routing.due_callbacks_key(), {f"msg_{job_id}_cancelled": 1})  # nobody has taken it for a while
     assert store.wake_callbacks() == 1 and client.llen(routing.CALLBACK_QUEUE) == 1
     assert store.wake_callbacks() == 0, "its deliverer has time to take it"
 
@@ -292,7 +359,10 @@ def test_records_and_what_belongs_to_them_expire_together(client: redis.Redis, s
     run(client, records.cancel(job_id, 600))
     assert store.expired() == []
     client.zadd(routing.expiring_key(), {f"t/{job_id}": 1})
-    assert store.expired() == [f"t/{job_id}"] == store.expired(), "until its images are gone as well"
+    assert store.expired() == [f"t/{job_id}"]
+    assert store.expired() == [], "somebody is at it"
+    client.zadd(routing.expiring_key(), {f"t/{job_id}": 1})
+    assert store.expired() == [f"t/{job_id}"], "again after a while, until its images are gone as well"
     store.forget([f"t/{job_id}"])
     assert store.expired() == []
     with pytest.raises(JobNotFound):
@@ -332,7 +402,7 @@ def test_a_lost_job_whose_cancel_was_asked_for_is_cancelled(client: redis.Redis,
     job_id = submit(client)
     store.claim(job_id, "w", 30)
     run(client, records.cancel(job_id, 600))
-    client.hset(routing.job_key(job_id), "lease_until", 1)
+    run_out(client, job_id)
     assert store.reclaim() == [job_id]
     assert store.get(job_id).status is Status.CANCELLED
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, OutOfMemory, StaleToken, StoreUnavailable
+from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, OutOfMemory, ServiceUnavailable, StaleToken
 from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
-from latentline.records import Records
+from latentline.records import Backoff, Records
 
 from .delivery import Delivery
 from .engine.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ class JobRunner:
             status, error = Status.FAILED, _job_error(problem)
             expected = isinstance(problem, LatentlineError)
             log.log(logging.INFO if expected else logging.ERROR, "job %s: %s", job_id, error.code, exc_info=not expected)
-            if isinstance(problem, StoreUnavailable) or not (expected or out_of_memory(problem)):
+            if isinstance(problem, ServiceUnavailable) or not (expected or out_of_memory(problem)):
                 self._insist(lambda: self._heartbeat.save(tracked))
                 self._retry(claim, error)
                 return
@@ -165,10 +165,10 @@ class JobRunner:
 
     def _retry(self, claim: Claim, error: JobError) -> None:
         job_id = claim.record.id
-        # Exponential with jitter: what failed together should not come back together.
-        delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (claim.record.attempt - 1)) * random.uniform(0.5, 1)
+        # Jitter: what failed together should not come back together.
+        backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, random.uniform(0.5, 1))
         try:
-            status = self._insist(lambda: self._records.retry(job_id, claim.token, error, delay_s))
+            status, delay_s = self._insist(lambda: self._records.retry(job_id, claim.token, error, backoff))
         except StaleToken:
             log.warning("job %s: another worker owns it now", job_id)
             return

@@ -5,10 +5,10 @@ from .driving import Call, Operation, arun, run
 from .fleet import durability, models, workers
 from .jobs import MAX_PAGE, cancel, events, follow, get, list_jobs, submit
 from .outbox import callbacks, replay_callback
-from .worker import MAX_ERRORS, MAX_WAKE, Beat, Records, Verdict
+from .worker import MAX_ERRORS, MAX_WAKE, Backoff, Beat, Records, Verdict
 
 __all__ = [
-    "MAX_ERRORS", "MAX_PAGE", "MAX_WAKE", "Beat", "Call", "Operation", "Records", "Verdict", "arun", "callbacks", "cancel",
+    "MAX_ERRORS", "MAX_PAGE", "MAX_WAKE", "Backoff", "Beat", "Call", "Operation", "Records", "Verdict", "arun", "callbacks", "cancel",
     "dead_letter", "dead_letters", "drop_dead_letter", "durability", "events", "follow", "get", "list_jobs", "models",
     "replay_callback", "run", "submit", "workers",
 ]  # fmt: skip

@@ -30,3 +30,4 @@ def drop_dead_letter(dead_id: str) -> Operation[None]:
     """Forget a dead letter; raises JobNotFound."""
     yield from dead_letter(dead_id)
     yield lambda client: client.hdel(routing.dead_key(), dead_id)
+    yield lambda client: client.zrem(routing.dead_times_key(), dead_id)

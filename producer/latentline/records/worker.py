@@ -18,7 +18,7 @@ from latentline.scripts.lifecycle import BEAT, CHECKPOINT, CLAIM, RELEASE, RETRY
 from latentline.scripts.outbox import PUT_BACK_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
 from latentline.scripts.reaper import EXPIRE, RECLAIM, WAKE
 
-from .driving import Call, Operation, field_of, pairs, run, zrem
+from .driving import Call, Operation, pairs, run, zrem
 from .fleet import durability, models, workers
 from .jobs import get, record_of
 from .outbox import callback_of
@@ -28,9 +28,13 @@ MAX_ERRORS = 4  # tries that may end in an error that another try might mend
 # that kills its process takes its neighbours with it, and they must not be blamed.
 SUSPECT_CRASHES = 2
 MAX_CRASHES_ALONE = 2
+WORKER_FORGOTTEN_S = 3600  # the name of a worker that said nothing for this long goes
 MAX_WAKE = 256  # waiting jobs of a model that one look for lost messages covers
 CHECKPOINT_TTL_S = 86400
-MAX_RECLAIM = 1000  # running jobs that one look at the leases covers, oldest first
+MAX_RECLAIM = 1000  # jobs that one look at leases, or at retries that are due, covers
+MAX_EXPIRE = 50  # ended jobs that one look forgets: each costs calls to the object store
+EXPIRE_AGAIN_S = 600  # until images that could not be deleted are tried again
+DEAD_KEPT_S, DEAD_MOST = 30 * 86400, 10_000  # dead letters are kept for a month, and at most so many
 
 
 class Verdict(StrEnum):
@@ -53,6 +57,15 @@ class Beat:
     lease_s: float
     batch_jobs: int = 0
     previews: tuple[str, ...] = ()  # a data: URL per image, when there is a new one
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Seconds before another try: doubling from ``first_s`` with each error of the job, at most ``most_s``, times ``jitter``."""
+
+    first_s: float
+    most_s: float
+    jitter: float = 1.0
 
 
 class Records:
@@ -100,7 +113,7 @@ class Records:
         except JobNotFound as error:
             failure = JobError(code="unreadable_record", message="the record is of a version that this worker cannot read")
             self._eval(SETTLE, job_id, token, Status.FAILED.value, "[]", failure.model_dump_json(), "{}", self._retention_s)
-            self.bury(job_id, "job", error.message, job_id=job_id, code=failure.code)
+            self.bury(job_id, "job", error.message, job_id=job_id, code=failure.code, request=raw["request"])
             raise
 
     def beat(self, beats: Sequence[Beat]) -> list[Verdict]:
@@ -133,16 +146,17 @@ class Records:
         """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when somebody else owns the job now."""
         return bool(self._eval(RELEASE, job_id, token, self._retention_s))
 
-    def retry(self, job_id: str, token: int, error: JobError, delay_s: float) -> Status:
-        """Another try after ``delay_s``, or failed and a dead letter after ``MAX_ERRORS``; the status that came of it.
+    def retry(self, job_id: str, token: int, error: JobError, backoff: Backoff) -> tuple[Status, float]:
+        """Another try later, or failed and a dead letter after ``MAX_ERRORS``; the status that came of it and the delay in seconds.
 
         Raises:
             StaleToken: as :meth:`settle`.
         """
-        status = self._eval(RETRY, job_id, token, error.model_dump_json(), delay_s, MAX_ERRORS, self._retention_s)
-        if not status:
+        delays = (backoff.first_s, backoff.most_s, backoff.jitter)
+        reply = self._eval(RETRY, job_id, token, error.model_dump_json(), *delays, MAX_ERRORS, self._retention_s)
+        if not reply:
             raise StaleToken(f"job {job_id}: token {token} is not the newest, or the job has ended")
-        return Status(status)
+        return Status(reply[0]), float(reply[1])
 
     def settle(
         self,
@@ -174,15 +188,8 @@ class Records:
         A job that was alone on ``MAX_CRASHES_ALONE`` lost workers fails with ``worker_lost``: it is what kills them.
         """
         seconds = self._now()
-        running = self._one(lambda client: client.zrange(routing.index_key(Status.RUNNING), 0, MAX_RECLAIM - 1))
-        leases = self._one(field_of(running, "lease_until"))
-        reclaimed = []
-        for job_id, lease in zip(running, leases, strict=True):
-            if lease is None:
-                self._one(zrem(routing.index_key(Status.RUNNING), [job_id]))  # its record has expired
-            elif float(lease) <= seconds and self._eval(RECLAIM, job_id, MAX_CRASHES_ALONE, self._retention_s):
-                reclaimed.append(job_id)
-        return reclaimed
+        over = self._one(lambda client: client.zrangebyscore(routing.leases_key(), "-inf", seconds, 0, MAX_RECLAIM))
+        return [job_id for job_id in over if self._eval(RECLAIM, job_id, MAX_CRASHES_ALONE, self._retention_s)]
 
     def wake(self, model: str, grace_s: float) -> list[str]:
         """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids.
@@ -196,7 +203,7 @@ class Records:
 
     def expired(self) -> list[str]:
         """Ended jobs whose retention is over, as ``tenant/id``; their records are gone after this, their images may not be."""
-        members: list[str] = self._eval(EXPIRE, MAX_RECLAIM)
+        members: list[str] = self._eval(EXPIRE, MAX_EXPIRE, EXPIRE_AGAIN_S, self._retention_s, DEAD_KEPT_S, DEAD_MOST)
         return members
 
     def forget(self, members: Sequence[str]) -> None:
@@ -228,7 +235,14 @@ class Records:
         """Keep what nobody can read, with its cause."""
         seconds = self._now()
         letter = json.dumps({"id": dead_id, "kind": kind, "reason": reason, "at": str(seconds), **more})
-        self._one(lambda client: client.hsetnx(routing.dead_key(), dead_id, letter))
+
+        def call(client: Any) -> Any:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.hsetnx(routing.dead_key(), dead_id, letter)
+            pipeline.zadd(routing.dead_times_key(), {dead_id: seconds}, nx=True)
+            return pipeline.execute()
+
+        self._one(call)
 
     def announce_model(self, info: ModelInfo) -> None:
         """Say that a worker serves this model."""
@@ -237,7 +251,14 @@ class Records:
     def worker_beat(self, name: str) -> None:
         """Say that a worker is alive, on the server's clock."""
         seconds = self._now()
-        self._one(lambda client: client.zadd(routing.workers_key(), {name: seconds}))
+
+        def call(client: Any) -> Any:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.zadd(routing.workers_key(), {name: seconds})
+            pipeline.zremrangebyscore(routing.workers_key(), "-inf", seconds - WORKER_FORGOTTEN_S)
+            return pipeline.execute()
+
+        self._one(call)
 
     def worker_gone(self, name: str) -> None:
         """Say that a worker has stopped."""

@@ -22,17 +22,20 @@ if ARGV[12] ~= '' then
   redis.call('HSET', ARGV[11], 'id', id, 'fingerprint', ARGV[12])
   redis.call('EXPIRE', ARGV[11], retention)
 end
--- A tenant keeps its shard while it has jobs; one that comes anew takes the emptiest.
+-- A tenant keeps its shard while it has jobs; one that comes anew takes the one with the fewest tenants, of those the emptiest.
 local shard = redis.call('HGET', P .. 'shards:' .. model, tenant)
-if not shard or owed == 0 then
-  local least
+if not shard then
+  local tenants, least = {}, nil
+  for _, s in ipairs(redis.call('HVALS', P .. 'shards:' .. model)) do tenants[s] = (tenants[s] or 0) + 1 end
   for s = 0, NUM_SHARDS - 1 do
     local length, queue = 0, 'latentline.generate.' .. model .. '.' .. s
     for _, step in ipairs(STEPS) do length = length + redis.call('LLEN', list_of(queue, step)) end
-    if not least or length < least then least, shard = length, s end
+    local load = (tenants[tostring(s)] or 0) * 1e9 + length
+    if not least or load < least then least, shard = load, s end
   end
   redis.call('HSET', P .. 'shards:' .. model, tenant, shard)
 end
+redis.call('HINCRBY', P .. 'open:' .. model, tenant, 1)
 redis.call('HINCRBY', P .. 'tenants', tenant, ARGV[9])
 local ms = math.floor(t[1] * 1000 + t[2] / 1000)
 local order = string.format('%.0f', tonumber(ARGV[7]) * 1e14 + redis.call('INCR', P .. 'messages'))
@@ -69,6 +72,7 @@ if job[3] and tonumber(job[3]) <= tonumber(now) then
 end
 leave(id, job[5])
 redis.call('ZADD', P .. 'jobs:running', job[4], id)
+redis.call('ZADD', P .. 'leases', later(ARGV[3]), id)
 redis.call('HINCRBY', job_key(id), 'attempt', 1)
 redis.call('HINCRBY', job_key(id), 'token', 1)
 redis.call('HSET', job_key(id), 'status', 'running', 'phase', 'encoding', 'step', job[6] or 0, 'worker', ARGV[2], 'started_at', now,
@@ -87,6 +91,7 @@ local id, key = ARGV[1], job_key(ARGV[1])
 local job = redis.call('HMGET', key, 'status', 'token', 'phase', 'step', 'num_steps', 'cancel_requested', 'deadline_at')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return 'stale' end
 redis.call('HSET', key, 'lease_until', string.format('%.6f', now + ARGV[5]), 'phase', ARGV[3], 'step', ARGV[4])
+redis.call('ZADD', P .. 'leases', now + ARGV[5], id)
 if job[3] ~= ARGV[3] or job[4] ~= ARGV[4] then
   event(id, 'job.progress', {phase = ARGV[3], step = tonumber(ARGV[4]), num_steps = tonumber(job[5]), batch_jobs = tonumber(ARGV[6])})
 end
@@ -153,7 +158,7 @@ return redis.call('HGETALL', key)
 )
 
 
-# ARGV id, token, error, delay_s, max_errors, retention_s
+# ARGV id, token, error, first_delay_s, most_delay_s, jitter (0 to 1), max_errors, retention_s; the status and the delay that came of it
 RETRY = (
     PRELUDE
     + """
@@ -162,14 +167,15 @@ local job = redis.call('HMGET', key, 'status', 'token', 'cancel_requested', 'dea
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return false end
 local error = cjson.decode(ARGV[3])
 local errors = redis.call('HINCRBY', key, 'errors', 1)
+local delay_s = math.min(tonumber(ARGV[5]), ARGV[4] * 2 ^ (errors - 1)) * ARGV[6]
 if job[3] == '1' then
-  finish(id, 'cancelled', nil, ARGV[6])
-elseif errors >= tonumber(ARGV[5]) or (job[4] and tonumber(job[4]) <= now + ARGV[4]) then
-  bury(id, {kind = 'job', job_id = id, code = error.code, reason = error.message, errors = errors})
-  finish(id, 'failed', error, ARGV[6])
+  finish(id, 'cancelled', nil, ARGV[8])
+elseif errors >= tonumber(ARGV[7]) or (job[4] and tonumber(job[4]) <= now + delay_s) then
+  bury(id, {code = error.code, reason = error.message, errors = errors})
+  finish(id, 'failed', error, ARGV[8])
 else
-  requeue(id, tonumber(ARGV[4]), false)
+  requeue(id, delay_s, false)
 end
-return redis.call('HGET', key, 'status')
+return {redis.call('HGET', key, 'status'), tostring(delay_s)}
 """
 )

@@ -58,6 +58,7 @@ return 1
 WAKE_CALLBACKS = (
     PRELUDE
     + """
+if redis.call('LLEN', CALLBACK_QUEUE) > 1000 then return 0 end  -- they have enough to do: a second message helps nobody
 local due = redis.call('ZRANGEBYSCORE', P .. 'callbacks:due', '-inf', now, 'LIMIT', 0, ARGV[1])
 local woken = 0
 for _, cid in ipairs(due) do
@@ -65,8 +66,7 @@ for _, cid in ipairs(due) do
     redis.call('ZREM', P .. 'callbacks:due', cid)
     redis.call('ZREM', P .. 'callbacks', cid)
   else
-    -- Not again before the deliverer had time to take it.
-    redis.call('ZADD', P .. 'callbacks:due', now + 5, cid)
+    redis.call('ZADD', P .. 'callbacks:due', later(CALLBACK_GRACE_S), cid)
     wake(CALLBACK, cid, CALLBACK_QUEUE, 0, false)
     woken = woken + 1
   end

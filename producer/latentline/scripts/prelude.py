@@ -8,6 +8,8 @@ from latentline import routing
 _TEMPLATE = routing.wake_up("@task@", "@argument@", "@queue@", "@priority@", "@message@").replace('"@priority@"', "@priority@")
 
 
+CALLBACK_GRACE_S = 30  # a callback whose message was written this long ago and that nobody has taken is woken again
+
 TIME = """
 local t = redis.call('TIME')
 local now = string.format('%d.%06d', t[1], t[2])
@@ -27,6 +29,7 @@ PRELUDE = (
     + f"""
 local TEMPLATE = [==[{_TEMPLATE}]==]
 local GENERATE, CALLBACK, CALLBACK_QUEUE = '{routing.GENERATE_TASK}', '{routing.CALLBACK_TASK}', '{routing.CALLBACK_QUEUE}'
+local CALLBACK_GRACE_S = {CALLBACK_GRACE_S}
 local SEPARATOR, NUM_SHARDS, STEPS = '\\6\\22', {routing.NUM_SHARDS}, {{ {", ".join(map(str, routing.PRIORITY_STEPS))} }}
 """
     + """
@@ -65,7 +68,7 @@ local function callback(id, kind, seq, retention)
              'tries', 0, 'due', now, 'record', cjson.encode(redis.call('HGETALL', job_key(id))))
   redis.call('EXPIRE', key, retention)
   redis.call('ZADD', P .. 'callbacks', now, cid)
-  redis.call('ZADD', P .. 'callbacks:due', now, cid)
+  redis.call('ZADD', P .. 'callbacks:due', later(CALLBACK_GRACE_S), cid)  -- its message is on its way
   wake(CALLBACK, cid, CALLBACK_QUEUE, 0, false)
 end
 
@@ -73,12 +76,15 @@ local function leave(id, model)
   redis.call('ZREM', P .. 'waiting:' .. model, id)
   redis.call('ZREM', P .. 'jobs:queued', id)
   redis.call('ZREM', P .. 'jobs:running', id)
+  redis.call('ZREM', P .. 'leases', id)
   redis.call('ZREM', P .. 'delayed', id)
 end
 
+-- With its request: the dead letter may outlive the record.
 local function bury(id, dead)
-  dead.at, dead.id = now, id
+  dead.at, dead.id, dead.kind, dead.job_id, dead.request = now, id, 'job', id, redis.call('HGET', job_key(id), 'request')
   redis.call('HSET', P .. 'dead', id, cjson.encode(dead))
+  redis.call('ZADD', P .. 'dead:at', now, id)
 end
 
 -- The one way into a terminal status.
@@ -95,6 +101,10 @@ local function finish(id, status, error, retention)
     data.error = error
   end
   if redis.call('HINCRBY', P .. 'tenants', job[3], -job[4]) <= 0 then redis.call('HDEL', P .. 'tenants', job[3]) end
+  if redis.call('HINCRBY', P .. 'open:' .. job[1], job[3], -1) <= 0 then
+    redis.call('HDEL', P .. 'open:' .. job[1], job[3])
+    redis.call('HDEL', P .. 'shards:' .. job[1], job[3])
+  end
   callback(id, 'job.' .. status, event(id, 'job.' .. status, data), retention)
   redis.call('DEL', P .. 'checkpoint:' .. id)
   redis.call('ZADD', P .. 'expiring', later(retention), job[3] .. '/' .. id)

@@ -10,14 +10,19 @@ RECLAIM = (
     + """
 local id, key = ARGV[1], job_key(ARGV[1])
 local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone')
-if job[1] ~= 'running' or tonumber(job[2] or 0) > tonumber(now) then return 0 end
+if job[1] ~= 'running' then
+  redis.call('ZREM', P .. 'leases', id)
+  if not job[1] then redis.call('ZREM', P .. 'jobs:running', id) end  -- its record has expired
+  return 0
+end
+if tonumber(job[2] or 0) > tonumber(now) then return 0 end
 local crashes = redis.call('HINCRBY', key, 'crashes', 1)
 local alone = redis.call('HINCRBY', key, 'crashes_alone', job[4] == '1' and 1 or 0)
 if job[3] == '1' then
   finish(id, 'cancelled', nil, ARGV[3])
 elseif alone >= tonumber(ARGV[2]) then
   local error = {code = 'worker_lost', message = 'workers that ran this job and nothing else were lost ' .. alone .. ' times'}
-  bury(id, {kind = 'job', job_id = id, code = error.code, reason = error.message, crashes = crashes})
+  bury(id, {code = error.code, reason = error.message, crashes = crashes})
   finish(id, 'failed', error, ARGV[3])
 else
   requeue(id, 0, true)
@@ -90,7 +95,8 @@ return {woken, #waiting}
 )
 
 
-# Forget ended jobs whose time is over. ARGV most; returns tenant/id of each, also again until their images are gone
+# Forget ended jobs whose time is over, and what else has had its time. Returns tenant/id of each; the caller deletes their
+# images and says so, or they come again after a while. ARGV most, again_s, retention_s, dead_kept_s, dead_most
 EXPIRE = (
     TIME
     + """
@@ -99,6 +105,15 @@ for _, member in ipairs(over) do
   local id = string.match(member, '/(.*)$')
   redis.call('DEL', job_key(id), P .. 'events:' .. id, P .. 'checkpoint:' .. id)
   for _, index in ipairs({'jobs', 'jobs:succeeded', 'jobs:failed', 'jobs:cancelled'}) do redis.call('ZREM', P .. index, id) end
+  redis.call('ZADD', P .. 'expiring', now + ARGV[2], member)
+end
+redis.call('ZREMRANGEBYSCORE', P .. 'callbacks', '-inf', now - ARGV[3])  -- the callbacks themselves expire
+local dead = redis.call('ZRANGEBYSCORE', P .. 'dead:at', '-inf', now - ARGV[4], 'LIMIT', 0, ARGV[1])
+local many = redis.call('ZCARD', P .. 'dead:at') - ARGV[5]
+if #dead == 0 and many > 0 then dead = redis.call('ZRANGE', P .. 'dead:at', 0, math.min(many, tonumber(ARGV[1])) - 1) end
+for _, id in ipairs(dead) do
+  redis.call('ZREM', P .. 'dead:at', id)
+  redis.call('HDEL', P .. 'dead', id)
 end
 return over
 """
