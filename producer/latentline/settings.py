@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Network = IPv4Network | IPv6Network
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Networks and single addresses, with commas between.
+
+    Raises:
+        ValueError: one of them is neither.
+    """
+    try:
+        return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"networks or addresses with commas between, such as 10.1.0.0/16: {error}") from None
 
 
 class Settings(BaseSettings):
@@ -26,7 +41,8 @@ class Settings(BaseSettings):
     tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
     # whsec_..., or several with commas between while they are rotated: each callback is signed with all. Callbacks need it.
     callback_secret: SecretStr | None = None
-    callback_allow_private: bool = False  # addresses that are not global are refused unless set
+    # Addresses that are not global are refused, but for those in these networks: 10.1.0.0/16,192.168.7.5
+    callback_allow: str = ""
 
     @field_validator("redis_url")
     @classmethod
@@ -38,6 +54,17 @@ class Settings(BaseSettings):
         except ValueError:  # its text may hold the password
             raise ValueError("a redis://, rediss:// or unix:// URL") from None
         return url
+
+    @field_validator("callback_allow")
+    @classmethod
+    def _callback_allow(cls, text: str) -> str:
+        parse_networks(text)
+        return text
+
+    @property
+    def callback_networks(self) -> tuple[Network, ...]:
+        """Networks that callbacks may go to although they are not global."""
+        return parse_networks(self.callback_allow)
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str]) -> Self:

@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -47,7 +48,8 @@ class Bench:
         self._fake = FakeWorker(client, FakeImages())
         self.app: Celery = create_app(WorkerSettings.model_validate({"redis_url": url}), routing.queue_names(MODEL.id), self.store, 16)
         unused = cast(Any, None)
-        runner = JobRunner("cpu@test", unused, self.store, unused, unused, unused, lease_s=30)
+        well = cast(Any, SimpleNamespace(stalled_for=lambda: 0.0))
+        runner = JobRunner("cpu@test", unused, self.store, well, unused, unused, lease_s=30)
         runner._do = self._do  # type: ignore[method-assign]
         self.app.task(runner.run, name=routing.GENERATE_TASK, shared=False)
 

@@ -59,7 +59,7 @@ class Cluster:
                 "LATENTLINE_DRAIN_S": "5",
                 "FAULT_STEP_S": str(STEP_S),
                 "OMP_NUM_THREADS": "1",
-                "LATENTLINE_CALLBACK_ALLOW_PRIVATE": "true",
+                "LATENTLINE_CALLBACK_ALLOW": "127.0.0.1",
                 "LATENTLINE_CALLBACK_SECRET": "whsec_" + "c2VjcmV0" * 5,
                 **extra,
             }

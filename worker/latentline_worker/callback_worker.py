@@ -27,7 +27,7 @@ def serve(settings: ProcessSettings) -> int:
     """Deliver callbacks until SIGTERM: a Celery worker of its own queue, with no model and no GPU."""
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
     secret = settings.callback_secret.get_secret_value() if settings.callback_secret else ""
-    deliverer = Deliverer(records, [one.strip() for one in secret.split(",") if one.strip()], settings.callback_allow_private)
+    deliverer = Deliverer(records, [one.strip() for one in secret.split(",") if one.strip()], settings.callback_networks)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK)
     stopped = threading.Event()

@@ -28,6 +28,7 @@ import httpx
 from latentline.errors import LatentlineError
 from latentline.jobs import JobRecord
 from latentline.records import Records
+from latentline.settings import Network
 from latentline.webhooks import sign
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ def is_global(address: str) -> bool:
 class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Connects only to addresses that it has looked at. TLS keeps the host's name, which httpcore passes on later."""
 
-    def __init__(self, inner: httpcore.AsyncNetworkBackend, allow_private: bool) -> None:
-        self._inner, self._allow_private = inner, allow_private
+    def __init__(self, inner: httpcore.AsyncNetworkBackend, allow: Sequence[Network]) -> None:
+        self._inner, self._allow = inner, allow
 
     async def connect_tcp(
         self,
@@ -82,7 +83,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectError(f"the host cannot be resolved: {error}") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         # Any bad one spoils them all: which one a client takes must not matter.
-        if not self._allow_private and not all(is_global(address) for address in addresses):
+        if not all(is_global(address) or self._allowed(address) for address in addresses):
             raise AddressRefused("the host has an address that is not global")
         failure: Exception = httpcore.ConnectError("the host has no address")
         for address in addresses:
@@ -92,6 +93,10 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
                 failure = error
         raise failure
 
+    def _allowed(self, address: str) -> bool:
+        ip = ipaddress.ip_address(address)
+        return any(ip in network for network in self._allow)
+
 
 class Deliverer:
     """Takes callbacks from the outbox and sends them: one try a call, the next one by the specification's schedule.
@@ -99,7 +104,7 @@ class Deliverer:
     Args:
         records: the outbox.
         secrets: ``whsec_...``; each callback is signed with all of them. None given: nothing is ever sent unsigned.
-        allow_private: also to addresses that are not global, for receivers in one's own network.
+        allow: networks that callbacks may go to although their addresses are not global: receivers of one's own.
         backend: how connections are made; for tests.
 
     Raises:
@@ -110,7 +115,7 @@ class Deliverer:
         self,
         records: Records,
         secrets: Sequence[str],
-        allow_private: bool,
+        allow: Sequence[Network],
         *,
         timeout_s: float = TIMEOUT_S,
         schedule_s: Sequence[float] = SCHEDULE_S,
@@ -119,7 +124,7 @@ class Deliverer:
         for secret in secrets:
             sign(secret, "check", 0, b"")  # a malformed secret stops the process at its start
         self._records, self._secrets, self._timeout_s, self._schedule_s = records, list(secrets), timeout_s, schedule_s
-        self._backend = GuardedBackend(backend or httpcore.AnyIOBackend(), allow_private)
+        self._backend = GuardedBackend(backend or httpcore.AnyIOBackend(), allow)
         self._busy: Counter[str] = Counter()  # host -> tries under way; no entry where there is none
         self._lock = threading.Lock()
 

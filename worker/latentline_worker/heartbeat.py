@@ -56,8 +56,9 @@ class Heartbeat:
         records: where the jobs stand.
         worker: this worker's name.
         lease_s: for how long each beat renews a lease.
-        tend: called every ``TEND_EVERY_S``; looks after what belongs to no worker. Not for one lease after the broker was
-            away: the leases of all workers ran out meanwhile, and each has to have the chance to renew its own.
+        announce: called every ``TEND_EVERY_S``; says that this worker is there.
+        tend: called as often; looks after what belongs to no worker. Not for one lease after the broker was away: the
+            leases of all workers ran out meanwhile, and each has to have the chance to renew its own.
         stalled_for: seconds for which the engine has finished nothing while it has work.
         stall_s: a stall after which the engine counts as wedged: its jobs' leases are no longer renewed.
         give_up: called when the engine is wedged and no job is left that needs only uploading; ends the process.
@@ -71,13 +72,14 @@ class Heartbeat:
         worker: str,
         lease_s: float,
         tend: Callable[[], None],
+        announce: Callable[[], None] = lambda: None,
         stalled_for: Callable[[], float] = lambda: 0.0,
         stall_s: float = float("inf"),
         give_up: Callable[[], None] = lambda: None,
         pulse: Callable[[], None] = lambda: None,
         pace: Pace | None = None,
     ) -> None:
-        self._records, self._worker, self._lease_s, self._tend = records, worker, lease_s, tend
+        self._records, self._worker, self._lease_s, self._tend, self._announce = records, worker, lease_s, tend, announce
         self._stalled_for, self._stall_s, self._pace = stalled_for, stall_s, pace
         self._give_up, self._pulse = give_up, pulse
         self._tracked: set[Tracked] = set()
@@ -103,6 +105,13 @@ class Heartbeat:
         with self._lock:
             self._tracked.discard(tracked)
 
+    def release_all(self) -> None:
+        """Give back every job that is still here: the process ends, and that is no crash of theirs."""
+        with self._lock:
+            tracked = list(self._tracked)
+        for one in tracked:
+            self._records.release(one.claim.record.id, one.claim.token)
+
     def save(self, tracked: Tracked) -> None:
         """Write the job's newest checkpoint unless it is written already."""
         request = tracked.request
@@ -118,11 +127,14 @@ class Heartbeat:
             self._pace.written(time.monotonic() - started)
 
     def _loop(self) -> None:
-        next_tend = time.monotonic()
+        next_tend = next_announce = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
             self._pulse()
             try:
                 self._beat()
+                if time.monotonic() >= next_announce:
+                    next_announce = time.monotonic() + TEND_EVERY_S
+                    self._announce()
                 if time.monotonic() >= next_tend:
                     next_tend = time.monotonic() + TEND_EVERY_S
                     self._tend()
@@ -150,10 +162,11 @@ class Heartbeat:
 
     def _describe(self, one: Tracked) -> Beat:
         request = one.request
-        beat = Beat(job_id=one.claim.record.id, token=one.claim.token, phase=Phase.ENCODING, step=0, lease_s=self._lease_s)
+        record = one.claim.record  # as it was claimed: at the step from which it goes on
+        beat = Beat(job_id=record.id, token=one.claim.token, phase=Phase.ENCODING, step=record.step, lease_s=self._lease_s)
         if request is None:
             return beat
-        step = _own_steps(one, request.step)
+        step = max(record.step, _own_steps(one, request.step))
         preview = request.preview
         if preview and preview.step > one.shown:
             one.shown = preview.step

@@ -99,6 +99,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
 
     from .app import LONELY, create_app
     from .delivery import Delivery
+    from .expiry import Expiry
     from .heartbeat import Heartbeat
     from .loading import load_model, make_engine
     from .storage import ImageStore
@@ -117,16 +118,18 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     for problem in records.durability():
         log.warning("broker: %s", problem)
 
-    def tend() -> None:
-        """What belongs to no worker, looked after by every one."""
+    expiry = Expiry(records, store)
+
+    def announce() -> None:
         records.worker_beat(name)
         records.announce_model(family.info)  # again and again: the broker's state may have been wiped
+
+    def tend() -> None:
+        """What belongs to no worker, looked after by every one."""
         for job_id in records.reclaim():
             log.warning("job %s: its worker is lost, the job is taken from it", job_id)
         for job_id in records.wake(family.info.id, settings.lease_s):
             log.info("job %s: woken again", job_id)
-        if over := records.expired():
-            records.forget([member for member in over if store.delete_all(f"{member}/")])
 
     def pulse() -> None:
         if settings.ready_file:
@@ -144,13 +147,14 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
         name,
         settings.lease_s,
         tend,
+        announce,
         stalled_for=engine.stalled_for,
         stall_s=settings.stall_s,
         give_up=give_up,
         pulse=pulse,
         pace=engine.pace,
     )
-    runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s)
+    runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s, settings.stall_s)
     app = create_app(settings, queue_names(family.info.id), records, settings.concurrency)
     app.task(runner.run, name=GENERATE_TASK)
 
@@ -158,13 +162,19 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
         records.announce_model(family.info)
         records.worker_beat(name)
         heartbeat.start()
+        expiry.start()
         log.info("%s: ready", name)
+
+    def end_now() -> None:
+        with contextlib.suppress(LatentlineError):
+            heartbeat.release_all()
+        os._exit(0)
 
     def on_shutting_down(**_: object) -> None:
         # Jobs that denoise are checkpointed and go on elsewhere at once. Celery waits for the other tasks without a bound,
-        # so the bound is here: what still uploads then loses its lease, and another worker uploads it.
+        # so the bound is here: what still uploads then is given back, and another worker uploads it.
         threading.Thread(target=engine.stop, name="drain", daemon=True).start()
-        timer = threading.Timer(settings.drain_s, os._exit, (0,))
+        timer = threading.Timer(settings.drain_s, end_now)
         timer.daemon = True
         timer.start()
 
@@ -181,6 +191,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     worker.start()
     # In the order of the data's way: nothing enters, the engine ends, what is left is told.
     engine.stop()
+    expiry.stop()
     heartbeat.stop()
     with contextlib.suppress(LatentlineError):  # the broker may have gone first
         records.worker_gone(name)

@@ -43,13 +43,16 @@ class JobRunner:
         delivery: Delivery,
         heartbeat: Heartbeat,
         lease_s: float,
+        stall_s: float = float("inf"),
     ) -> None:
         self._worker, self._family, self._records, self._engine = worker, family, records, engine
-        self._delivery, self._heartbeat, self._lease_s = delivery, heartbeat, lease_s
+        self._delivery, self._heartbeat, self._lease_s, self._stall_s = delivery, heartbeat, lease_s, stall_s
         self._gate = Gate()
 
     def run(self, job_id: str) -> None:
-        """Do the job if it is still to be done; every outcome ends in the record, none in an exception."""
+        """Do the job if it is still to be done. Every outcome ends in the record; an exception only when the broker stays away."""
+        while self._engine.stalled_for() > self._stall_s:
+            time.sleep(1)  # an engine that is wedged takes no more jobs: the process ends when nothing uploads any more
         alone = self._insist(lambda: self._records.suspect(job_id))
         if alone:
             log.warning("job %s: workers were lost with it, so it runs alone", job_id)

@@ -41,6 +41,10 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
         return result
     except UNAVAILABLE as error:
         raise _unavailable(error) from error
+    except redis.ResponseError as error:
+        if refused := _refused(error):
+            raise refused from error
+        raise
 
 
 async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
@@ -59,6 +63,19 @@ async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
         return result
     except UNAVAILABLE as error:
         raise _unavailable(error) from error
+    except redis.ResponseError as error:
+        if refused := _refused(error):
+            raise refused from error
+        raise
+
+
+def _refused(error: redis.ResponseError) -> BrokerUnavailable | None:
+    """A refusal that is the broker's state or settings, and not this system's mistake. Within scripts the reason stands further back."""
+    if isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in str(error) or "ACL failure" in str(error):
+        return BrokerUnavailable("the broker does not let the user of LATENTLINE_REDIS_URL do this: see deploy/valkey/users.acl")
+    if "MISCONF" in str(error):
+        return BrokerUnavailable("the broker cannot write to its disk and refuses changes")
+    return None
 
 
 def _unavailable(error: Exception) -> BrokerUnavailable:

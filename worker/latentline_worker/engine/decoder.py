@@ -11,7 +11,7 @@ import torch
 
 from latentline_worker.models.base import Family
 
-from .network import out_of_memory
+from .network import device_lost, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ class Decoder:
         try:
             pixels = self._decode(torch.stack([decoding.latents[i] for decoding, i in batch]), tiled)
         except Exception as error:
+            if device_lost(error):
+                raise
             if len(batch) == 1:
                 decoding = batch[0][0]
                 if out_of_memory(error) and not tiled:
@@ -107,7 +109,15 @@ class Decoder:
         for (decoding, i), image in zip(batch, pixels, strict=True):
             decoding.pixels[i] = image
             if len(decoding.pixels) == len(decoding.latents) and not decoding.failed:
-                decoding.done(torch.stack([decoding.pixels[k] for k in range(len(decoding.latents))]))
+                decoding.done(self._whole(decoding))
+
+    @staticmethod
+    def _whole(decoding: Decoding) -> torch.Tensor | Exception:
+        """All images of a request in one, or the error, which is this request's alone."""
+        try:
+            return torch.stack([decoding.pixels[k] for k in range(len(decoding.latents))])
+        except Exception as error:
+            return error
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, tiled: bool) -> torch.Tensor:

@@ -21,12 +21,15 @@ from .conditioning import MICRO_BATCH, Conditioner
 from .cost import CostModel
 from .decoder import Decoder
 from .memory import Memory
-from .network import Network, out_of_memory
+from .network import Network, device_lost, out_of_memory
 from .planner import Planner
 from .preview import LatentToRgb
 from .request import Cancelled, LaneKey, Preview, Request, Work
 
 log = logging.getLogger(__name__)
+
+
+MAX_LANES = 8  # kept ready while empty; each holds slots, and on a GPU captured graphs
 
 
 class Engine:
@@ -74,6 +77,7 @@ class Engine:
         self._incoming: list[Request] = []  # written by other threads, under _wake
         self._wake = threading.Condition()
         self._stopping = False
+        self._stepping = False
         self._lost = False  # the thread has ended by an error that no job explains
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.num_steps = 0  # forwards run
@@ -96,8 +100,10 @@ class Engine:
         request = Request(work)
         with self._wake:
             if self._stopping:
-                request.future.set_exception(Cancelled("shutdown"))
+                request.future.set_exception(Cancelled("lost" if self._lost else "shutdown"))
                 return request
+            if self.idle:
+                self.progress_at = time.monotonic()  # waiting for work is no stall
             self._incoming.append(request)
             self._wake.notify()
         return request
@@ -109,18 +115,20 @@ class Engine:
 
     def step(self) -> None:
         """Admit, plan, run, settle: one denoise step of one batch, between at most one micro-batch of text and one of images."""
+        self._stepping = True  # also while the last image is decoded, when nothing else is left
         self._admit()
         batch = self.planner.select(self._active)
         failures = self._run(batch)
         self._settle(batch, failures)
         self._decoder.decode_some()
         self.progress_at = time.monotonic()
+        self._stepping = False
 
     def stalled_for(self) -> float:
         """Seconds since anything was finished, while there is work; infinite when the engine has failed."""
         if self._lost:
             return float("inf")
-        return 0.0 if self.idle else time.monotonic() - self.progress_at
+        return 0.0 if self.idle and not self._stepping else time.monotonic() - self.progress_at
 
     def warm_up(self) -> None:
         """Measure memory and step costs at the model's own size, and run every part once. Before :meth:`start`."""
@@ -183,7 +191,6 @@ class Engine:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: not self.idle or self._stopping)
-                self.progress_at = max(self.progress_at, time.monotonic() - 1)  # waiting for work is no stall
                 if self._stopping:
                     break
             self.step()
@@ -242,9 +249,10 @@ class Engine:
         key = request.lane
         if key not in self.lanes:
             self.memory.check(key, width, self._fixed_rows or 1)
+            self._make_room()
             self.lanes[key] = Lane(self.family, key, self.network, self.clock)
             self.planner.cost.cap(key, self.memory.num_rows(key, self.planner.cost.max_rows))
-        lane = self.lanes[key]
+        lane = self.lanes[key] = self.lanes.pop(key)  # the newest use comes last
         if key in full:
             return
         if lane.num_used and lane.num_used + request.num_images > self.memory.num_slots(key, width):
@@ -258,6 +266,14 @@ class Engine:
         if request.remaining == 0:  # only its decoding or delivery is missing
             self._denoised(request)
 
+    def _make_room(self) -> None:
+        """Drop the lanes that have been empty for longest, with what was captured for them, so that sizes do not pile up."""
+        empty = [key for key, lane in self.lanes.items() if not lane.num_used]
+        for key in empty[: max(0, len(self.lanes) - MAX_LANES + 1)]:
+            del self.lanes[key]
+            self.network.forget(key.latent_shape)
+            self.network.release_memory()
+
     def _run(self, batch: Sequence[Request]) -> dict[Request, Exception]:
         """One forward for the batch; if it fails, one for each half, so that only the guilty fail."""
         if not batch:
@@ -267,6 +283,8 @@ class Engine:
             return {}
         except Exception as error:
             self.clock.drop()
+            if device_lost(error):  # nothing works on it any more, whoever's fault it was: the engine has failed
+                raise
             if len(batch) == 1:
                 return {batch[0]: error.with_traceback(None) if out_of_memory(error) else error}  # frames hold tensors
             log.warning("a step of %d jobs failed (%s): trying it in halves", len(batch), type(error).__name__)
@@ -293,17 +311,24 @@ class Engine:
             if error := failures.get(request):
                 self._finish(request, error)
                 continue
-            request.step += 1
-            request.batch_jobs = len(batch)
-            request.shared_steps += len(batch) > 1
-            every = request.work.preview_every
-            if request.remaining == 0:
-                self._denoised(request)
-                continue
-            if self.pace and self.pace.due(request.checkpoint_at, len(self._active)):
-                self._checkpoint(request, self.pace)
-            if every and request.step % every == 0:
-                self._preview(request)
+            try:
+                self._advance(request, len(batch))
+            except Exception as error:  # such as no memory for a copy: this job's own failure
+                self._finish(request, error)
+
+    def _advance(self, request: Request, batch_jobs: int) -> None:
+        """One step of this job is done: hand it on, or keep what others may need of it."""
+        request.step += 1
+        request.batch_jobs = batch_jobs
+        request.shared_steps += batch_jobs > 1
+        every = request.work.preview_every
+        if request.remaining == 0:
+            self._denoised(request)
+            return
+        if self.pace and self.pace.due(request.checkpoint_at, len(self._active)):
+            self._checkpoint(request, self.pace)
+        if every and request.step % every == 0:
+            self._preview(request)
 
     def _checkpoint(self, request: Request, pace: Pace) -> None:
         started = time.monotonic()

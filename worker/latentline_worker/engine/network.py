@@ -83,6 +83,11 @@ class Network:
         else:
             log.warning("the recorded forward gives other results: it runs through Python")
 
+    def forget(self, latent_shape: tuple[int, ...]) -> None:
+        """Drop what was captured for this shape."""
+        if self._graphs is not None:
+            self._graphs = {key: graph for key, graph in self._graphs.items() if key[1:4] != latent_shape}
+
     def release_memory(self) -> None:
         """Give cached memory back to the device."""
         if self.family.device.type == "cuda":
@@ -146,6 +151,11 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether the accelerator reported an error other than missing memory: after one, every later call fails as well."""
+    return isinstance(error, torch.AcceleratorError) and not out_of_memory(error)
 
 
 def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
