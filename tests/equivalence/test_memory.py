@@ -264,3 +264,24 @@ def test_a_job_of_several_images_gets_its_slots_however_many_small_ones_keep_arr
         engine.submit(work(family, seeds=(i,), steps=2))
         engine.step()
     assert big.step > 0, "sixty steps, and every free slot went to a job that came later"
+
+
+@once
+def test_no_memory_for_a_copy_after_the_step_fails_that_job_alone(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(family)
+    victim, other = engine.submit(work(family, "victim", steps=3)), engine.submit(work(family, "other", steps=3))
+    engine.step()
+    lane = engine.lanes[victim.lane]
+    real = lane.latents
+
+    def latents(request: Request) -> torch.Tensor:
+        if request is victim:
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+        return real(request)
+
+    monkeypatch.setattr(lane, "latents", latents)
+    drain(engine)
+    with pytest.raises(torch.OutOfMemoryError):
+        victim.result(0)
+    assert torch.isfinite(other.result(0)).all()
+    assert num_used(engine) == 0

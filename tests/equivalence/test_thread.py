@@ -12,6 +12,7 @@ from support.engines import (
     Decodes,
     assert_cancelled,
     assert_close,
+    drain,
     keys,
     make_engine,
     needed_bytes,
@@ -23,7 +24,7 @@ from support.engines import (
 )
 
 from latentline.errors import ConfigurationError
-from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.engine import MAX_LANES, Engine
 from latentline_worker.engine.memory import Memory
 from latentline_worker.engine.request import Cancelled, Request
 from latentline_worker.models.sd import StableDiffusion
@@ -167,3 +168,66 @@ def test_stopping_decodes_what_is_denoised_and_cancels_the_rest(family: StableDi
     assert num_used(engine) == 0
     assert long.checkpoint is not None
     assert long.checkpoint.step == long.step > 0
+
+
+@once
+def test_an_engine_that_waited_for_work_is_not_stalled_when_some_comes(family: StableDiffusion) -> None:
+    engine = make_engine(family)
+    engine.progress_at -= 3600  # idle for an hour
+    assert engine.stalled_for() == 0
+    engine.submit(work(family))
+    assert engine.stalled_for() < 60
+
+
+@once
+def test_a_decode_that_hangs_is_a_stall_also_when_nothing_else_is_left(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    decodes = Decodes(family, monkeypatch)
+
+    def hold(latents: torch.Tensor, tiled: bool) -> Exception | None:
+        entered.set()
+        go_on.wait(60)
+        return None
+
+    decodes.fails = hold
+    engine = make_engine(family)
+    engine.start()
+    request = engine.submit(work(family, decode=True))
+    assert entered.wait(60)
+    engine.progress_at -= 3600
+    assert engine.idle and engine.stalled_for() > 3000
+    go_on.set()
+    request.result(60)
+    engine.stop()
+
+
+@once
+def test_a_device_that_is_lost_fails_the_engine_and_not_one_job_after_the_other(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denoise(*_: object) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    engine = make_engine(family)
+    monkeypatch.setattr(family, "denoise", denoise)
+    requests = [engine.submit(work(family, seeds=(i,))) for i in range(3)]
+    engine.start()
+    for request in requests:
+        with pytest.raises(Cancelled, match="lost"):
+            request.result(60)
+    assert engine.stalled_for() == float("inf")
+    engine.stop()
+
+
+@once
+def test_sizes_do_not_pile_up(family: StableDiffusion) -> None:
+    engine = make_engine(family)
+    long = engine.submit(work(family, steps=60, size=(32, 32)))
+    engine.step()
+    for i in range(12):
+        engine.submit(work(family, size=(32 + 8 * i, 64), steps=1))
+        engine.step()
+    assert len(engine.lanes) <= MAX_LANES
+    assert long.lane in engine.lanes, "a lane in use stays"
+    drain(engine)
+    assert torch.isfinite(long.result(0)).all()

@@ -25,7 +25,7 @@ from latentline import records, routing
 from latentline.errors import ConfigurationError, JobNotFound, WebhookError
 from latentline.jobs import ImageRef, JobError, JobRequest, Status
 from latentline.records import Records, run
-from latentline.settings import parse_networks
+from latentline.settings import Settings, parse_networks
 from latentline.webhooks import generate_secret, verify
 from latentline_worker import callbacks
 from latentline_worker.callbacks import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, Deliverer, is_global
@@ -824,3 +824,30 @@ def test_due_callbacks_are_handed_out_again_and_ended_ones_are_not(outbox: Outbo
     (message,) = outbox.client.lrange(routing.CALLBACK_QUEUE, 0, -1)
     (callback_id,), _, _ = json.loads(json.loads(message)["body"])
     assert callback_id == lost
+
+
+@pytest.mark.parametrize(
+    ("allow", "address", "goes"),
+    [
+        ("10.1.0.0/16", "10.1.2.3", True),
+        ("10.1.0.0/16, fd00::/8", "fd00::5", True),
+        ("10.1.0.0/16", "10.2.0.1", False),
+        ("10.1.0.0/16", "169.254.169.254", False),
+        ("10.1.2.3", "10.1.2.4", False),
+        ("", "10.1.2.3", False),
+    ],
+)
+def test_private_receivers_are_allowed_by_network(
+    outbox: Outbox, names: dict[str, list[str]], allow: str, address: str, goes: bool
+) -> None:
+    names["inside.example"] = [address]
+    backend = Attempts()
+    callback_id = outbox.ended("http://inside.example/hook")
+    Deliverer(outbox, [SECRET], allow=parse_networks(allow), backend=backend).deliver(callback_id)
+    assert [host for host, _ in backend.made] == ([address] if goes else [])
+
+
+@pytest.mark.parametrize("text", ["10.1.0.0/40", "everything", "10.1.2.3/16"])
+def test_an_allow_list_that_is_none_is_refused_at_the_start(text: str) -> None:
+    with pytest.raises(ValueError, match="networks or addresses with commas between"):
+        Settings(callback_allow=text)

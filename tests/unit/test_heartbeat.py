@@ -11,6 +11,7 @@ import pytest
 
 from latentline import records
 from latentline.connection import connect
+from latentline.errors import BrokerUnavailable
 from latentline.jobs import JobRequest
 from latentline.records import Records
 from latentline_worker.heartbeat import Heartbeat
@@ -22,13 +23,14 @@ class Stalled:
     """A heartbeat over an engine that has stalled for as long as it says."""
 
     def __init__(self, store: Records) -> None:
-        self.seconds = 0.0
-        self.given_up, self.beaten, self.tended = threading.Event(), threading.Event(), threading.Event()
+        self.store, self.seconds = store, 0.0
+        self.given_up, self.beaten, self.tended, self.announced = (threading.Event() for _ in range(4))
         self.heart = Heartbeat(
             store,
             "w",
             lease_s=30,
             tend=self.tended.set,
+            announce=self.announced.set,
             stalled_for=lambda: self.seconds,
             stall_s=5,
             give_up=self.given_up.set,
@@ -104,3 +106,31 @@ def test_the_process_is_known_to_be_well_also_while_the_broker_is_away() -> None
     stalled.heart.track(claim(client))
     beats(stalled, stalled.beaten.is_set)
     assert not stalled.given_up.is_set() and not stalled.tended.is_set()
+
+
+def test_after_an_outage_a_worker_says_at_once_that_it_is_there_and_reaps_only_a_lease_later(
+    client: fakeredis.FakeRedis, stalled: Stalled
+) -> None:
+    stalled.heart.track(claim(client))
+    failed = threading.Event()
+    beat = stalled.store.beat
+
+    def away(_: object) -> None:
+        failed.set()
+        raise BrokerUnavailable("away")
+
+    stalled.store.beat = away  # type: ignore[method-assign,assignment]
+    stalled.heart.start()
+    assert failed.wait(PATIENCE_S)
+    stalled.store.beat = beat  # type: ignore[method-assign]
+    assert stalled.announced.wait(PATIENCE_S)
+    threading.Event().wait(0.5)
+    assert not stalled.tended.is_set()
+    stalled.heart.stop()
+
+
+def test_what_is_left_at_the_end_of_a_drain_is_given_back(client: fakeredis.FakeRedis, stalled: Stalled) -> None:
+    tracked = stalled.heart.track(claim(client))
+    stalled.heart.release_all()
+    assert client.hget(f"latentline:job:{tracked.claim.record.id}", "status") == "queued"
+    assert client.hget(f"latentline:job:{tracked.claim.record.id}", "crashes") == "0"
