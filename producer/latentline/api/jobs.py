@@ -81,7 +81,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
     "/jobs",
     status_code=202,
     response_model=JobAnswer,
-    responses=_errors(409, 413, 415),
+    responses=_errors(409, 413, 415, 429),
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
     },

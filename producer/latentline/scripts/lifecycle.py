@@ -70,11 +70,12 @@ if job[3] and tonumber(job[3]) <= tonumber(now) then
   finish(id, 'failed', {code = 'deadline_exceeded', message = 'the deadline passed before the job started'}, ARGV[4])
   return 'done'
 end
+-- First what a broker without memory refuses: it must not give out jobs whose end it could not take.
+redis.call('HINCRBY', job_key(id), 'attempt', 1)
+redis.call('HINCRBY', job_key(id), 'token', 1)
 leave(id, job[5])
 redis.call('ZADD', P .. 'jobs:running', job[4], id)
 redis.call('ZADD', P .. 'leases', later(ARGV[3]), id)
-redis.call('HINCRBY', job_key(id), 'attempt', 1)
-redis.call('HINCRBY', job_key(id), 'token', 1)
 redis.call('HSET', job_key(id), 'status', 'running', 'phase', 'encoding', 'step', job[6] or 0, 'worker', ARGV[2], 'started_at', now,
            'lease_until', later(ARGV[3]), 'alone', ARGV[5])
 callback(id, 'job.running', event(id, 'job.running', {status = 'running', worker = ARGV[2], step = tonumber(job[6] or 0)}), ARGV[4])
