@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable
 
@@ -73,8 +74,12 @@ def test_soak(cluster: Cluster, receiver: Receiver, full: bool, figure: Figure) 
     took = time.monotonic() - started
     cluster.until(lambda: len(receiver.answered) == told)
     ended = cluster.check_invariants((Status.SUCCEEDED,))
-    # Of processes that lived long enough: the last samples against those after the first.
-    growth = [sizes[-1] / sizes[1] for sizes in resident.values() if len(sizes) >= 8]
+    # Of processes that lived long enough: the last quarter of samples against the second, when all parts had come to life.
+    growth = [
+        statistics.median(sizes[-(len(sizes) // 4) :]) / statistics.median(sizes[len(sizes) // 4 : len(sizes) // 2])
+        for sizes in resident.values()
+        if len(sizes) >= 8
+    ]
     figure(
         "soak: short jobs, two workers, random faults",
         jobs=len(cluster.accepted),

@@ -16,7 +16,7 @@ from typing import Any
 
 import kombu.transport.redis
 from celery import Celery
-from celery.signals import task_postrun, task_prerun
+from celery.signals import task_postrun, task_received
 from celery.worker.consumer import Consumer
 from kombu import Queue
 
@@ -84,13 +84,14 @@ def create_app(
     def unreadable(text: str) -> None:
         bury(records, "not a message of this system", text)
 
-    def begin(task: Any, **_: object) -> None:
-        in_flight.begin(task.request.delivery_info["routing_key"])
+    # Received and not started: the next look into the queues must know of it already.
+    def begin(request: Any, **_: object) -> None:
+        in_flight.begin(request.delivery_info["routing_key"])
 
     def end(task: Any, **_: object) -> None:
         in_flight.end(task.request.delivery_info["routing_key"])
 
-    task_prerun.connect(begin, weak=False)
+    task_received.connect(begin, weak=False)
     task_postrun.connect(end, weak=False)
     app.latentline_records = records
     app.task(unreadable, name=UNREADABLE_TASK, shared=False)

@@ -10,7 +10,7 @@ REMEMBERED = 256  # messages after which about two thirds of a take are forgotte
 
 
 class InFlight:
-    """How many messages of each queue are being worked on. Told by task threads."""
+    """How many messages of each queue are in this worker's hands. Told by the consumer and by task threads."""
 
     def __init__(self) -> None:
         self._count: Counter[str] = Counter()
