@@ -22,12 +22,17 @@ def test_a_store_that_fails_for_a_while_costs_a_retry_and_no_denoising(cluster: 
     cluster.s3_proxy.reset()
     cluster.s3_proxy.mode = mode
     (first,) = cluster.submit(1, num_inference_steps=20)
-    cluster.until(lambda: cluster.get(first).phase == "uploading")
+
+    def tried_again() -> bool:
+        return any(e.data.get("delay_s") for e in records.run(cluster.redis, records.events(first)))
+
+    # A try that fails at once may be over before a heartbeat tells of it.
+    cluster.until(lambda: cluster.get(first).phase == "uploading" or tried_again())
     # The device goes on meanwhile.
     (second,) = cluster.submit(1, num_inference_steps=60)
     cluster.until(lambda: cluster.get(second).step >= 10 or cluster.get(second).phase == "uploading")
     assert not cluster.get(first).status.terminal
-    cluster.until(lambda: any(e.data.get("delay_s") for e in records.run(cluster.redis, records.events(first))))
+    cluster.until(tried_again)
     cluster.s3_proxy.mode = "pass"
     cluster.s3_proxy.reset()
     done = cluster.finish([first])[0]

@@ -24,6 +24,7 @@ class _Lane:
     clean_steps: int = 0
     known: list[tuple[int, float, int]] | None = None  # rows, median seconds, times; until the next observation
     knee: int | None = None  # likewise
+    at_least: int = 1  # rows to be tried, whatever the times so far say
 
 
 class CostModel:
@@ -61,6 +62,10 @@ class CostModel:
         entry = self._lanes[lane]
         entry.limit, entry.clean_steps, entry.knee = max(1, min(entry.limit, rows)), 0, None
 
+    def explore(self, lane: Hashable, rows: int) -> None:
+        """Use at least so many rows from now on, as far as memory allows: times of the few smallest counts may mislead."""
+        self._lanes[lane].at_least = rows
+
     def limit(self, lane: Hashable) -> int:
         """Rows that memory allows."""
         return self._lanes[lane].limit
@@ -84,7 +89,7 @@ class CostModel:
         entry = self._lanes[lane]
         if entry.knee is None:
             entry.knee = self._knee(entry)
-        rows = entry.knee
+        rows = max(entry.knee, entry.at_least)
         if entry.steps % LOOK_AGAIN < TRUSTED <= entry.steps:
             rows *= 2
         return min(rows, entry.limit)

@@ -29,6 +29,7 @@ from .request import Cancelled, LaneKey, Preview, Request, Work
 log = logging.getLogger(__name__)
 
 
+CALIBRATED_ROWS = 16  # up to here every doubling is measured before the first job: one disturbed time must not end the search
 MAX_LANES = 8  # kept ready while empty; each holds slots, and on a GPU captured graphs
 
 
@@ -161,13 +162,15 @@ class Engine:
         table = sampler_table("ddim", self.family.scheduler_config, 50)
         # Unguided images: one row each, so that every row count can be tried.
         crowd: list[Request] = []
-        budget = 0
-        while self.planner.cost.budget(key) > budget:
-            budget = self.planner.cost.budget(key)
+        cost, rows, budget = self.planner.cost, 1, 0
+        while cost.budget(key) > budget or rows <= CALIBRATED_ROWS:
+            cost.explore(key, min(rows, CALIBRATED_ROWS))
+            budget, rows = cost.budget(key), 2 * rows
             while len(crowd) < budget:
                 crowd.append(self.submit(Work("warm-up", info.id, "", "", key.latent_shape, table, 1.0, (0,), decode=False)))
             for _ in range(4):
                 self.step()
+        cost.explore(key, 1)
         for request in crowd:
             request.cancel("warm-up")
         self.step()
