@@ -109,11 +109,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.when == "call" and item.nodeid in _rows:
         _rows[item.nodeid] |= {"pass": report.passed, "took_s": round(report.duration, 1)}
+        write_report()  # after each row: what was seen is kept, also when the run is cut short
     return report
 
 
-def pytest_sessionfinish() -> None:
-    if OUT and _rows:
+def write_report() -> None:
+    if OUT:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         report = {"date": datetime.date.today().isoformat(), "machine": machine, "faults": list(_rows.values())}
         Path(OUT).write_text(json.dumps(report, indent=2) + "\n")
