@@ -51,7 +51,7 @@ def measure(quick: bool) -> dict[str, Any]:
     engine = Engine(family)
     engine.warm_up()
     side = family.info.default_width
-    jobs = trace.closed(36 if quick else 48)
+    jobs = trace.closed(30 if quick else 48)
     for job in jobs:  # compiled once in a worker's life
         sampler_table(job.scheduler, family.scheduler_config, job.steps)
     runners.pipelines(jobs[:2], pipeline, side, batched=False)  # warm-up, as the engine had
@@ -74,20 +74,22 @@ def measure(quick: bool) -> dict[str, Any]:
     }
     for percent in (80,) if quick else (50, 80, 95):
         rate = percent / 100 * static.throughput()
-        arrivals = trace.poisson(trace.closed(40 if quick else 100, seed=percent), rate, seed=percent)
+        arrivals = trace.poisson(trace.closed(30 if quick else 100, seed=percent), rate, seed=percent)
         for job in arrivals:
             sampler_table(job.scheduler, family.scheduler_config, job.steps)
         open_static, open_ours = runners.pipelines(arrivals, pipeline, side, batched=True), runners.engine(arrivals, engine, side)
-        # One by one it falls ever further behind at these rates, which takes long to show.
-        alone_too = {} if quick else {"one_by_one": runners.pipelines(arrivals, pipeline, side, batched=False)}
+        more: dict[str, Any] = {}
+        if not quick:  # one by one it falls ever further behind at these rates, which takes long to show
+            more["bare_network_share"] = runners.bare_network(engine, open_ours.batch_rows, side) / open_ours.busy_s
+            more |= report.summary(one_by_one=runners.pipelines(arrivals, pipeline, side, batched=False))
         figures[f"open{percent}"] = {
             "jobs": len(arrivals),
             "arrivals_per_s": rate,
             "mean_latency_vs_static": open_ours.mean_s() / open_static.mean_s(),
             "p99_latency_vs_static": open_ours.quantile_s(0.99) / open_static.quantile_s(0.99),
             "short_p50_vs_static": open_ours.quantile_s(0.5, short=True) / open_static.quantile_s(0.5, short=True),
-            "bare_network_share": runners.bare_network(engine, open_ours.batch_rows, side) / open_ours.busy_s,
-            **report.summary(static=open_static, engine=open_ours, **alone_too),
+            **report.summary(static=open_static, engine=open_ours),
+            **more,
         }
 
     large = trace.closed(6 if quick else 16, seed=1, steps=(3, 7))
