@@ -129,8 +129,8 @@ class Heartbeat:
     def _loop(self) -> None:
         next_tend = next_announce = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
-            self._pulse()
             try:
+                self._pulse()
                 self._beat()
                 if time.monotonic() >= next_announce:
                     next_announce = time.monotonic() + TEND_EVERY_S
