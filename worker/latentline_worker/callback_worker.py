@@ -34,12 +34,14 @@ def serve(settings: ProcessSettings) -> int:
 
     def tend() -> None:
         while not stopped.wait(TEND_EVERY_S):
-            if settings.ready_file:
-                settings.ready_file.touch()
             try:
+                if settings.ready_file:
+                    settings.ready_file.touch()
                 records.wake_callbacks()
             except LatentlineError as error:
                 log.warning("callbacks: %s", error.message)
+            except Exception:
+                log.exception("tending callbacks failed")
 
     worker_ready.connect(lambda **_: threading.Thread(target=tend, name="tend", daemon=True).start(), weak=False)
     name = f"callbacks@{socket.gethostname()}"
