@@ -20,7 +20,7 @@ from latentline.errors import BrokerUnavailable
 from latentline.records import Records, run
 from latentline.routing import GENERATE_TASK, queue_names, wake_up
 from latentline.settings import Settings
-from latentline_worker.app import MAX_KEPT_CHARS, UNREADABLE_TASK, BuryingConsumer, bury, create_app
+from latentline_worker.app import MAX_KEPT_CHARS, UNREADABLE_TASK, PatientConsumer, bury, create_app
 from latentline_worker.turns import LeastServedFirst
 
 PROMPT = "a very private prompt"
@@ -59,9 +59,9 @@ class FakeMessage:
         self.acks += 1
 
 
-def consumer_of(store: Any) -> BuryingConsumer:
+def consumer_of(store: Any) -> PatientConsumer:
     """A consumer without a connection: only its handlers are used."""
-    consumer = BuryingConsumer.__new__(BuryingConsumer)
+    consumer = PatientConsumer.__new__(PatientConsumer)
     consumer.app = SimpleNamespace(latentline_records=store)
     return consumer
 
@@ -145,7 +145,7 @@ def test_only_so_much_of_an_unreadable_message_is_kept(client: redis.Redis) -> N
     ],
 )
 def test_the_consumer_buries_and_acknowledges(
-    client: redis.Redis, caplog: pytest.LogCaptureFixture, handle: Callable[[BuryingConsumer, FakeMessage], None], reason: str
+    client: redis.Redis, caplog: pytest.LogCaptureFixture, handle: Callable[[PatientConsumer, FakeMessage], None], reason: str
 ) -> None:
     message = FakeMessage(f'{{"prompt": "{PROMPT}"}}')
     with caplog.at_level(logging.INFO):
@@ -179,4 +179,4 @@ def test_the_delivery_policy(app: Celery) -> None:
     assert [queue.name for queue in app.conf.task_queues] == queue_names("latentline-emoji")
     turns = app.conf.broker_transport_options["queue_order_strategy"]()
     assert isinstance(turns, LeastServedFirst)
-    assert app.conf.worker_consumer == "latentline_worker.app:BuryingConsumer"
+    assert app.conf.worker_consumer == "latentline_worker.app:PatientConsumer"

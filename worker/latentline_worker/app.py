@@ -30,6 +30,7 @@ from .turns import InFlight, LeastServedFirst
 log = logging.getLogger(__name__)
 
 UNREADABLE_TASK = "latentline.unreadable"
+RECONNECT_S, RECONNECT_MOST_S = 0.5, 5.0  # pauses between attempts to reach a broker that is away
 BRPOP_S = 0.1  # one look into the queues
 MAX_KEPT_CHARS = 10_000  # of an unreadable message
 UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key": ":mutex"}  # kombu's options, after the role's key
@@ -60,7 +61,7 @@ def create_app(
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
         worker_enable_remote_control=False,  # needs a pidbox queue per worker; the records tell more
-        worker_consumer=f"{__name__}:BuryingConsumer",
+        worker_consumer=f"{__name__}:PatientConsumer",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # never give up on the broker
         worker_cancel_long_running_tasks_on_connection_loss=False,  # the lease decides, not the connection
@@ -107,8 +108,14 @@ def bury(records: Records, reason: str, text: str) -> None:
         log.error("a dead letter is lost: %s", error.message)
 
 
-class BuryingConsumer(Consumer):  # type: ignore[misc]
-    """Celery's consumer, but for messages that name no task or whose body is no task's."""
+class PatientConsumer(Consumer):  # type: ignore[misc]
+    """Celery's consumer, but for messages that name no task or whose body is no task's, and for how it comes back to a broker."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Knock again after half a second, then ever less often: Celery's own pauses are 2, 4, 6 s and so on to half a minute."""
+        pauses = {"interval_start": RECONNECT_S, "interval_step": RECONNECT_S, "interval_max": RECONNECT_MOST_S}
+        conn.ensure_connection = partial(conn.ensure_connection, **pauses)
+        return super().ensure_connected(conn)
 
     def on_unknown_message(self, body: Any, message: Any) -> None:
         self._bury("no task message", message)
