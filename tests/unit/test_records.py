@@ -152,6 +152,20 @@ def test_a_lost_workers_job_is_queued_again_and_runs_alone_after_two(client: red
     assert store.reclaim() == []
 
 
+def test_a_job_that_gets_further_in_each_life_is_not_what_kills_its_workers(client: redis.Redis, store: Records) -> None:
+    """Workers that are killed from outside, over and over, cost it time and nothing else."""
+    job_id = submit(client)
+    for step in range(1, 10):
+        claim = store.claim(job_id, "w", 30, alone=True)
+        assert claim and store.checkpoint(job_id, claim.token, step, b"state")
+        run_out(client, job_id)
+        assert store.reclaim() == [job_id]
+    assert store.get(job_id).status is Status.QUEUED
+    for _ in range(2):  # the same step twice is another matter
+        lose(client, store, job_id, alone=True)
+    assert store.get(job_id).status is Status.FAILED
+
+
 def test_company_in_a_crash_is_never_a_reason_to_fail(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
     for _ in range(10):

@@ -77,7 +77,7 @@ leave(id, job[5])
 redis.call('ZADD', P .. 'jobs:running', job[4], id)
 redis.call('ZADD', P .. 'leases', later(ARGV[3]), id)
 redis.call('HSET', job_key(id), 'status', 'running', 'phase', 'encoding', 'step', job[6] or 0, 'worker', ARGV[2], 'started_at', now,
-           'lease_until', later(ARGV[3]), 'alone', ARGV[5])
+           'lease_until', later(ARGV[3]), 'alone', ARGV[5], 'claimed_step', job[6] or 0)
 callback(id, 'job.running', event(id, 'job.running', {status = 'running', worker = ARGV[2], step = tonumber(job[6] or 0)}), ARGV[4])
 return redis.call('HGETALL', job_key(id))
 """

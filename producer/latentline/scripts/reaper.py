@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .prelude import PRELUDE, TIME
 
-# ARGV id, max_crashes_alone, retention_s
+# A worker is lost: its job goes on elsewhere, or fails when it was alone on too many. ARGV id, max_crashes_alone, retention_s
 RECLAIM = (
     PRELUDE
     + """
 local id, key = ARGV[1], job_key(ARGV[1])
-local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone')
+local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone', 'checkpoint_step', 'claimed_step')
 if job[1] ~= 'running' then
   redis.call('ZREM', P .. 'leases', id)
   if not job[1] then redis.call('ZREM', P .. 'jobs:running', id) end  -- its record has expired
@@ -17,6 +17,8 @@ if job[1] ~= 'running' then
 end
 if tonumber(job[2] or 0) > tonumber(now) then return 0 end
 local crashes = redis.call('HINCRBY', key, 'crashes', 1)
+-- What got further before its worker was lost does not kill workers by itself: somebody else does.
+if tonumber(job[5] or 0) > tonumber(job[6] or 0) then redis.call('HSET', key, 'crashes_alone', 0) job[4] = '0' end
 local alone = redis.call('HINCRBY', key, 'crashes_alone', job[4] == '1' and 1 or 0)
 if job[3] == '1' then
   finish(id, 'cancelled', nil, ARGV[3])
