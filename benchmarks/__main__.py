@@ -51,7 +51,7 @@ def measure(quick: bool) -> dict[str, Any]:
     engine = Engine(family)
     engine.warm_up()
     side = family.info.default_width
-    jobs = trace.closed(30 if quick else 48)
+    jobs = trace.closed(24 if quick else 48)
     for job in jobs:  # compiled once in a worker's life
         sampler_table(job.scheduler, family.scheduler_config, job.steps)
     runners.pipelines(jobs[:2], pipeline, side, batched=False)  # warm-up, as the engine had
@@ -74,7 +74,7 @@ def measure(quick: bool) -> dict[str, Any]:
     }
     for percent in (80,) if quick else (50, 80, 95):
         rate = percent / 100 * static.throughput()
-        arrivals = trace.poisson(trace.closed(30 if quick else 100, seed=percent), rate, seed=percent)
+        arrivals = trace.poisson(trace.closed(24 if quick else 100, seed=percent), rate, seed=percent)
         for job in arrivals:
             sampler_table(job.scheduler, family.scheduler_config, job.steps)
         open_static, open_ours = runners.pipelines(arrivals, pipeline, side, batched=True), runners.engine(arrivals, engine, side)
