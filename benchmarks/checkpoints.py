@@ -75,7 +75,7 @@ def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoin
     """All jobs at once on a fresh engine; how long they took, and what checkpoints took of it."""
     engine = Engine(family, checkpoint_s=checkpoint_s)
     engine.warm_up()
-    heartbeat = Heartbeat(store, "benchmark", LEASE_S, tend=lambda: None, pace=engine.pace)
+    heartbeat = Heartbeat(store, LEASE_S, tend=lambda: None, pace=engine.pace)
     client = connect(url)
     accepted = records.run(client, records.submit([JobRequest.parse({"prompt": job.prompt}) for job in jobs], 600))
     claims = [store.claim(record.id, "benchmark", LEASE_S) for record in accepted]

@@ -201,13 +201,15 @@ def export(folder: Path) -> None:
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--durable", is_flag=True, help="Answer a submission only once the broker's append-only file holds the job.")
 @clear_errors
-def api(host: str, port: int) -> None:
+def api(host: str, port: int, durable: bool) -> None:
     """Serve the HTTP API (settings from LATENTLINE_* variables)."""
     uvicorn = load("uvicorn", "latentline api", "api")
-    load("latentline.api.app", "latentline api", "api")
+    app = load("latentline.api.app", "latentline api", "api")
     check_settings()
-    uvicorn.run("latentline.api.app:create_app", factory=True, host=host, port=port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
+    settings = Settings(**({"durable": True} if durable else {}))
+    uvicorn.run(app.create_app(settings), host=host, port=port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
 
 
 @main.command()

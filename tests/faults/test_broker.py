@@ -9,7 +9,7 @@ import pytest
 from support.cluster import LEASE_S, Cluster
 
 from latentline import records, routing
-from latentline.errors import JobNotFound
+from latentline.errors import BrokerUnavailable, JobNotFound
 from latentline.jobs import Status
 
 Figure = Callable[..., None]
@@ -80,6 +80,57 @@ def test_a_broker_that_is_killed_and_restarted_loses_nothing(cluster: Cluster, f
     cluster.finish()
     figure("broker killed and restarted with its AOF", consuming_after_s=round(took, 2), ended=cluster.check_invariants())
     within(took, 10, full)
+
+
+def test_a_broker_that_was_away_for_longer_than_a_lease_takes_no_job_from_its_worker(cluster: Cluster, figure: Figure) -> None:
+    """All leases have run out when it is back, and another worker could take what is not its own."""
+    cluster.start_worker(FAULT_STEP_S="0.05")
+    cluster.start_worker(FAULT_STEP_S="0.05")
+    ids = cluster.submit(8, num_inference_steps=150)
+    cluster.until(lambda: len(cluster.running(step=3)) == len(ids))
+    assert cluster.redis.execute_command("WAITAOF", 1, 0, 5000)[0] == 1
+    assert cluster.broker.child
+    cluster.kill(cluster.broker.child)
+    cluster.broker.child.process.wait()
+    time.sleep(LEASE_S + 1)
+    cluster.broker.start()
+    cluster.redis_proxy.target = cluster.broker.port
+    done = cluster.finish()
+    most = max(record.attempt for record in done)
+    figure("broker away for longer than a lease", jobs=len(ids), most_attempts=most, ended=cluster.check_invariants())
+    assert most == 1
+
+
+def test_a_broker_at_its_memory_bound_lets_jobs_end(cluster: Cluster, figure: Figure) -> None:
+    """It takes no new ones and gives none out; what runs ends, and the rest goes on when there is room."""
+    cluster.start_worker(LATENTLINE_CONCURRENCY="4")
+    ids = cluster.submit(12, num_inference_steps=60)
+    cluster.until(lambda: cluster.running(step=3))
+    bound = cluster.redis.config_get("maxmemory")["maxmemory"]
+    cluster.redis.config_set("maxmemory", "1")
+    try:
+        in_flight = cluster.running(step=0)
+        cluster.finish([record.id for record in in_flight])
+        with pytest.raises(BrokerUnavailable):
+            cluster.submit(1)
+        time.sleep(1)  # time enough to take a job that was not given out
+        left = [job_id for job_id in ids if not cluster.get(job_id).status.terminal]
+        assert left and {cluster.get(job_id).status for job_id in left} == {Status.QUEUED}
+    finally:
+        cluster.redis.config_set("maxmemory", bound)
+    since = time.monotonic()
+    cluster.until(lambda: any(cluster.get(job_id).status is not Status.QUEUED for job_id in left))
+    took = time.monotonic() - since
+    done = cluster.finish()
+    most = max(record.attempt for record in done)
+    figure(
+        "broker at its memory bound",
+        ended_meanwhile=len(in_flight),
+        most_attempts=most,
+        consuming_after_s=round(took, 2),
+        ended=cluster.check_invariants(),
+    )
+    assert most == 1
 
 
 def test_lost_messages_are_written_again(cluster: Cluster, figure: Figure) -> None:

@@ -190,7 +190,9 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
 
 
 def test_a_worker_finds_the_deployed_settings_safe(broker: Guarded) -> None:
-    assert Records(broker.client("worker")).durability() == []
+    store = Records(broker.client("worker"))
+    assert store.durability() == []
+    assert store.up_s() < 600
     assert broker.refused() == []
 
 

@@ -1,7 +1,7 @@
 """A real worker process whose model misbehaves for certain prompts. Run as a script; arguments are the worker's.
 
-A prompt with ``[oom@N]``, ``[nan@N]``, ``[error@N]``, ``[kill@N]`` or ``[wedge@N]`` does that in its N-th network call in
-this process; wedged, the call never returns.
+A prompt with ``[oom@T]``, ``[nan@T]``, ``[error@T]``, ``[kill@T]`` or ``[wedge@T]`` does that in network calls at timestep T
+and below, so always at the same step however often the job is taken up again; wedged, the call never returns.
 ``FAULT_STEP_S`` is added to every call, as time on a device would be; ``FAULT_SKEW_S`` moves this process's clock.
 """
 
@@ -31,7 +31,6 @@ def main() -> int:
 
     real_encode, real_denoise = StableDiffusion.encode, StableDiffusion.denoise
     poison: dict[str, tuple[torch.Tensor, str, int]] = {}
-    calls: dict[str, int] = {}
 
     def encode(self: StableDiffusion, texts: Sequence[str]) -> torch.Tensor:
         states = real_encode(self, texts)
@@ -43,12 +42,9 @@ def main() -> int:
     def denoise(self: StableDiffusion, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         time.sleep(STEP_S)
         out = real_denoise(self, latents, timesteps, states)
-        for text, (state, kind, when) in poison.items():
-            rows = [i for i, row in enumerate(states) if torch.equal(row, state)]
+        for state, kind, when in poison.values():
+            rows = [i for i, row in enumerate(states) if torch.equal(row, state) and timesteps[i] <= when]
             if not rows:
-                continue
-            calls[text] = calls.get(text, 0) + 1
-            if calls[text] < when:
                 continue
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import redis
 from latentline import records
 from latentline.connection import OPTIONS, connect
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import JobRecord, JobRequest, Status
-from latentline.records import Call, Operation, Records, run
+from latentline.jobs import Claim, JobError, JobRecord, JobRequest, Phase, Status
+from latentline.records import Backoff, Beat, Call, Operation, Records, Verdict, run
 from latentline_worker.embedded.broker import Broker
 
 
@@ -98,6 +98,7 @@ def test_a_durable_job_waits_on_the_connection_that_wrote_it(client: redis.Redis
 
 def test_an_embedded_broker_has_nothing_to_warn_of(client: redis.Redis) -> None:
     assert Records(client).durability() == []
+    assert 0 <= Records(client).up_s() < 600
 
 
 @pytest.mark.parametrize(
@@ -118,9 +119,10 @@ def test_each_setting_that_may_lose_jobs_is_named(client: redis.Redis, setting: 
 
 
 def test_a_broker_that_hides_its_settings_is_said_to(broker: Broker, client: redis.Redis) -> None:
-    client.acl_setuser("reserved", enabled=True, nopass=True, commands=["+@all", "-config"], keys=["*"])
+    client.acl_setuser("reserved", enabled=True, nopass=True, commands=["+@all", "-config", "-info"], keys=["*"])
     with contextlib.closing(connect(broker.url.replace(":a-password@", "reserved:any@"))) as reserved:
         (sentence,) = Records(reserved).durability()
+        assert Records(reserved).up_s() == float("inf")
     assert sentence == "the broker does not let its settings be read: whether jobs survive its restart is not known"
 
 
@@ -132,3 +134,58 @@ def test_a_full_broker_refuses_jobs_and_keeps_those_it_has(client: redis.Redis) 
     client.config_set("maxmemory", "1gb")
     page, _ = run(client, records.list_jobs())
     assert [record.id for record in page] == [kept.id]
+
+
+@pytest.fixture
+def full(client: redis.Redis) -> Callable[[], None]:
+    """Put the broker at its memory bound."""
+
+    def fill() -> None:
+        client.config_set("maxmemory", "1")
+
+    return fill
+
+
+def claimed(client: redis.Redis, lease_s: float = 30, **fields: Any) -> Claim:
+    (record,) = run(client, durable(**fields))
+    claim = Records(client).claim(record.id, "worker", lease_s)
+    assert claim is not None
+    return claim
+
+
+def test_a_full_broker_gives_out_no_job(client: redis.Redis, full: Callable[[], None]) -> None:
+    (record,) = run(client, durable())
+    full()
+    with pytest.raises(BrokerUnavailable):
+        Records(client).claim(record.id, "worker", 30)
+    assert run(client, records.get(record.id)).status is Status.QUEUED
+
+
+def test_a_full_broker_lets_jobs_in_flight_go_on_and_end(client: redis.Redis, full: Callable[[], None]) -> None:
+    store, claim = Records(client), claimed(client, callback={"url": "http://203.0.113.7/hook"})
+    job_id, token = claim.record.id, claim.token
+    full()
+    assert store.beat([Beat(job_id, token, Phase.DENOISING, 3, 30)]) == [Verdict.GO]
+    assert not store.checkpoint(job_id, token, 3, b"latents"), "that needs memory, and the job can do without"
+    assert store.settle(job_id, token, Status.SUCCEEDED).status is Status.SUCCEEDED
+    assert [one["type"] for one in run(client, records.callbacks(job_id))] == ["job.succeeded"]
+
+
+def test_a_full_broker_takes_jobs_back(client: redis.Redis, full: Callable[[], None]) -> None:
+    """From a worker that ends, from one that failed on them, from one that is lost."""
+    store, ends, failed, lost = Records(client), claimed(client), claimed(client), claimed(client, lease_s=0)
+    full()
+    assert store.release(ends.record.id, ends.token)
+    error = JobError(code="store_unavailable", message="no answer")
+    assert store.retry(failed.record.id, failed.token, error, Backoff(1, 1))[0] is Status.QUEUED
+    assert store.reclaim() == [lost.record.id]
+    assert {run(client, records.get(one.record.id)).status for one in (ends, failed, lost)} == {Status.QUEUED}
+
+
+def test_a_full_broker_lets_jobs_be_cancelled(client: redis.Redis, full: Callable[[], None]) -> None:
+    (queued,) = run(client, durable())
+    running = claimed(client)
+    full()
+    assert run(client, records.cancel(queued.id, 600)).status is Status.CANCELLED
+    run(client, records.cancel(running.record.id, 600))
+    assert Records(client).beat([Beat(running.record.id, running.token, Phase.DENOISING, 3, 30)]) == [Verdict.CANCEL]

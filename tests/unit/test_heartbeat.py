@@ -27,7 +27,6 @@ class Stalled:
         self.given_up, self.beaten, self.tended, self.announced = (threading.Event() for _ in range(4))
         self.heart = Heartbeat(
             store,
-            "w",
             lease_s=30,
             tend=self.tended.set,
             announce=self.announced.set,

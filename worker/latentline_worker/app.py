@@ -64,6 +64,7 @@ def create_app(
         worker_consumer=f"{__name__}:PatientConsumer",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # never give up on the broker
+        broker_channel_error_retry=True,  # nor on one that refuses: at its memory bound, without a disk, turned into a replica
         worker_cancel_long_running_tasks_on_connection_loss=False,  # the lease decides, not the connection
         broker_transport_options={
             # A job may run for long: the transport must never redeliver on its own (a day).

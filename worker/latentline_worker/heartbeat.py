@@ -54,7 +54,6 @@ class Heartbeat:
 
     Args:
         records: where the jobs stand.
-        worker: this worker's name.
         lease_s: for how long each beat renews a lease.
         announce: called every ``TEND_EVERY_S``; says that this worker is there.
         tend: called as often; looks after what belongs to no worker. Not for one lease after the broker was away: the
@@ -69,7 +68,6 @@ class Heartbeat:
     def __init__(
         self,
         records: Records,
-        worker: str,
         lease_s: float,
         tend: Callable[[], None],
         announce: Callable[[], None] = lambda: None,
@@ -79,7 +77,7 @@ class Heartbeat:
         pulse: Callable[[], None] = lambda: None,
         pace: Pace | None = None,
     ) -> None:
-        self._records, self._worker, self._lease_s, self._tend, self._announce = records, worker, lease_s, tend, announce
+        self._records, self._lease_s, self._tend, self._announce = records, lease_s, tend, announce
         self._stalled_for, self._stall_s, self._pace = stalled_for, stall_s, pace
         self._give_up, self._pulse = give_up, pulse
         self._tracked: set[Tracked] = set()

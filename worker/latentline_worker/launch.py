@@ -126,7 +126,9 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
 
     def tend() -> None:
         """What belongs to no worker, looked after by every one."""
-        for job_id in records.reclaim():
+        # While the broker was away every lease may have run out: each worker has to have the chance to renew its own.
+        over = records.reclaim() if records.up_s() > settings.lease_s else []
+        for job_id in over:
             log.warning("job %s: its worker is lost, the job is taken from it", job_id)
         for job_id in records.wake(family.info.id, settings.lease_s):
             log.info("job %s: woken again", job_id)
@@ -144,7 +146,6 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
 
     heartbeat = Heartbeat(
         records,
-        name,
         settings.lease_s,
         tend,
         announce,
@@ -159,8 +160,8 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     app.task(runner.run, name=GENERATE_TASK)
 
     def on_ready(**_: object) -> None:
-        records.announce_model(family.info)
-        records.worker_beat(name)
+        with contextlib.suppress(LatentlineError):  # again by the heartbeat in any case
+            announce()
         heartbeat.start()
         expiry.start()
         log.info("%s: ready", name)

@@ -25,6 +25,15 @@ def workers() -> Operation[list[str]]:
     return names
 
 
+def up_s() -> Operation[float]:
+    """Seconds since the broker was started, in whole ones; infinite when it does not tell this user."""
+    try:
+        found: dict[str, float] = yield lambda client: client.info("server")
+    except redis.ResponseError:
+        return float("inf")
+    return found["uptime_in_seconds"]
+
+
 def durability() -> Operation[list[str]]:
     """What of the broker's settings may lose jobs, as sentences; empty when all is well."""
     try:

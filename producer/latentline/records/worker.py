@@ -19,7 +19,7 @@ from latentline.scripts.outbox import PUT_BACK_CALLBACK, SETTLE_CALLBACK, TAKE_C
 from latentline.scripts.reaper import EXPIRE, RECLAIM, WAKE
 
 from .driving import Call, Operation, pairs, run, zrem
-from .fleet import durability, models, workers
+from .fleet import durability, models, up_s, workers
 from .jobs import get, record_of
 from .outbox import callback_of
 
@@ -88,6 +88,9 @@ class Records:
     def durability(self) -> list[str]:
         return run(self._client, durability())
 
+    def up_s(self) -> float:
+        return run(self._client, up_s())
+
     def suspect(self, job_id: str) -> bool:
         """Whether so many workers were lost with this job that it should run with no other beside it."""
         crashes = self._one(lambda client: client.hget(routing.job_key(job_id), "crashes"))
@@ -133,7 +136,10 @@ class Records:
         return run(self._client, operation())
 
     def checkpoint(self, job_id: str, token: int, step: int, data: bytes) -> bool:
-        """Keep what another worker needs to go on from ``step`` (in the job's own steps); False for a stale token."""
+        """Keep what another worker needs to go on from ``step`` (in the job's own steps).
+
+        False for a stale token, and when the broker is at its memory bound: jobs go on without.
+        """
         return bool(self._eval(CHECKPOINT, job_id, token, step, data, CHECKPOINT_TTL_S))
 
     def load_checkpoint(self, job_id: str) -> bytes | None:

@@ -91,6 +91,7 @@ BEAT = (
 local id, key = ARGV[1], job_key(ARGV[1])
 local job = redis.call('HMGET', key, 'status', 'token', 'phase', 'step', 'num_steps', 'cancel_requested', 'deadline_at')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return 'stale' end
+in_any_case()
 redis.call('HSET', key, 'lease_until', string.format('%.6f', now + ARGV[5]), 'phase', ARGV[3], 'step', ARGV[4])
 redis.call('ZADD', P .. 'leases', now + ARGV[5], id)
 if job[3] ~= ARGV[3] or job[4] ~= ARGV[4] then
@@ -112,7 +113,8 @@ CHECKPOINT = (
     + """
 local job = redis.call('HMGET', job_key(ARGV[1]), 'status', 'token')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return 0 end
-redis.call('SET', P .. 'checkpoint:' .. ARGV[1], ARGV[4], 'EX', ARGV[5])
+local kept = redis.pcall('SET', P .. 'checkpoint:' .. ARGV[1], ARGV[4], 'EX', ARGV[5])
+if kept.err then return string.find(kept.err, 'OOM', 1, true) and 0 or kept end
 redis.call('HSET', job_key(ARGV[1]), 'checkpoint_step', ARGV[3])
 return 1
 """
@@ -125,6 +127,7 @@ CANCEL = (
     + """
 local status = redis.call('HGET', job_key(ARGV[1]), 'status')
 if status ~= 'queued' and status ~= 'running' then return 0 end
+in_any_case()
 redis.call('HSET', job_key(ARGV[1]), 'cancel_requested', 1)
 if status == 'queued' then finish(ARGV[1], 'cancelled', nil, ARGV[2]) end
 return 1
@@ -138,6 +141,7 @@ RELEASE = (
     + """
 local job = redis.call('HMGET', job_key(ARGV[1]), 'status', 'token', 'cancel_requested')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return 0 end
+in_any_case()
 if job[3] == '1' then finish(ARGV[1], 'cancelled', nil, ARGV[3]) else requeue(ARGV[1], 0, true) end
 return 1
 """
@@ -151,6 +155,7 @@ SETTLE = (
 local id, key = ARGV[1], job_key(ARGV[1])
 local job = redis.call('HMGET', key, 'status', 'token', 'num_steps')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return false end
+in_any_case()
 redis.call('HSET', key, 'images', ARGV[4], 'timings', ARGV[6])
 if ARGV[3] == 'succeeded' then redis.call('HSET', key, 'step', job[3]) end
 finish(id, ARGV[3], ARGV[5] ~= '' and cjson.decode(ARGV[5]) or nil, ARGV[7])
@@ -166,6 +171,7 @@ RETRY = (
 local id, key = ARGV[1], job_key(ARGV[1])
 local job = redis.call('HMGET', key, 'status', 'token', 'cancel_requested', 'deadline_at')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return false end
+in_any_case()
 local error = cjson.decode(ARGV[3])
 local errors = redis.call('HINCRBY', key, 'errors', 1)
 local delay_s = math.min(tonumber(ARGV[5]), ARGV[4] * 2 ^ (errors - 1)) * ARGV[6]

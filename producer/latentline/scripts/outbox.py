@@ -27,13 +27,13 @@ local key = P .. 'callback:' .. ARGV[1]
 if redis.call('HGET', key, 'status') ~= 'pending' then return 0 end
 local log = cjson.decode(redis.call('HGET', key, 'log') or '[]')
 log[#log + 1] = cjson.decode(ARGV[2])
+redis.call('ZREM', P .. 'callbacks:due', ARGV[1])  -- first, so that the rest gets through on a broker without memory
 redis.call('HSET', key, 'log', cjson.encode(log), 'status', ARGV[3])
 if ARGV[3] == 'pending' then
   redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[4]))
   redis.call('ZADD', P .. 'callbacks:due', now + ARGV[4], ARGV[1])
-else
-  redis.call('ZREM', P .. 'callbacks:due', ARGV[1])
-  if ARGV[3] == 'gone' then redis.call('HSET', P .. 'callbacks:disabled', redis.call('HGET', key, 'url'), now) end
+elseif ARGV[3] == 'gone' then
+  redis.call('HSET', P .. 'callbacks:disabled', redis.call('HGET', key, 'url'), now)
 end
 return 1
 """

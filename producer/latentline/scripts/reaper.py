@@ -16,10 +16,12 @@ if job[1] ~= 'running' then
   return 0
 end
 if tonumber(job[2] or 0) > tonumber(now) then return 0 end
-local crashes = redis.call('HINCRBY', key, 'crashes', 1)
--- What got further before its worker was lost does not kill workers by itself: somebody else does.
-if tonumber(job[5] or 0) > tonumber(job[6] or 0) then redis.call('HSET', key, 'crashes_alone', 0) job[4] = '0' end
-local alone = redis.call('HINCRBY', key, 'crashes_alone', job[4] == '1' and 1 or 0)
+in_any_case()
+-- What gets further in every life does not kill its workers: somebody else does. What kills them stands where it stood.
+local further = tonumber(job[5] or 0) > tonumber(job[6] or 0)
+if further then redis.call('HSET', key, 'crashes', 0, 'crashes_alone', 0) end
+local crashes = redis.call('HINCRBY', key, 'crashes', further and 0 or 1)
+local alone = redis.call('HINCRBY', key, 'crashes_alone', (not further and job[4] == '1') and 1 or 0)
 if job[3] == '1' then
   finish(id, 'cancelled', nil, ARGV[3])
 elseif alone >= tonumber(ARGV[2]) then
