@@ -208,7 +208,7 @@ def api(host: str, port: int, durable: bool) -> None:
     uvicorn = load("uvicorn", "latentline api", "api")
     app = load("latentline.api.app", "latentline api", "api")
     check_settings()
-    settings = Settings(**({"durable": True} if durable else {}))
+    settings = Settings(durable=True) if durable else Settings()
     uvicorn.run(app.create_app(settings), host=host, port=port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
 
 

@@ -160,7 +160,7 @@ def test_a_job_that_gets_further_in_each_life_is_not_what_kills_its_workers(clie
         assert claim and store.checkpoint(job_id, claim.token, step, b"state")
         run_out(client, job_id)
         assert store.reclaim() == [job_id]
-    assert store.get(job_id).status is Status.QUEUED
+    assert store.get(job_id).status is Status.QUEUED and not store.suspect(job_id)
     for _ in range(2):  # the same step twice is another matter
         lose(client, store, job_id, alone=True)
     assert store.get(job_id).status is Status.FAILED

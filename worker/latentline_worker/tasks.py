@@ -106,7 +106,7 @@ class JobRunner:
         work = self.prepare(record)
         if record.attempt > 1:
             resume = Checkpoint.from_bytes(self._insist(lambda: self._records.load_checkpoint(record.id)), work)
-            work = replace(work, resume=resume)
+            work = replace(work, resume=resume, taken_up_again=True)
             log.info("job %s: goes on from network call %d", record.id, resume.step if resume else 0)
         request = self._engine.submit(work)
         tracked.attach(request)

@@ -328,9 +328,9 @@ class Engine:
         if request.remaining == 0:
             self._denoised(request)
             return
-        # A life that goes on from a checkpoint shows at once that it gets further: what kills its worker does not (see RECLAIM).
-        again = request.work.resume is not None and request.checkpoint is None
-        if self.pace and (again or self.pace.due(request.checkpoint_at, len(self._active))):
+        # A job that is taken up again shows at once that it gets further: what kills its workers does not (see RECLAIM).
+        first = request.work.taken_up_again and request.checkpoint is None
+        if self.pace and (first or self.pace.due(request.checkpoint_at, len(self._active))):
             self._checkpoint(request, self.pace)
         if every and request.step % every == 0:
             self._preview(request)
