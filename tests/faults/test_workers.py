@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.cluster import LEASE_S, Cluster
+from support.receiver import Receiver
 
 from latentline import records, routing
 from latentline.jobs import Status
@@ -19,20 +20,23 @@ from latentline.jobs import Status
 Figure = Callable[..., None]
 
 
-def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(cluster: Cluster, full: bool, figure: Figure) -> None:
+def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
+    cluster: Cluster, receiver: Receiver, full: bool, figure: Figure
+) -> None:
     """kill -9 under load, over and over: nothing lost, nothing doubled, few steps done twice."""
     kills = 100 if full else 1
     rng = random.Random(0)
     cluster.start_worker()
     cluster.start_worker()
+    cluster.start_callbacks()
     resumed_after: list[float] = []
     repeated: list[int] = []
     for number in range(kills):
         while len(cluster.client.list(Status.QUEUED, limit=200)[0]) < 4:
-            cluster.submit(4, num_inference_steps=60)
+            cluster.submit(4, num_inference_steps=60, callback={"url": receiver.url})
         cluster.until(lambda: cluster.running(step=8))
         time.sleep(rng.uniform(0, 2))  # at any moment of a job's life
-        victim = rng.choice(cluster.alive())
+        victim = rng.choice([child for child in cluster.alive() if child.name.startswith("worker")])
         before = {r.id: r for r in cluster.running() if str(r.worker).endswith(f":{victim.process.pid}")}
         seconds, micros = cluster.redis.time()
         killed_at = seconds + micros / 1e6
@@ -54,12 +58,14 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(cluster: C
                 requeued = [e.at for e in events[: lives[record.attempt]] if e.type == "job.queued"][-1]
                 resumed_after.append(requeued - killed_at)
     cluster.finish(timeout_s=300)
+    cluster.until(lambda: len(receiver.answered) == len(cluster.accepted))
     ended = cluster.check_invariants()
     figure(
         "kill -9 a worker under load",
         kills=kills,
         jobs=len(cluster.accepted),
         ended=ended,
+        callbacks_told_once=len(receiver.answered),
         hit=len(repeated),
         longest_until_requeued_s=round(max(resumed_after, default=0.0), 2),
         most_steps_repeated=max(repeated, default=0),

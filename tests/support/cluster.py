@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentline import Client, records
+from latentline import Client, records, routing
 from latentline.connection import connect
 from latentline.errors import LatentlineError
 from latentline.jobs import JobRecord, JobRequest, ModelInfo, Status
@@ -125,9 +125,11 @@ class Cluster:
         return [self.get(job_id) for job_id in wanted]
 
     def check_invariants(self, statuses: Sequence[Status] = (Status.SUCCEEDED,)) -> dict[str, int]:
-        """Nothing lost, nothing doubled, every picture there and whole. Returns how many ended how."""
+        """Nothing lost, nothing doubled, every picture there and whole, one callback id per end. Returns how many ended how."""
         counts: Counter[str] = Counter()
         s3 = self.client.images
+        callback_ids = [cid for cid in self.redis.zrange(routing.callbacks_key(), 0, -1) if not cid.split("_")[2].startswith("running")]
+        told = Counter(cid.split("_")[1] for cid in callback_ids)
         for job_id in self.accepted:
             record = self.get(job_id)
             assert record.status.terminal, f"{job_id} has not ended: {record}"
@@ -135,6 +137,7 @@ class Cluster:
             counts[record.status.value] += 1
             kinds = [event.type for event in records.run(self.redis, records.events(job_id)) if event.terminal]
             assert len(kinds) == 1, f"{job_id} ended {len(kinds)} times"
+            assert told[job_id] == (record.request.callback is not None), f"{job_id}: {told[job_id]} callbacks of its end"
             for image in record.images:
                 assert hashlib.sha256(s3.download(image.key)).hexdigest() == image.sha256
         assert sum(counts.values()) == len(set(self.accepted)) == len(self.accepted)
