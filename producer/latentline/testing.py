@@ -78,8 +78,7 @@ class FakeWorker:
 
     def announce(self) -> None:
         """Say that this worker is alive and serves its model; submissions are refused before."""
-        self.records.announce_model(self.model)
-        self.records.worker_beat(self.name)
+        self.records.announce(self.name, self.model)
 
     def take(self) -> str | None:
         """Take the next wake-up, as Celery would: the job id in it, or None when no job waits."""

@@ -160,12 +160,3 @@ def test_a_job_that_goes_on_from_a_checkpoint_gives_the_same_bits(family: Stable
     assert checkpoint is not None and checkpoint.step == 3
     resumed = run(make_engine(family, fixed_rows=FIXED_ROWS), dataclasses.replace(one, resume=checkpoint))[0]
     assert torch.equal(resumed.result(0), expected)
-
-
-@pytest.mark.parametrize("again", [True, False])
-def test_a_job_that_is_taken_up_again_is_checkpointed_after_its_first_step(family: StableDiffusion, again: bool) -> None:
-    engine = make_engine(family, checkpoint_s=3600)
-    request = engine.submit(work(family, taken_up_again=again))
-    while request.step < 2:
-        engine.step()
-    assert (request.checkpoint.step if request.checkpoint else None) == (1 if again else None)

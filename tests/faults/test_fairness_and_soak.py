@@ -66,8 +66,7 @@ def test_soak(cluster: Cluster, receiver: Receiver, full: bool, figure: Figure) 
         ids = cluster.submit(batch, num_inference_steps=rng.randint(1, 4), guidance_scale=rng.choice([1.0, 5.0]), **callback)
         fault = rng.choice(["kill", "reset", "half-open", "none", "none", "none", "none", "none"])
         if fault == "kill":
-            victims = [child for child in cluster.alive() if child.name.startswith("worker")]
-            cluster.kill(rng.choice(victims))
+            cluster.kill(rng.choice(cluster.workers()))
             cluster.start_worker(FAULT_STEP_S="0")
         elif fault == "reset":
             cluster.redis_proxy.reset()

@@ -31,17 +31,19 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
     cluster.start_callbacks()
     resumed_after: list[float] = []
     repeated: list[int] = []
-    for number in range(kills):
+    repeated_s: list[float] = []
+    for _ in range(kills):
         while len(cluster.client.list(Status.QUEUED, limit=200)[0]) < 4:
             cluster.submit(4, num_inference_steps=60, callback={"url": receiver.url})
         cluster.until(lambda: cluster.running(step=8))
         time.sleep(rng.uniform(0, 2))  # at any moment of a job's life
-        victim = rng.choice([child for child in cluster.alive() if child.name.startswith("worker")])
+        cluster.until_ready(cluster.workers())  # somebody is there to take the jobs over
+        victim = rng.choice(cluster.workers())
         before = {r.id: r for r in cluster.running() if str(r.worker).endswith(f":{victim.process.pid}")}
         seconds, micros = cluster.redis.time()
         killed_at = seconds + micros / 1e6
         cluster.kill(victim)
-        cluster.start_worker(wait=number % 4 == 0)
+        cluster.start_worker(wait=False)
         for job_id, record in before.items():
 
             def next_life(job_id: str = job_id, attempt: int = record.attempt) -> bool:
@@ -51,12 +53,13 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
             cluster.until(next_life)
             events = records.run(cluster.redis, records.events(job_id))
             lives = [i for i, event in enumerate(events) if event.type == "job.running"]
-            if len(lives) > record.attempt:  # its next life has begun: where, and how far it had come by then
+            if len(lives) > record.attempt:  # its next life has begun: where, and what of this one is done again
                 start = events[lives[record.attempt]]
-                reached = max((e.data["step"] for e in events[: lives[record.attempt]] if e.type == "job.progress"), default=0)
-                repeated.append(max(0, reached - start.data["step"]))
-                requeued = [e.at for e in events[: lives[record.attempt]] if e.type == "job.queued"][-1]
-                resumed_after.append(requeued - killed_at)
+                this_life = events[lives[record.attempt - 1] : lives[record.attempt]]
+                again = [e for e in this_life if e.type == "job.progress" and e.data["step"] > start.data["step"]]
+                repeated.append(max((e.data["step"] for e in again), default=start.data["step"]) - start.data["step"])
+                repeated_s.append(again[-1].at - again[0].at if again else 0.0)
+                resumed_after.append(next(e.at for e in this_life if e.type == "job.queued") - killed_at)
     cluster.finish(timeout_s=300)
     cluster.until(lambda: len(receiver.answered) == len(cluster.accepted))
     ended = cluster.check_invariants()
@@ -70,11 +73,12 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
         longest_until_requeued_s=round(max(resumed_after, default=0.0), 2),
         most_steps_repeated=max(repeated, default=0),
         mean_steps_repeated=round(sum(repeated) / max(1, len(repeated)), 1),
+        longest_repeated_s=round(max(repeated_s, default=0.0), 2),
     )
     assert repeated, "no job was hit: the test shows nothing"
     if full:  # judged on a machine that does nothing else; elsewhere times are only reported
-        # A checkpoint each 0.2 s is at most ten calls of 20 ms; a beat may have told of some more than the last one held.
-        assert max(repeated) <= 20
+        # A checkpoint is due each 0.2 s, later where all of them would cost over 1%; a beat may tell of more than it held.
+        assert max(repeated_s) <= 1
         assert max(resumed_after) <= LEASE_S + 2
 
 

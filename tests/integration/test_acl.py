@@ -149,8 +149,7 @@ def test_a_worker_does_jobs_from_wake_up_to_settled_record_through_celery(broker
 def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None:
     producer, client = broker.client("producer"), broker.client("worker")
     store = Records(client, 600)
-    store.announce_model(MODEL)
-    store.worker_beat("one")
+    store.announce("one", MODEL)
     assert store.models() and store.workers() == ["one"]
     store.worker_gone("one")
     failure = JobError(code="internal", message="once more")
@@ -227,15 +226,16 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     taken = store.take_callback(first, 30)
     assert taken is not None and taken["record"].id == jobs[0]
     assert not store.receiver_disabled(taken["url"])
-    store.put_back_callback(first, 0)
-    store.settle_callback(first, {"result": "status 500"}, "pending", 0)
+    store.put_back_callback(first, 1, 0)
+    assert store.take_callback(first, 30)
+    store.settle_callback(first, 1, {"result": "status 500"}, "pending", 0)
     broker.admin.zadd(routing.due_callbacks_key(), {first: 1, second: 1})
     assert store.wake_callbacks() == 2
     broker.admin.delete(routing.callback_key(second))
     broker.admin.zadd(routing.due_callbacks_key(), {second: 0})
     store.wake_callbacks()
     assert not client.exists(routing.callback_key(second))
-    store.settle_callback(first, {"result": "status 410"}, "gone")
+    store.settle_callback(first, 1, {"result": "status 410"}, "gone")
     assert store.receiver_disabled(taken["url"])
     store.bury("lost", "message", "a reason")
     Deliverer(store, [], ()).deliver(first)  # nothing to do for it, and that is found without a record
@@ -345,7 +345,7 @@ def test_the_deliverer_can_neither_submit_nor_claim_nor_settle_nor_cancel_nor_re
         lambda: store.get(job),
         lambda: records.run(client, records.cancel(job, 600)),
         lambda: records.run(client, records.list_jobs()),
-        lambda: store.announce_model(ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096)),
+        lambda: store.announce("one", ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096)),
     ]
     for attempt in attempts:
         with pytest.raises(BrokerUnavailable, match="does not let the user"):

@@ -122,6 +122,8 @@ BAD: dict[str, str | bytes] = {
     "nothing": b"",
     "JSON without properties": json.dumps({"prompt": PROMPT}),
     "a JSON list": json.dumps([PROMPT]),
+    "what looks like kombu's bookkeeping": json.dumps([{"prompt": PROMPT}, "", ""]),
+    "kombu's bookkeeping with a message in it": json.dumps([envelope(), "", QUEUE]),
     "a JSON null": "null",
     "properties without a tag": json.dumps({"body": PROMPT, "headers": {}, "properties": {}}),
     "delivery info without a queue": with_properties(delivery_info={}),

@@ -42,7 +42,8 @@ class Cluster:
         self.redis.flushall()
         self.records = Records(self.redis)
         # Jobs may be submitted before the first worker is up.
-        self.records.announce_model(ModelInfo(id=model.name, family="sd", default_width=64, default_height=64, max_pixels=128 * 128))
+        served = ModelInfo(id=model.name, family="sd", default_width=64, default_height=64, max_pixels=128 * 128)
+        self.records.announce("not up yet", served)
         self.client = Client(Settings.from_variables({"LATENTLINE_REDIS_URL": broker.url, **store.environment}))
         self.accepted: list[str] = []
         self._names = itertools.count()
@@ -72,8 +73,17 @@ class Cluster:
         child = Child(f"worker {number}", command, self.folder / f"worker{number}.log", self.environment(**env))
         self.children.append(child)
         if wait:
-            child.wait_until(lambda: "celery@" in child.tail() or " ready" in child.log.read_text(errors="replace"), PATIENCE_S)
+            self.until_ready([child])
         return child
+
+    def until_ready(self, workers: Iterable[Child]) -> None:
+        """Wait until these take work and look after what belongs to no worker."""
+        for child in workers:
+            child.wait_until(lambda child=child: ": ready\n" in child.log.read_text(errors="replace"), PATIENCE_S)  # type: ignore[misc]
+
+    def workers(self) -> list[Child]:
+        """Those that live."""
+        return [child for child in self.alive() if child.name.startswith("worker")]
 
     def start_callbacks(self) -> Child:
         """The process that delivers callbacks."""

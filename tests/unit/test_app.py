@@ -162,14 +162,15 @@ def test_a_long_task_name_is_cut_in_the_reason(client: redis.Redis) -> None:
     assert len(letters(client)[0]["reason"]) < 200
 
 
-def test_a_broker_that_is_away_costs_the_letter_and_not_the_worker(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_message_that_cannot_be_kept_now_stays_with_the_broker(caplog: pytest.LogCaptureFixture) -> None:
     class Away:
         def bury(self, *_: Any, **__: Any) -> None:
             raise BrokerUnavailable("away")
 
     with caplog.at_level(logging.INFO):
-        consumer_of(Away()).on_unknown_message(None, FakeMessage(PROMPT))
-    assert "a dead letter is lost: away" in caplog.text
+        consumer_of(Away()).on_unknown_message(None, message := FakeMessage(PROMPT))
+    assert message.acks == 0
+    assert "a message that cannot be read is not kept: away" in caplog.text
     assert PROMPT not in caplog.text
 
 

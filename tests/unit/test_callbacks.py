@@ -48,13 +48,13 @@ class Outbox(Records):
         self.delays_s: list[float] = []
         self.put_back_s: list[float] = []
 
-    def settle_callback(self, callback_id: str, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
+    def settle_callback(self, callback_id: str, tries: int, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
         self.delays_s.append(delay_s)
-        super().settle_callback(callback_id, entry, status, delay_s)
+        super().settle_callback(callback_id, tries, entry, status, delay_s)
 
-    def put_back_callback(self, callback_id: str, delay_s: float) -> None:
+    def put_back_callback(self, callback_id: str, tries: int, delay_s: float) -> None:
         self.put_back_s.append(delay_s)
-        super().put_back_callback(callback_id, delay_s)
+        super().put_back_callback(callback_id, tries, delay_s)
 
     def job(self, url: str, events: Sequence[str] | None = None) -> str:
         chosen = {"events": events} if events else {}

@@ -125,7 +125,7 @@ def test_what_the_model_cannot_do_is_refused_before_it_is_queued(
 
 
 def test_the_models_own_multiple_and_schedulers_count(client: Any, worker: FakeWorker) -> None:
-    worker.records.announce_model(MODEL.model_copy(update={"id": "coarse", "size_multiple": 64, "schedulers": ("ddim",)}))
+    worker.records.announce(worker.name, MODEL.model_copy(update={"id": "coarse", "size_multiple": 64, "schedulers": ("ddim",)}))
     with pytest.raises(InvalidRequest, match="a multiple of 64"):
         client.submit(prompt="a cat", model="coarse", width=72, scheduler="ddim")
     with pytest.raises(InvalidRequest, match="one of: ddim"):

@@ -13,7 +13,7 @@ import redis
 from latentline import records
 from latentline.connection import OPTIONS, connect
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import Claim, JobError, JobRecord, JobRequest, Phase, Status
+from latentline.jobs import Claim, JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
 from latentline.records import Backoff, Beat, Call, Operation, Records, Verdict, run
 from latentline_worker.embedded.broker import Broker
 
@@ -189,3 +189,14 @@ def test_a_full_broker_lets_jobs_be_cancelled(client: redis.Redis, full: Callabl
     assert run(client, records.cancel(queued.id, 600)).status is Status.CANCELLED
     run(client, records.cancel(running.record.id, 600))
     assert Records(client).beat([Beat(running.record.id, running.token, Phase.DENOISING, 3, 30)]) == [Verdict.CANCEL]
+
+
+def test_a_full_broker_hears_who_is_alive_and_keeps_dead_letters(client: redis.Redis, full: Callable[[], None]) -> None:
+    """A worker that could not say so would look after nothing else either."""
+    store = Records(client)
+    full()
+    store.announce("one", ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096))
+    store.bury("lost", "message", "a reason", message="x")
+    assert store.workers() == ["one"] and set(store.models()) == {"m"}
+    (letter,) = run(client, records.dead_letters())
+    assert (letter["id"], letter["reason"], letter["message"]) == ("lost", "a reason", "x")

@@ -12,7 +12,7 @@ import pytest
 from latentline import records
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import JobRequest
+from latentline.jobs import JobRequest, Phase
 from latentline.records import Records
 from latentline_worker.heartbeat import Heartbeat
 
@@ -126,6 +126,65 @@ def test_after_an_outage_a_worker_says_at_once_that_it_is_there_and_reaps_only_a
     threading.Event().wait(0.5)
     assert not stalled.tended.is_set()
     stalled.heart.stop()
+
+
+def test_a_readiness_file_that_cannot_be_written_costs_no_lease(client: fakeredis.FakeRedis, stalled: Stalled) -> None:
+    tracked = stalled.heart.track(claim(client))
+    before = client.hget(f"latentline:job:{tracked.claim.record.id}", "lease_until")
+
+    def refuse() -> None:
+        raise PermissionError("read-only")
+
+    stalled.heart._pulse = refuse
+    beats(stalled, lambda: client.hget(f"latentline:job:{tracked.claim.record.id}", "lease_until") != before)
+
+
+class Denoising:
+    """What the heartbeat sees of a request in the engine: one checkpoint, and whether it was told to stop."""
+
+    def __init__(self, data: bytes | None) -> None:
+        self.step, self.num_steps, self.batch_jobs = 3, 20, 1
+        self.phase, self.preview, self.work = Phase.DENOISING, None, None
+        self.checkpoint = self
+        self.taken = 0
+        self.stopped: str | None = None
+        self._data = data
+
+    def to_bytes(self, _: None) -> bytes | None:
+        self.taken += 1
+        return self._data
+
+    def cancel(self, reason: str) -> None:
+        self.stopped = reason
+
+
+@pytest.mark.parametrize("data", [None, b"state"], ids=["too large", "refused"])
+def test_a_checkpoint_that_is_not_kept_is_not_sent_again(
+    client: fakeredis.FakeRedis, stalled: Stalled, monkeypatch: pytest.MonkeyPatch, data: bytes | None
+) -> None:
+    monkeypatch.setattr(stalled.store, "checkpoint", lambda *_: False)
+    tracked = stalled.heart.track(claim(client))
+    tracked.attach(request := Denoising(data))  # type: ignore[arg-type]
+    for _ in range(3):
+        stalled.heart._beat()
+    assert (request.taken, tracked.saved_step) == (1, 0)
+
+
+def test_a_checkpoint_that_fails_keeps_no_other_job_from_hearing_its_end(
+    client: fakeredis.FakeRedis, stalled: Stalled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> bool:
+        raise BrokerUnavailable("away")
+
+    monkeypatch.setattr(stalled.store, "checkpoint", away)
+    jobs = [stalled.heart.track(claim(client)) for _ in range(6)]
+    for tracked in jobs:
+        tracked.attach(Denoising(b"state"))  # type: ignore[arg-type]
+    for tracked in jobs[1:]:
+        records.run(client, records.cancel(tracked.claim.record.id, 600))
+    with pytest.raises(BrokerUnavailable):
+        stalled.heart._beat()
+    assert [tracked.stop_reason for tracked in jobs] == [None, *["cancel"] * 5]
 
 
 def test_what_is_left_at_the_end_of_a_drain_is_given_back(client: fakeredis.FakeRedis, stalled: Stalled) -> None:

@@ -111,9 +111,25 @@ def test_a_job_is_claimed_once_while_its_lease_lives(client: redis.Redis, store:
     assert store.claim(job_id, "two", 30) is None
 
 
+def test_a_claim_whose_answer_was_lost_is_answered_again(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    first = store.claim(job_id, "one", 30, mark="a")
+    assert first is not None and store.claim(job_id, "one", 30, mark="a") == first
+    assert store.claim(job_id, "one", 30, mark="b") is None, "a second message to the same worker is another claim"
+
+
+def test_a_lease_that_has_run_out_is_the_reapers(client: redis.Redis, store: Records) -> None:
+    """It knows when all leases ran out because the broker was away; a message that comes twice does not."""
+    job_id = submit(client)
+    assert store.claim(job_id, "one", 0.0) is not None
+    assert store.claim(job_id, "two", 30) is None
+    assert store.reclaim() == [job_id] and store.claim(job_id, "two", 30) is not None
+
+
 def test_after_the_lease_the_newest_token_alone_may_settle(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
     old = store.claim(job_id, "zombie", 0.0)
+    assert store.reclaim() == [job_id]
     new = store.claim(job_id, "heir", 30)
     assert old and new and new.token > old.token and new.record.attempt == 2
     assert store.beat([Beat(job_id, old.token, Phase.DENOISING, 9, 30)]) == [Verdict.STALE]
@@ -126,10 +142,12 @@ def test_after_the_lease_the_newest_token_alone_may_settle(client: redis.Redis, 
     assert kinds(client, job_id).count("job.succeeded") == 1
 
 
-def lose(client: redis.Redis, store: Records, job_id: str, *, alone: bool) -> None:
-    """A worker takes the job and is never heard of again."""
+def lose(client: redis.Redis, store: Records, job_id: str, *, alone: bool, at: int = 0) -> None:
+    """A worker takes the job and is never heard of again after this step."""
     claim = store.claim(job_id, "lost", 0.0, alone=alone)
     assert claim
+    if at:
+        store.beat([Beat(job_id, claim.token, Phase.DENOISING, at, 30)])
     run_out(client, job_id)
     assert store.reclaim() == [job_id]
     with pytest.raises(StaleToken):
@@ -156,14 +174,28 @@ def test_a_job_that_gets_further_in_each_life_is_not_what_kills_its_workers(clie
     """Workers that are killed from outside, over and over, cost it time and nothing else."""
     job_id = submit(client)
     for step in range(1, 10):
-        claim = store.claim(job_id, "w", 30, alone=True)
-        assert claim and store.checkpoint(job_id, claim.token, step, b"state")
+        lose(client, store, job_id, alone=True, at=step)
+    assert store.get(job_id).status is Status.QUEUED and not store.suspect(job_id)
+    for _ in range(2):  # the same step over and over is another matter
+        lose(client, store, job_id, alone=True, at=9)
+    assert store.get(job_id).status is Status.FAILED
+
+
+def test_what_kills_its_workers_at_one_step_ends_after_five_of_them(client: redis.Redis, store: Records) -> None:
+    """Wherever its checkpoints let each life begin."""
+    job_id = submit(client)
+    lives = 0
+    while store.get(job_id).status is Status.QUEUED:
+        alone = store.suspect(job_id)
+        claim = store.claim(job_id, "w", 30, alone=alone)
+        assert claim and claim.record.step == lives
+        lives += 1
+        assert store.checkpoint(job_id, claim.token, lives, b"state")
+        store.beat([Beat(job_id, claim.token, Phase.DENOISING, 12, 30)])
         run_out(client, job_id)
         assert store.reclaim() == [job_id]
-    assert store.get(job_id).status is Status.QUEUED and not store.suspect(job_id)
-    for _ in range(2):  # the same step twice is another matter
-        lose(client, store, job_id, alone=True)
-    assert store.get(job_id).status is Status.FAILED
+    error = store.get(job_id).error
+    assert (lives, error and error.code) == (5, "worker_lost")
 
 
 def test_company_in_a_crash_is_never_a_reason_to_fail(client: redis.Redis, store: Records) -> None:
@@ -341,9 +373,11 @@ def test_one_settle_one_callback(client: redis.Redis, store: Records) -> None:
     assert client.llen(routing.CALLBACK_QUEUE) == 2
     taken = store.take_callback(told["id"], 60)
     assert taken and taken["tries"] == 1 and store.take_callback(told["id"], 60) is None, "one deliverer at a time"
-    store.settle_callback(told["id"], {"status": 500}, "pending", 0)
+    store.settle_callback(told["id"], 1, {"status": 500}, "pending", 0)
     assert store.take_callback(told["id"], 60)
-    store.settle_callback(told["id"], {"status": 200}, "delivered")
+    store.settle_callback(told["id"], 1, {"status": 410}, "gone")  # by one that was thought lost: others have it now
+    store.put_back_callback(told["id"], 1, 0)
+    store.settle_callback(told["id"], 2, {"status": 200}, "delivered")
     assert store.take_callback(told["id"], 60) is None
     (again,) = [c for c in run(client, records.callbacks(job_id)) if c["id"] == told["id"]]
     assert (again["status"], [entry["status"] for entry in again["log"]]) == ("delivered", [500, 200])
@@ -359,12 +393,28 @@ def test_a_callback_whose_message_is_lost_is_woken(client: redis.Redis, store: R
     assert store.wake_callbacks() == 0, "its deliverer has time to take it"
 
 
+def test_a_callback_outlives_its_jobs_short_retention(client: redis.Redis) -> None:
+    """Its tries go on for days."""
+    store = Records(client, retention_s=60)
+    job_id = submit(client, callback={"url": "https://example.com/hook"})
+    run(client, records.cancel(job_id, 60))
+    (told,) = run(client, records.callbacks(job_id))
+    schedule_s = 4 * 86400  # and some jitter
+    assert client.ttl(routing.callback_key(told["id"])) > schedule_s
+    client.expire(routing.callback_key(told["id"]), 60)
+    assert store.take_callback(told["id"], 60)
+    store.settle_callback(told["id"], 1, {"status": 500}, "pending", 3600)
+    assert client.ttl(routing.callback_key(told["id"])) > schedule_s, "each try gives the next ones their time"
+    store.expired()
+    assert [one["id"] for one in run(client, records.callbacks(job_id))] == [told["id"]]
+
+
 def test_a_receiver_that_is_gone(client: redis.Redis, store: Records) -> None:
     job_id = submit(client, callback={"url": "https://example.com/hook"})
     run(client, records.cancel(job_id, 600))
     (told,) = run(client, records.callbacks(job_id))
     assert store.take_callback(told["id"], 60)
-    store.settle_callback(told["id"], {"status": 410}, "gone")
+    store.settle_callback(told["id"], 1, {"status": 410}, "gone")
     assert store.receiver_disabled("https://example.com/hook")
 
 
@@ -555,8 +605,7 @@ def test_unknown_ids(client: redis.Redis) -> None:
 
 def test_models_and_workers(client: redis.Redis, store: Records) -> None:
     info = ModelInfo(id="m", family="sd", default_width=64, default_height=64, max_pixels=4096)
-    store.announce_model(info)
-    store.worker_beat("cpu@a")
+    store.announce("cpu@a", info)
     assert store.models() == {"m": info}
     assert store.workers() == ["cpu@a"]
     store.worker_gone("cpu@a")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 UNREADABLE_TASK = "latentline.unreadable"
 RECONNECT_S, RECONNECT_MOST_S = 0.5, 5.0  # pauses between attempts to reach a broker that is away
+BURY_TRIES = 60  # with a second between them: a dead letter outlasts a broker's restart
 BRPOP_S = 0.1  # one look into the queues
 MAX_KEPT_CHARS = 10_000  # of an unreadable message
 UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key": ":mutex"}  # kombu's options, after the role's key
@@ -49,6 +51,7 @@ def create_app(
     """
     in_flight = InFlight()
     kombu.transport.redis.loads = _tolerant_loads
+    kombu.transport.redis.Channel.Message = TolerantMessage
     app = Celery("latentline", broker=settings.redis_url.get_secret_value(), set_as_current=False)
     app.conf.update(
         task_queues=[Queue(queue, routing_key=queue) for queue in queues],
@@ -84,7 +87,10 @@ def create_app(
     )
 
     def unreadable(text: str) -> None:
-        bury(records, "not a message of this system", text)
+        for _ in range(BURY_TRIES):
+            if bury(records, "not a message of this system", text):
+                return
+            time.sleep(1)
 
     # Received and not started: the next look into the queues must know of it already.
     def begin(request: Any, **_: object) -> None:
@@ -100,13 +106,24 @@ def create_app(
     return app
 
 
-def bury(records: Records, reason: str, text: str) -> None:
-    """Keep an unreadable message with its cause."""
+def bury(records: Records, reason: str, text: str) -> bool:
+    """Keep an unreadable message with its cause; whether the broker has it."""
     log.warning("a message is kept as dead letter: %s", reason)
     try:
         records.bury(str(uuid.uuid4()), "message", reason, message=text[:MAX_KEPT_CHARS])
     except LatentlineError as error:
-        log.error("a dead letter is lost: %s", error.message)
+        log.error("a message that cannot be read is not kept: %s", error.message)
+        return False
+    return True
+
+
+class TolerantMessage(kombu.transport.redis.Channel.Message):  # type: ignore[misc]
+    """kombu's message, but for an entry of a queue that looks like kombu's bookkeeping (see :func:`_tolerant_loads`)."""
+
+    def __init__(self, payload: Any, channel: Any = None, **options: Any) -> None:
+        if not isinstance(payload, dict):
+            payload = _unreadable(json.dumps(payload))
+        super().__init__(payload, channel=channel, **options)
 
 
 class PatientConsumer(Consumer):  # type: ignore[misc]
@@ -132,8 +149,8 @@ class PatientConsumer(Consumer):  # type: ignore[misc]
 
     def _bury(self, reason: str, message: Any) -> None:
         body = message.body
-        bury(self.app.latentline_records, reason, body.decode(errors="replace") if isinstance(body, bytes) else str(body))
-        message.ack()
+        if bury(self.app.latentline_records, reason, body.decode(errors="replace") if isinstance(body, bytes) else str(body)):
+            message.ack()  # else it comes back with the broker
 
 
 def _tolerant_loads(text: Any, **options: Any) -> Any:
@@ -148,7 +165,12 @@ def _tolerant_loads(text: Any, **options: Any) -> Any:
             return read
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
-    return json.loads(wake_up(UNREADABLE_TASK, str(text)[:MAX_KEPT_CHARS], "", 0, str(uuid.uuid4())))
+    return _unreadable(str(text))
+
+
+def _unreadable(text: str) -> Any:
+    """The envelope of a message that keeps this text as a dead letter."""
+    return json.loads(wake_up(UNREADABLE_TASK, text[:MAX_KEPT_CHARS], "", 0, str(uuid.uuid4())))
 
 
 def _is_wake_up(envelope: Any) -> bool:

@@ -9,6 +9,7 @@ followed, proxies of the environment are not used.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -63,6 +64,32 @@ def is_global(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not any(ip in network for network in _NOT_GLOBAL)
 
 
+async def _resolve(host: str, port: int) -> list[Any]:
+    """``socket.getaddrinfo`` on a thread that nobody waits for: a dead name server must not hold a try beyond its time."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[Any]] = loop.create_future()
+
+    def tell(outcome: list[Any] | Exception) -> None:
+        if found.done():  # given up meanwhile
+            return
+        if isinstance(outcome, Exception):
+            found.set_exception(outcome)
+        else:
+            found.set_result(outcome)
+
+    def look_up() -> None:
+        outcome: list[Any] | Exception
+        try:
+            outcome = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            outcome = error
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and the try with it
+            loop.call_soon_threadsafe(tell, outcome)
+
+    threading.Thread(target=look_up, name="resolve", daemon=True).start()
+    return await found
+
+
 class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Connects only to addresses that it has looked at. TLS keeps the host's name, which httpcore passes on later."""
 
@@ -78,7 +105,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await _resolve(host, port)
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError(f"the host cannot be resolved: {error}") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -148,7 +175,7 @@ class Deliverer:
             self._settle(taken, "failed", f"{type(error).__name__}: {error}")
             return
         if not self._enter(host):
-            self._records.put_back_callback(callback_id, random.uniform(0.5, 1.5))
+            self._records.put_back_callback(callback_id, taken["tries"], random.uniform(0.5, 1.5))
             return
         try:
             self._try(taken)
@@ -186,7 +213,7 @@ class Deliverer:
         # Without the URL's path and query in the log: they may carry the receiver's own secrets.
         log.info("callback %s, try %d: %s (%s)", taken["id"], taken["tries"], status, reason)
         entry = {"at": round(time.time(), 3), "try": taken["tries"], "result": reason[:300]}
-        self._records.settle_callback(taken["id"], entry, status, delay_s)
+        self._records.settle_callback(taken["id"], taken["tries"], entry, status, delay_s)
 
     def _enter(self, host: str) -> bool:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -30,8 +31,8 @@ class Tracked:
     request: Request | None = None
     uploading: bool = False
     shown: int = 0  # the step of the newest preview that was sent
-    saved: int = 0  # network calls in the newest checkpoint that was written
-    saved_step: int = 0  # the same in the job's own steps
+    saved: int = 0  # network calls in the newest checkpoint that was looked at
+    saved_step: int = 0  # the job's own steps in the newest that was written
     stop_reason: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -116,19 +117,21 @@ class Heartbeat:
         checkpoint = request.checkpoint if request else None
         if request is None or checkpoint is None or checkpoint.step <= tracked.saved:
             return
-        started = time.monotonic()
+        started = time.thread_time()  # what it takes of a core: the device does not wait for the broker's answer
         data = checkpoint.to_bytes(request.work)
         step = _own_steps(tracked, checkpoint.step)
         if data is not None and self._records.checkpoint(tracked.claim.record.id, tracked.claim.token, step, data):
-            tracked.saved, tracked.saved_step = checkpoint.step, step
+            tracked.saved_step = step
+        tracked.saved = checkpoint.step  # also one that is too large or was refused: it would be so at every beat
         if self._pace:
-            self._pace.written(time.monotonic() - started)
+            self._pace.written(time.thread_time() - started)
 
     def _loop(self) -> None:
         next_tend = next_announce = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
-            try:
+            with contextlib.suppress(OSError):  # a readiness file that cannot be written must not cost the leases
                 self._pulse()
+            try:
                 self._beat()
                 if time.monotonic() >= next_announce:
                     next_announce = time.monotonic() + TEND_EVERY_S
@@ -155,7 +158,8 @@ class Heartbeat:
         for one, verdict in zip(tracked, verdicts, strict=True):
             if verdict is not Verdict.GO:
                 one.stop(verdict.value)
-            else:
+        for one, verdict in zip(tracked, verdicts, strict=True):  # after all have heard: a checkpoint may take long, or fail
+            if verdict is Verdict.GO:
                 self.save(one)
 
     def _describe(self, one: Tracked) -> Beat:

@@ -121,8 +121,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     expiry = Expiry(records, store)
 
     def announce() -> None:
-        records.worker_beat(name)
-        records.announce_model(family.info)  # again and again: the broker's state may have been wiped
+        records.announce(name, family.info)  # again and again: the broker's state may have been wiped
 
     def tend() -> None:
         """What belongs to no worker, looked after by every one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -56,9 +57,10 @@ class JobRunner:
         alone = self._insist(lambda: self._records.suspect(job_id))
         if alone:
             log.warning("job %s: workers were lost with it, so it runs alone", job_id)
+        mark = uuid.uuid4().hex  # one claim, however often it is asked for
         with self._gate.pass_(alone):
             try:
-                claim = self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s, alone=alone))
+                claim = self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s, alone=alone, mark=mark))
             except JobNotFound as error:
                 reason = error.message
                 log.warning("job %s: %s", job_id, reason)
@@ -106,7 +108,7 @@ class JobRunner:
         work = self.prepare(record)
         if record.attempt > 1:
             resume = Checkpoint.from_bytes(self._insist(lambda: self._records.load_checkpoint(record.id)), work)
-            work = replace(work, resume=resume, taken_up_again=True)
+            work = replace(work, resume=resume)
             log.info("job %s: goes on from network call %d", record.id, resume.step if resume else 0)
         request = self._engine.submit(work)
         tracked.attach(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +17,7 @@ from latentline.errors import JobNotFound, StaleToken
 from latentline.jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
 from latentline.scripts.lifecycle import BEAT, CHECKPOINT, CLAIM, RELEASE, RETRY, SETTLE
 from latentline.scripts.outbox import PUT_BACK_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
-from latentline.scripts.reaper import EXPIRE, RECLAIM, WAKE
+from latentline.scripts.reaper import ANNOUNCE, BURY, EXPIRE, RECLAIM, WAKE
 
 from .driving import Call, Operation, pairs, run, zrem
 from .fleet import durability, models, up_s, workers
@@ -96,15 +97,16 @@ class Records:
         crashes = self._one(lambda client: client.hget(routing.job_key(job_id), "crashes"))
         return int(crashes or 0) >= SUSPECT_CRASHES
 
-    def claim(self, job_id: str, worker: str, lease_s: float, *, alone: bool = False) -> Claim | None:
+    def claim(self, job_id: str, worker: str, lease_s: float, *, alone: bool = False, mark: str | None = None) -> Claim | None:
         """Own the job for ``lease_s`` seconds; None when there is nothing to do for it.
 
-        That is: it has ended, is past its deadline (then it is failed here), waits for its next try, or is under a live lease.
+        That is: it has ended, is past its deadline (then it is failed here), waits for its next try, or is running. A claim
+        that is repeated under the same ``mark``, because its answer was lost, is answered again.
 
         Raises:
             JobNotFound: there is no such record, or it is of another version (then it is failed and kept as dead letter).
         """
-        reply = self._eval(CLAIM, job_id, worker, lease_s, self._retention_s, int(alone))
+        reply = self._eval(CLAIM, job_id, worker, lease_s, self._retention_s, int(alone), mark or uuid.uuid4().hex)
         if reply == "unknown":
             raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
         if isinstance(reply, str):
@@ -221,13 +223,16 @@ class Records:
         reply = self._eval(TAKE_CALLBACK, callback_id, lock_s)
         return callback_of(pairs(reply)) if reply else None
 
-    def settle_callback(self, callback_id: str, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
-        """Log a try: ``pending`` and due again after ``delay_s``, or ended (delivered, failed, refused, gone)."""
-        self._eval(SETTLE_CALLBACK, callback_id, json.dumps(entry), status, delay_s)
+    def settle_callback(self, callback_id: str, tries: int, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
+        """Log a try: ``pending`` and due again after ``delay_s``, or ended (delivered, failed, refused, gone).
 
-    def put_back_callback(self, callback_id: str, delay_s: float) -> None:
-        """A callback that was taken and not tried: due again after ``delay_s``."""
-        self._eval(PUT_BACK_CALLBACK, callback_id, delay_s)
+        Nothing when others have taken it since: ``tries`` is the number of the try, as it was taken.
+        """
+        self._eval(SETTLE_CALLBACK, callback_id, tries, json.dumps(entry), status, delay_s)
+
+    def put_back_callback(self, callback_id: str, tries: int, delay_s: float) -> None:
+        """A callback that was taken and not tried: due again after ``delay_s``; ``tries`` as in :meth:`settle_callback`."""
+        self._eval(PUT_BACK_CALLBACK, callback_id, tries, delay_s)
 
     def wake_callbacks(self) -> int:
         """Hand every callback whose next try is due to the deliverers; how many."""
@@ -239,32 +244,11 @@ class Records:
 
     def bury(self, dead_id: str, kind: str, reason: str, **more: Any) -> None:
         """Keep what nobody can read, with its cause."""
-        seconds = self._now()
-        letter = json.dumps({"id": dead_id, "kind": kind, "reason": reason, "at": str(seconds), **more})
+        self._eval(BURY, dead_id, json.dumps({"id": dead_id, "kind": kind, "reason": reason, **more}))
 
-        def call(client: Any) -> Any:
-            pipeline = client.pipeline(transaction=False)
-            pipeline.hsetnx(routing.dead_key(), dead_id, letter)
-            pipeline.zadd(routing.dead_times_key(), {dead_id: seconds}, nx=True)
-            return pipeline.execute()
-
-        self._one(call)
-
-    def announce_model(self, info: ModelInfo) -> None:
-        """Say that a worker serves this model."""
-        self._one(lambda client: client.hset(routing.models_key(), info.id, info.model_dump_json()))
-
-    def worker_beat(self, name: str) -> None:
-        """Say that a worker is alive, on the server's clock."""
-        seconds = self._now()
-
-        def call(client: Any) -> Any:
-            pipeline = client.pipeline(transaction=False)
-            pipeline.zadd(routing.workers_key(), {name: seconds})
-            pipeline.zremrangebyscore(routing.workers_key(), "-inf", seconds - WORKER_FORGOTTEN_S)
-            return pipeline.execute()
-
-        self._one(call)
+    def announce(self, worker: str, info: ModelInfo) -> None:
+        """Say that a worker is alive, on the server's clock, and serves this model."""
+        self._eval(ANNOUNCE, worker, info.id, info.model_dump_json(), WORKER_FORGOTTEN_S)
 
     def worker_gone(self, name: str) -> None:
         """Say that a worker has stopped."""

@@ -55,15 +55,16 @@ return {'new', redis.call('HGETALL', job_key(id)), redis.call('ZRANK', P .. 'wai
 )
 
 
-# ARGV id, worker, lease_s, retention_s, alone ('1': the worker runs nothing else meanwhile)
+# ARGV id, worker, lease_s, retention_s, alone ('1': the worker runs nothing else meanwhile), mark of this claim
 CLAIM = (
     PRELUDE
     + """
 local id = ARGV[1]
-local job = redis.call('HMGET', job_key(id), 'status', 'lease_until', 'deadline_at', 'score', 'model', 'checkpoint_step')
+local job = redis.call('HMGET', job_key(id), 'status', 'claim', 'deadline_at', 'score', 'model', 'checkpoint_step')
 if not job[1] then return 'unknown' end
-if job[1] ~= 'queued' and job[1] ~= 'running' then return 'done' end
-if job[1] == 'running' and tonumber(job[2] or 0) > tonumber(now) then return 'taken' end
+if job[1] == 'running' and job[2] == ARGV[6] then return redis.call('HGETALL', job_key(id)) end  -- the first answer was lost
+if job[1] == 'running' then return 'taken' end  -- also when its lease has run out: that is the reaper's, who writes a new message
+if job[1] ~= 'queued' then return 'done' end
 local due = redis.call('ZSCORE', P .. 'delayed', id)
 if due and tonumber(due) > tonumber(now) then return 'delayed' end
 if job[3] and tonumber(job[3]) <= tonumber(now) then
@@ -77,7 +78,7 @@ leave(id, job[5])
 redis.call('ZADD', P .. 'jobs:running', job[4], id)
 redis.call('ZADD', P .. 'leases', later(ARGV[3]), id)
 redis.call('HSET', job_key(id), 'status', 'running', 'phase', 'encoding', 'step', job[6] or 0, 'worker', ARGV[2], 'started_at', now,
-           'lease_until', later(ARGV[3]), 'alone', ARGV[5], 'claimed_step', job[6] or 0)
+           'lease_until', later(ARGV[3]), 'alone', ARGV[5], 'claim', ARGV[6])
 callback(id, 'job.running', event(id, 'job.running', {status = 'running', worker = ARGV[2], step = tonumber(job[6] or 0)}), ARGV[4])
 return redis.call('HGETALL', job_key(id))
 """

@@ -19,20 +19,22 @@ return redis.call('HGETALL', key)
 )
 
 
-# What came of a try. ARGV callback id, log entry, status, delay_s until the next try
+# What came of a try. ARGV callback id, number of the try, log entry, status, delay_s until the next try
 SETTLE_CALLBACK = (
-    TIME
+    PRELUDE
     + """
 local key = P .. 'callback:' .. ARGV[1]
-if redis.call('HGET', key, 'status') ~= 'pending' then return 0 end
-local log = cjson.decode(redis.call('HGET', key, 'log') or '[]')
-log[#log + 1] = cjson.decode(ARGV[2])
+local c = redis.call('HMGET', key, 'status', 'tries', 'log')
+if c[1] ~= 'pending' or c[2] ~= ARGV[2] then return 0 end  -- others have taken it meanwhile
+local log = cjson.decode(c[3] or '[]')
+log[#log + 1] = cjson.decode(ARGV[3])
 redis.call('ZREM', P .. 'callbacks:due', ARGV[1])  -- first, so that the rest gets through on a broker without memory
-redis.call('HSET', key, 'log', cjson.encode(log), 'status', ARGV[3])
-if ARGV[3] == 'pending' then
-  redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[4]))
-  redis.call('ZADD', P .. 'callbacks:due', now + ARGV[4], ARGV[1])
-elseif ARGV[3] == 'gone' then
+redis.call('HSET', key, 'log', cjson.encode(log), 'status', ARGV[4])
+if ARGV[4] == 'pending' then
+  redis.call('HSET', key, 'due', later(ARGV[5]))
+  redis.call('ZADD', P .. 'callbacks:due', later(ARGV[5]), ARGV[1])
+  redis.call('EXPIRE', key, CALLBACK_KEPT_S, 'GT')
+elseif ARGV[4] == 'gone' then
   redis.call('HSET', P .. 'callbacks:disabled', redis.call('HGET', key, 'url'), now)
 end
 return 1
@@ -40,15 +42,17 @@ return 1
 )
 
 
-# A callback that was taken and not tried. ARGV callback id, delay_s
+# A callback that was taken and not tried. ARGV callback id, number of the try, delay_s
 PUT_BACK_CALLBACK = (
     TIME
     + """
 local key = P .. 'callback:' .. ARGV[1]
-if redis.call('HGET', key, 'status') ~= 'pending' then return 0 end
+local c = redis.call('HMGET', key, 'status', 'tries')
+if c[1] ~= 'pending' or c[2] ~= ARGV[2] then return 0 end
+redis.call('ZREM', P .. 'callbacks:due', ARGV[1])  -- first, as above
 redis.call('HINCRBY', key, 'tries', -1)
-redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[2]))
-redis.call('ZADD', P .. 'callbacks:due', now + ARGV[2], ARGV[1])
+redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[3]))
+redis.call('ZADD', P .. 'callbacks:due', now + ARGV[3], ARGV[1])
 return 1
 """
 )

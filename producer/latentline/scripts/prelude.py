@@ -8,6 +8,7 @@ from latentline import routing
 _TEMPLATE = routing.wake_up("@task@", "@argument@", "@queue@", "@priority@", "@message@").replace('"@priority@"', "@priority@")
 
 
+CALLBACK_KEPT_S = 7 * 86400  # at least: a callback's tries go on for three days and more, however short the job's own retention
 CALLBACK_GRACE_S = 30  # a callback whose message was written this long ago and that nobody has taken is woken again
 
 TIME = """
@@ -32,7 +33,7 @@ PRELUDE = (
     + f"""
 local TEMPLATE = [==[{_TEMPLATE}]==]
 local GENERATE, CALLBACK, CALLBACK_QUEUE = '{routing.GENERATE_TASK}', '{routing.CALLBACK_TASK}', '{routing.CALLBACK_QUEUE}'
-local CALLBACK_GRACE_S = {CALLBACK_GRACE_S}
+local CALLBACK_GRACE_S, CALLBACK_KEPT_S = {CALLBACK_GRACE_S}, {CALLBACK_KEPT_S}
 local SEPARATOR, NUM_SHARDS, STEPS = '\\6\\22', {routing.NUM_SHARDS}, {{ {", ".join(map(str, routing.PRIORITY_STEPS))} }}
 """
     + """
@@ -69,7 +70,7 @@ local function callback(id, kind, seq, retention)
   if redis.call('EXISTS', key) == 1 then return end
   redis.call('HSET', key, 'id', cid, 'job_id', id, 'type', kind, 'seq', seq, 'url', job[1], 'at', now, 'status', 'pending',
              'tries', 0, 'due', now, 'record', cjson.encode(redis.call('HGETALL', job_key(id))))
-  redis.call('EXPIRE', key, retention)
+  redis.call('EXPIRE', key, math.max(retention, CALLBACK_KEPT_S))
   redis.call('ZADD', P .. 'callbacks', now, cid)
   redis.call('ZADD', P .. 'callbacks:due', later(CALLBACK_GRACE_S), cid)  -- its message is on its way
   wake(CALLBACK, cid, CALLBACK_QUEUE, 0, false)

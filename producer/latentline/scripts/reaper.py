@@ -9,7 +9,7 @@ RECLAIM = (
     PRELUDE
     + """
 local id, key = ARGV[1], job_key(ARGV[1])
-local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone', 'checkpoint_step', 'claimed_step')
+local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone', 'step', 'furthest')
 if job[1] ~= 'running' then
   redis.call('ZREM', P .. 'leases', id)
   if not job[1] then redis.call('ZREM', P .. 'jobs:running', id) end  -- its record has expired
@@ -17,9 +17,9 @@ if job[1] ~= 'running' then
 end
 if tonumber(job[2] or 0) > tonumber(now) then return 0 end
 in_any_case()
--- What gets further in every life does not kill its workers: somebody else does. What kills them stands where it stood.
-local further = tonumber(job[5] or 0) > tonumber(job[6] or 0)
-if further then redis.call('HSET', key, 'crashes', 0, 'crashes_alone', 0) end
+-- What kills its workers does so at the same step each time; what was further than ever when its worker was lost does not.
+local further = tonumber(job[5]) > tonumber(job[6] or 0)
+if further then redis.call('HSET', key, 'furthest', job[5], 'crashes_alone', 0) end
 local crashes = redis.call('HINCRBY', key, 'crashes', further and 0 or 1)
 local alone = redis.call('HINCRBY', key, 'crashes_alone', (not further and job[4] == '1') and 1 or 0)
 if job[3] == '1' then
@@ -99,10 +99,36 @@ return {woken, #waiting}
 )
 
 
+# A worker is alive and serves a model. ARGV name, model id, model, forgotten_s
+ANNOUNCE = (
+    TIME
+    + """
+in_any_case()
+redis.call('ZADD', P .. 'workers', now, ARGV[1])
+redis.call('ZREMRANGEBYSCORE', P .. 'workers', '-inf', now - ARGV[4])
+redis.call('HSET', P .. 'models', ARGV[2], ARGV[3])
+return 1
+"""
+)
+
+
+# Keep what nobody can read. ARGV id, dead letter
+BURY = (
+    TIME
+    + """
+local dead = cjson.decode(ARGV[2])
+dead.at = now
+redis.call('ZREM', P .. 'dead:at', '')  -- as in_any_case, for a role that knows no leases
+if redis.call('HSETNX', P .. 'dead', ARGV[1], cjson.encode(dead)) == 1 then redis.call('ZADD', P .. 'dead:at', now, ARGV[1]) end
+return 1
+"""
+)
+
+
 # Forget ended jobs whose time is over, and what else has had its time. Returns tenant/id of each; the caller deletes their
 # images and says so, or they come again after a while. ARGV most, again_s, retention_s, dead_kept_s, dead_most
 EXPIRE = (
-    TIME
+    PRELUDE
     + """
 local over = redis.call('ZRANGEBYSCORE', P .. 'expiring', '-inf', now, 'LIMIT', 0, ARGV[1])
 for _, member in ipairs(over) do
@@ -111,7 +137,7 @@ for _, member in ipairs(over) do
   for _, index in ipairs({'jobs', 'jobs:succeeded', 'jobs:failed', 'jobs:cancelled'}) do redis.call('ZREM', P .. index, id) end
   redis.call('ZADD', P .. 'expiring', now + ARGV[2], member)
 end
-redis.call('ZREMRANGEBYSCORE', P .. 'callbacks', '-inf', now - ARGV[3])  -- the callbacks themselves expire
+redis.call('ZREMRANGEBYSCORE', P .. 'callbacks', '-inf', now - math.max(ARGV[3], CALLBACK_KEPT_S))  -- the callbacks themselves expire
 local dead = redis.call('ZRANGEBYSCORE', P .. 'dead:at', '-inf', now - ARGV[4], 'LIMIT', 0, ARGV[1])
 local many = redis.call('ZCARD', P .. 'dead:at') - ARGV[5]
 if #dead == 0 and many > 0 then dead = redis.call('ZRANGE', P .. 'dead:at', 0, math.min(many, tonumber(ARGV[1])) - 1) end

@@ -31,9 +31,9 @@ class Checkpoint:
 
     def to_bytes(self, work: Work) -> bytes | None:
         """Compressed, with what it belongs to; None when it would be larger than ``MAX_BYTES``. Waits for the device."""
-        values = self.history.cpu().numpy()
-        if values.nbytes > MAX_BYTES:
+        if self.history.nbytes > MAX_BYTES:
             return None
+        values = self.history.cpu().numpy()
         head = json.dumps({"format": FORMAT, "step": self.step, "shape": values.shape, "of": _identity(work)}).encode()
         return len(head).to_bytes(4, "big") + head + _compress(values)
 
@@ -77,7 +77,7 @@ class Pace:
         self.total_s += seconds
 
     def written(self, seconds: float) -> None:
-        """Compressing and sending one took this long. Told by the heartbeat's thread alone."""
+        """Compressing and sending one took so much of a core's time. Told by the heartbeat's thread alone."""
         self.written_s += 0.2 * (seconds - self.written_s)
         self.total_s += seconds
 

@@ -328,9 +328,7 @@ class Engine:
         if request.remaining == 0:
             self._denoised(request)
             return
-        # A job that is taken up again shows at once that it gets further: what kills its workers does not (see RECLAIM).
-        first = request.work.taken_up_again and request.checkpoint is None
-        if self.pace and (first or self.pace.due(request.checkpoint_at, len(self._active))):
+        if self.pace and self.pace.due(request.checkpoint_at, len(self._active)):
             self._checkpoint(request, self.pace)
         if every and request.step % every == 0:
             self._preview(request)

@@ -61,8 +61,7 @@ class Work:
     deadline: float | None = None  # time.monotonic(): the planner hurries what would be late
     preview_every: int = 0  # network calls between previews; 0: none
     decode: bool = True  # False: the result is the latents
-    taken_up_again: bool = False  # after a worker was lost with it, ended, or failed on it
-    resume: Checkpoint | None = None  # where that worker left off
+    resume: Checkpoint | None = None  # where another worker left off
 
     @property
     def guided(self) -> bool:
