@@ -33,11 +33,11 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
     repeated: list[int] = []
     repeated_s: list[float] = []
     for _ in range(kills):
+        cluster.until_ready(cluster.workers())  # somebody is there to take the jobs over
         while len(cluster.client.list(Status.QUEUED, limit=200)[0]) < 4:
-            cluster.submit(4, num_inference_steps=60, callback={"url": receiver.url})
+            cluster.submit(4, num_inference_steps=100, callback={"url": receiver.url})
         cluster.until(lambda: cluster.running(step=8))
         time.sleep(rng.uniform(0, 2))  # at any moment of a job's life
-        cluster.until_ready(cluster.workers())  # somebody is there to take the jobs over
         victim = rng.choice(cluster.workers())
         before = {r.id: r for r in cluster.running() if str(r.worker).endswith(f":{victim.process.pid}")}
         seconds, micros = cluster.redis.time()
