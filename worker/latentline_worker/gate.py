@@ -1,4 +1,4 @@
-"""Lets jobs run together, or one alone: a job in whose company workers were lost gets no company any more."""
+"""Lets jobs run together, or one alone: a job that may be what killed its workers gets no company any more."""
 
 from __future__ import annotations
 

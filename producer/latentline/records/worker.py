@@ -25,8 +25,8 @@ from .jobs import get, record_of
 from .outbox import callback_of
 
 MAX_ERRORS = 4  # tries that may end in an error that another try might mend
-# Workers that may be lost with a job in flight before it runs with no other beside it, and then before it fails: a job
-# that kills its process takes its neighbours with it, and they must not be blamed.
+# Workers that may be lost with a job that was no further than ever, before it runs with no other beside it, and then before it
+# fails: a job that kills its process takes its neighbours with it, and they must not be blamed.
 SUSPECT_CRASHES = 2
 MAX_CRASHES_ALONE = 2
 WORKER_FORGOTTEN_S = 3600  # the name of a worker that said nothing for this long goes
@@ -193,7 +193,8 @@ class Records:
     def reclaim(self) -> list[str]:
         """Take jobs away from workers whose lease has run out and queue them again; the ids of those jobs.
 
-        A job that was alone on ``MAX_CRASHES_ALONE`` lost workers fails with ``worker_lost``: it is what kills them.
+        A job that was alone on ``MAX_CRASHES_ALONE`` lost workers, no further than in its lives before, fails with
+        ``worker_lost``: it is what kills them.
         """
         seconds = self._now()
         over = self._one(lambda client: client.zrangebyscore(routing.leases_key(), "-inf", seconds, 0, MAX_RECLAIM))
