@@ -196,7 +196,7 @@ def test_a_full_broker_hears_who_is_alive_and_keeps_dead_letters(client: redis.R
     store = Records(client)
     full()
     store.announce("one", ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096))
-    store.bury("lost", "message", "a reason", message="x")
+    store.bury("lost", "message", "a reason", message="half a pair: \ud800")
     assert store.workers() == ["one"] and set(store.models()) == {"m"}
     (letter,) = run(client, records.dead_letters())
-    assert (letter["id"], letter["reason"], letter["message"]) == ("lost", "a reason", "x")
+    assert (letter["id"], letter["reason"], letter["message"]) == ("lost", "a reason", "half a pair: \ud800")

@@ -212,7 +212,7 @@ class Deliverer:
     def _settle(self, taken: dict[str, Any], status: str, reason: str, delay_s: float = 0.0) -> None:
         # Without the URL's path and query in the log: they may carry the receiver's own secrets.
         log.info("callback %s, try %d: %s (%s)", taken["id"], taken["tries"], status, reason)
-        entry = {"at": round(time.time(), 3), "try": taken["tries"], "result": reason[:300]}
+        entry = {"at": round(time.time(), 3), "try": taken["tries"], "result": reason[:300].encode(errors="replace").decode()}
         self._records.settle_callback(taken["id"], taken["tries"], entry, status, delay_s)
 
     def _enter(self, host: str) -> bool:
