@@ -74,7 +74,7 @@ def measure(quick: bool) -> dict[str, Any]:
     }
     for percent in (80,) if quick else (50, 80, 95):
         rate = percent / 100 * static.throughput()
-        arrivals = trace.poisson(trace.closed(24 if quick else 100, seed=percent), rate, seed=percent)
+        arrivals = trace.poisson(trace.closed(36 if quick else 100, seed=percent), rate, seed=percent)
         for job in arrivals:
             sampler_table(job.scheduler, family.scheduler_config, job.steps)
         open_static, open_ours = runners.pipelines(arrivals, pipeline, side, batched=True), runners.engine(arrivals, engine, side)
