@@ -378,3 +378,13 @@ def test_a_setting_that_is_wrong_is_named() -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "presign_ttl_s" in line.lower()
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_the_api_waits_for_the_append_only_file_when_asked_to(monkeypatch: pytest.MonkeyPatch, durable: bool) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("latentline.api.app.create_app", lambda settings: settings)
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_: served.append(app))
+    result = click.testing.CliRunner().invoke(main, ["api", *(["--durable"] if durable else [])])
+    assert result.exit_code == 0, result.output
+    assert [settings.durable for settings in served] == [durable]
