@@ -93,8 +93,8 @@ local id, key = ARGV[1], job_key(ARGV[1])
 local job = redis.call('HMGET', key, 'status', 'token', 'phase', 'step', 'num_steps', 'cancel_requested', 'deadline_at')
 if job[1] ~= 'running' or job[2] ~= ARGV[2] then return 'stale' end
 in_any_case()
-redis.call('HSET', key, 'lease_until', string.format('%.6f', now + ARGV[5]), 'phase', ARGV[3], 'step', ARGV[4])
-redis.call('ZADD', P .. 'leases', now + ARGV[5], id)
+redis.call('HSET', key, 'lease_until', later(ARGV[5]), 'phase', ARGV[3], 'step', ARGV[4])
+redis.call('ZADD', P .. 'leases', later(ARGV[5]), id)
 if job[3] ~= ARGV[3] or job[4] ~= ARGV[4] then
   event(id, 'job.progress', {phase = ARGV[3], step = tonumber(ARGV[4]), num_steps = tonumber(job[5]), batch_jobs = tonumber(ARGV[6])})
 end

@@ -11,8 +11,8 @@ TAKE_CALLBACK = (
 local key = P .. 'callback:' .. ARGV[1]
 local c = redis.call('HMGET', key, 'status', 'due')
 if c[1] ~= 'pending' or tonumber(c[2]) > tonumber(now) then return false end
-redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[2]))
-redis.call('ZADD', P .. 'callbacks:due', now + ARGV[2], ARGV[1])
+redis.call('HSET', key, 'due', later(ARGV[2]))
+redis.call('ZADD', P .. 'callbacks:due', later(ARGV[2]), ARGV[1])
 redis.call('HINCRBY', key, 'tries', 1)
 return redis.call('HGETALL', key)
 """
@@ -21,7 +21,7 @@ return redis.call('HGETALL', key)
 
 # What came of a try. ARGV callback id, number of the try, log entry, status, delay_s until the next try
 SETTLE_CALLBACK = (
-    PRELUDE
+    TIME
     + """
 local key = P .. 'callback:' .. ARGV[1]
 local c = redis.call('HMGET', key, 'status', 'tries', 'log')
@@ -51,8 +51,8 @@ local c = redis.call('HMGET', key, 'status', 'tries')
 if c[1] ~= 'pending' or c[2] ~= ARGV[2] then return 0 end
 redis.call('ZREM', P .. 'callbacks:due', ARGV[1])  -- first, as above
 redis.call('HINCRBY', key, 'tries', -1)
-redis.call('HSET', key, 'due', string.format('%.6f', now + ARGV[3]))
-redis.call('ZADD', P .. 'callbacks:due', now + ARGV[3], ARGV[1])
+redis.call('HSET', key, 'due', later(ARGV[3]))
+redis.call('ZADD', P .. 'callbacks:due', later(ARGV[3]), ARGV[1])
 return 1
 """
 )

@@ -11,10 +11,13 @@ _TEMPLATE = routing.wake_up("@task@", "@argument@", "@queue@", "@priority@", "@m
 CALLBACK_KEPT_S = 7 * 86400  # at least: a callback's tries go on for three days and more, however short the job's own retention
 CALLBACK_GRACE_S = 30  # a callback whose message was written this long ago and that nobody has taken is woken again
 
-TIME = """
+TIME = (
+    f"local CALLBACK_GRACE_S, CALLBACK_KEPT_S = {CALLBACK_GRACE_S}, {CALLBACK_KEPT_S}"
+    + """
 local t = redis.call('TIME')
 local now = string.format('%d.%06d', t[1], t[2])
 local P = 'latentline:'
+local function later(seconds) return string.format('%.6f', now + seconds) end
 -- A broker at its memory bound refuses a script's first write if that takes memory, and none that follows a write which
 -- takes none. What ends work or keeps it in its owner's hands does such a write first: it has to get through.
 local function in_any_case() redis.call('ZREM', P .. 'leases', '') end
@@ -25,6 +28,7 @@ local function event(id, kind, data)
   return data.seq
 end
 """
+)
 
 
 # What the transitions share.
@@ -33,12 +37,9 @@ PRELUDE = (
     + f"""
 local TEMPLATE = [==[{_TEMPLATE}]==]
 local GENERATE, CALLBACK, CALLBACK_QUEUE = '{routing.GENERATE_TASK}', '{routing.CALLBACK_TASK}', '{routing.CALLBACK_QUEUE}'
-local CALLBACK_GRACE_S, CALLBACK_KEPT_S = {CALLBACK_GRACE_S}, {CALLBACK_KEPT_S}
 local SEPARATOR, NUM_SHARDS, STEPS = '\\6\\22', {routing.NUM_SHARDS}, {{ {", ".join(map(str, routing.PRIORITY_STEPS))} }}
 """
     + """
-local function later(seconds) return string.format('%.6f', now + seconds) end
-
 local function list_of(queue, priority)
   local step = 0
   for _, s in ipairs(STEPS) do if s <= priority then step = s end end

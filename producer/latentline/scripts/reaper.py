@@ -127,14 +127,14 @@ return 1
 # Forget ended jobs whose time is over, and what else has had its time. Returns tenant/id of each; the caller deletes their
 # images and says so, or they come again after a while. ARGV most, again_s, retention_s, dead_kept_s, dead_most
 EXPIRE = (
-    PRELUDE
+    TIME
     + """
 local over = redis.call('ZRANGEBYSCORE', P .. 'expiring', '-inf', now, 'LIMIT', 0, ARGV[1])
 for _, member in ipairs(over) do
   local id = string.match(member, '/(.*)$')
   redis.call('DEL', job_key(id), P .. 'events:' .. id, P .. 'checkpoint:' .. id)
   for _, index in ipairs({'jobs', 'jobs:succeeded', 'jobs:failed', 'jobs:cancelled'}) do redis.call('ZREM', P .. index, id) end
-  redis.call('ZADD', P .. 'expiring', now + ARGV[2], member)
+  redis.call('ZADD', P .. 'expiring', later(ARGV[2]), member)
 end
 redis.call('ZREMRANGEBYSCORE', P .. 'callbacks', '-inf', now - math.max(ARGV[3], CALLBACK_KEPT_S))  -- the callbacks themselves expire
 local dead = redis.call('ZRANGEBYSCORE', P .. 'dead:at', '-inf', now - ARGV[4], 'LIMIT', 0, ARGV[1])
