@@ -24,7 +24,7 @@ from latentline.records import Records
 from latentline_worker.embedded.broker import Broker
 from latentline_worker.engine.checkpoint import SHARE
 from latentline_worker.engine.engine import Engine
-from latentline_worker.heartbeat import Heartbeat
+from latentline_worker.generate.leases import Heartbeat
 from latentline_worker.models import bundled_model
 from latentline_worker.models.base import Family
 

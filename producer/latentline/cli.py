@@ -222,7 +222,7 @@ def worker(model: str | None, concurrency: int | None) -> None:
         if importlib.util.find_spec(module) is None:
             raise MissingExtra("latentline worker", "worker")
     args = [*(["--model", model] if model else []), *(["--concurrency", str(concurrency)] if concurrency is not None else [])]
-    sys.exit(load("latentline_worker.launch", "latentline worker", "worker").main(args))
+    sys.exit(load("latentline_worker.generate.launch", "latentline worker", "worker").main(args))
 
 
 @main.group()
@@ -234,7 +234,7 @@ def callbacks() -> None:
 @clear_errors
 def serve_callbacks() -> None:
     """Deliver callbacks until told to stop."""
-    module = load("latentline_worker.callback_worker", "latentline callbacks serve", "callbacks")
+    module = load("latentline_worker.callbacks.worker", "latentline callbacks serve", "callbacks")
     check_settings()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     sys.exit(module.serve(module.ProcessSettings()))
@@ -341,7 +341,7 @@ def up(data_dir: Path | None, port: int, model: str | None) -> None:
 @clear_errors
 def demo(prompts: tuple[str, ...], out: Path) -> None:
     """Make pictures on embedded services, from nothing to files in a folder."""
-    sys.exit(_stack_module("latentline demo", "latentline_worker.demo").run(list(prompts) or None, out))
+    sys.exit(_stack_module("latentline demo", "latentline_worker.embedded.demo").run(list(prompts) or None, out))
 
 
 def _stack_module(what: str, module: str) -> Any:

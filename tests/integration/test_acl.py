@@ -27,7 +27,7 @@ from latentline.records import Backoff, Beat, Records, Verdict
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, GENERATE_TASK, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
 from latentline.webhooks import generate_secret
-from latentline_worker.callbacks import Deliverer
+from latentline_worker.callbacks.deliverer import Deliverer
 from latentline_worker.embedded.broker import _binary
 from latentline_worker.embedded.process import Child, clean_env, free_port
 

@@ -21,9 +21,9 @@ from latentline.errors import JobNotFound
 from latentline.jobs import JobRequest, Status
 from latentline.records import Records
 from latentline.testing import MODEL, FakeImages, FakeWorker
-from latentline_worker.app import create_app
+from latentline_worker.generate.runner import JobRunner
 from latentline_worker.settings import WorkerSettings
-from latentline_worker.tasks import JobRunner
+from latentline_worker.transport.app import create_app
 
 PATIENCE_S = 20  # how long a test waits for a signal before it fails; no test measures time
 PROMPT = "a very private prompt"

@@ -26,7 +26,7 @@ from latentline_worker.embedded.broker import Broker
 from latentline_worker.embedded.process import Child, clean_env
 from latentline_worker.embedded.stack import Stack
 from latentline_worker.embedded.store import Store
-from latentline_worker.storage import ImageStore
+from latentline_worker.images.store import ImageStore
 
 PATIENCE_S = 120  # how long a test waits before it fails; no test measures time
 

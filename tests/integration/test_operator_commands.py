@@ -20,7 +20,7 @@ from latentline.images import Images
 from latentline.jobs import JobError, JobRequest, Status
 from latentline.records import MAX_ERRORS, Backoff, Records, run
 from latentline.testing import MODEL, FakeImages, FakeWorker
-from latentline_worker.callbacks import Deliverer
+from latentline_worker.callbacks.deliverer import Deliverer
 
 PROMPT = "a cat on a roof"
 HOOK = "http://127.0.0.1:9/hook"

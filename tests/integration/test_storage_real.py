@@ -17,7 +17,7 @@ from latentline.errors import ConfigurationError, StoreUnavailable
 from latentline.images import Images, connect
 from latentline.settings import Settings
 from latentline_worker.embedded.store import Store
-from latentline_worker.storage import ImageStore
+from latentline_worker.images.store import ImageStore
 
 KEY = "default/j1/1/0.png"
 

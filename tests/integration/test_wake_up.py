@@ -17,8 +17,8 @@ from latentline.jobs import JobRequest, Status
 from latentline.records import Records
 from latentline.routing import GENERATE_TASK, GENERATE_UNACKED, queue_list, queue_name, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
-from latentline_worker.app import create_app
 from latentline_worker.settings import WorkerSettings
+from latentline_worker.transport.app import create_app
 
 PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
 

@@ -25,8 +25,8 @@ def main() -> int:
         time.time = lambda: real_time() + SKEW_S
     import torch
 
-    from latentline_worker import launch
     from latentline_worker.engine.network import Network
+    from latentline_worker.generate import launch
     from latentline_worker.models.sd import StableDiffusion
 
     real_encode, real_denoise = StableDiffusion.encode, StableDiffusion.denoise

@@ -16,7 +16,7 @@ from latentline.jobs import JobRequest
 from latentline.records import Records
 from latentline.routing import GENERATE_UNACKED
 from latentline.settings import Settings
-from latentline_worker.app import create_app
+from latentline_worker.transport.app import create_app
 
 PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
 

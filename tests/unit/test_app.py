@@ -20,8 +20,8 @@ from latentline.errors import BrokerUnavailable
 from latentline.records import Records, run
 from latentline.routing import GENERATE_TASK, queue_names, wake_up
 from latentline.settings import Settings
-from latentline_worker.app import MAX_KEPT_CHARS, UNREADABLE_TASK, PatientConsumer, bury, create_app
-from latentline_worker.turns import LeastServedFirst
+from latentline_worker.transport.app import MAX_KEPT_CHARS, UNREADABLE_TASK, PatientConsumer, bury, create_app
+from latentline_worker.transport.fairness import LeastServedFirst
 
 PROMPT = "a very private prompt"
 
@@ -180,4 +180,4 @@ def test_the_delivery_policy(app: Celery) -> None:
     assert [queue.name for queue in app.conf.task_queues] == queue_names("latentline-emoji")
     turns = app.conf.broker_transport_options["queue_order_strategy"]()
     assert isinstance(turns, LeastServedFirst)
-    assert app.conf.worker_consumer == "latentline_worker.app:PatientConsumer"
+    assert app.conf.worker_consumer == "latentline_worker.transport.app:PatientConsumer"

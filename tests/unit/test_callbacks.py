@@ -27,8 +27,8 @@ from latentline.jobs import ImageRef, JobError, JobRequest, Status
 from latentline.records import Records, run
 from latentline.settings import Settings, parse_networks
 from latentline.webhooks import generate_secret, verify
-from latentline_worker import callbacks
-from latentline_worker.callbacks import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, Deliverer, is_global
+from latentline_worker.callbacks import deliverer as callbacks
+from latentline_worker.callbacks.deliverer import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, Deliverer, is_global
 
 SECRET = generate_secret()
 PROMPT = "a very private prompt"

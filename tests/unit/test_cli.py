@@ -328,7 +328,7 @@ def test_worker_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, args: list
             if os.environ.get("CI"):
                 pytest.fail(f"{package} is missing, and CI must have it")
             pytest.skip(f"{package} is not installed")
-    import latentline_worker.launch
+    import latentline_worker.generate.launch
 
     given: list[list[str]] = []
 
@@ -336,7 +336,7 @@ def test_worker_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, args: list
         given.append(list(arguments))
         return 7
 
-    monkeypatch.setattr(latentline_worker.launch, "main", launch)
+    monkeypatch.setattr(latentline_worker.generate.launch, "main", launch)
     call("worker", *args, code=7)
     assert given == [expected]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from latentline_worker.callbacks import TIMEOUT_S
+from latentline_worker.callbacks.deliverer import TIMEOUT_S
 from latentline_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]

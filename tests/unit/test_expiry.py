@@ -10,7 +10,7 @@ import pytest
 from latentline import records, routing
 from latentline.jobs import JobRequest
 from latentline.records import Records
-from latentline_worker.expiry import Expiry
+from latentline_worker.maintenance.expiry import Expiry
 
 
 class FakeStore:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from latentline_worker.gate import Gate
+from latentline_worker.generate.exclusive import Gate
 
 PATIENCE_S = 30  # how long a test waits for a signal before it fails; no test measures time
 

@@ -14,7 +14,7 @@ from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
 from latentline.jobs import JobRequest, Phase
 from latentline.records import Records
-from latentline_worker.heartbeat import Heartbeat
+from latentline_worker.generate.leases import Heartbeat
 
 PATIENCE_S = 20  # how long a test waits for a signal before it fails; no test measures time
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentline.jobs import JobRecord, JobRequest, Status
-from latentline_worker.metadata import EXIF_DESCRIPTION, EXIF_IFD, EXIF_USER_COMMENT, encode_image
+from latentline_worker.images.encode import EXIF_DESCRIPTION, EXIF_IFD, EXIF_USER_COMMENT, encode_image
 
 PIXELS = np.full((16, 24, 3), (200, 30, 60), dtype=np.uint8)
 

@@ -75,7 +75,7 @@ def test_constraints_name_releases_only() -> None:
 def test_callbacks_are_delivered_without_torch() -> None:
     """The extra for it is small: nothing that the process imports may need more."""
     heavy = "{'torch', 'diffusers', 'transformers', 'numpy', 'PIL'}"
-    code = f"import latentline_worker.callback_worker, sys; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    code = f"import latentline_worker.callbacks.worker, sys; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

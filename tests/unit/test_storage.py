@@ -19,8 +19,8 @@ from moto import mock_aws
 from latentline.errors import ConfigurationError, StoreUnavailable
 from latentline.images import CHECK_CACHE_S, Images, connect
 from latentline.settings import Settings
-from latentline_worker import storage
-from latentline_worker.storage import ImageStore
+from latentline_worker.images import store as storage
+from latentline_worker.images.store import ImageStore
 
 DATA = b"\x89PNG" + bytes(range(256)) * 40
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from latentline_worker.turns import InFlight, LeastServedFirst
+from latentline_worker.transport.fairness import InFlight, LeastServedFirst
 
 
 def take(turns: LeastServedFirst, filled: dict[str, int]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from latentline.errors import ConfigurationError
-from latentline_worker.orphans import die_with_parent
+from latentline_worker.embedded.orphans import die_with_parent
 
 LOG_TAIL_LINES = 12
 
@@ -40,7 +40,7 @@ class Child:
     """One service process: its log in a file, stopped by SIGTERM and then by SIGKILL.
 
     It runs in a session of its own, so that Ctrl-C reaches only the parent, which then stops its children in order; and
-    the kernel stops it when the parent dies hard (:func:`latentline_worker.orphans.die_with_parent`).
+    the kernel stops it when the parent dies hard (:func:`latentline_worker.embedded.orphans.die_with_parent`).
     """
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:

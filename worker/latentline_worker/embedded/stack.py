@@ -85,7 +85,7 @@ class Stack:
             # What the operator chose about callbacks, model and batching counts here as well; where the services are does not.
             given = {key: value for key, value in os.environ.items() if key.startswith("LATENTLINE_") and key not in env}
             env = clean_env(**(given | env))
-            worker = [sys.executable, "-m", "latentline_worker.launch", *(["--model", self._model] if self._model else [])]
+            worker = [sys.executable, "-m", "latentline_worker.generate.launch", *(["--model", self._model] if self._model else [])]
             self._worker = Child("the worker", worker, self._folder / "worker.log", env)
             assert self._socket is not None  # _take_port made it
             fd = self._socket.fileno()

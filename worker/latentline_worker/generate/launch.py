@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from latentline.errors import LatentlineError
-
-from .orphans import die_with_parent
-from .settings import WorkerSettings
+from latentline_worker.embedded.orphans import die_with_parent
+from latentline_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def visible_devices() -> list[str]:
 
 def _supervise(devices: Sequence[str], args: list[str]) -> int:
     """One child per device; a signal goes to all, and when one dies the others are stopped: no half-alive worker."""
-    command = [sys.executable, "-m", "latentline_worker.launch", *args]
+    command = [sys.executable, "-m", "latentline_worker.generate.launch", *args]
     # Children that outlived this process would hold the devices that its successor needs.
     children = [
         subprocess.Popen([*command, "--device", d], env={**os.environ, "CUDA_VISIBLE_DEVICES": d}, preexec_fn=die_with_parent())
@@ -96,14 +95,14 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from latentline.connection import connect
     from latentline.records import Records
     from latentline.routing import GENERATE_TASK, queue_names
+    from latentline_worker.images.store import ImageStore
+    from latentline_worker.images.upload import Delivery
+    from latentline_worker.maintenance.expiry import Expiry
+    from latentline_worker.transport.app import LONELY, create_app
 
-    from .app import LONELY, create_app
-    from .delivery import Delivery
-    from .expiry import Expiry
-    from .heartbeat import Heartbeat
+    from .leases import Heartbeat
     from .loading import load_model, make_engine
-    from .storage import ImageStore
-    from .tasks import JobRunner
+    from .runner import JobRunner
 
     name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
     if settings.ready_file:

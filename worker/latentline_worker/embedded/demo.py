@@ -20,7 +20,7 @@ from latentline.errors import LatentlineError
 from latentline.images import Images
 from latentline.jobs import JobRecord, JobRequest, Phase, Status
 
-from .embedded.stack import Stack
+from .stack import Stack
 
 # prompt, scheduler, steps, guidance: unlike on purpose, so that the batch is mixed in every way.
 SHOWCASE: tuple[tuple[str, str, int, float], ...] = (

@@ -15,7 +15,7 @@ EVERY_S = 1.0
 
 
 class Store(Protocol):
-    """Where images are deleted (``storage.ImageStore``)."""
+    """Where images are deleted (``store.ImageStore``)."""
 
     def delete_all(self, prefix: str) -> bool: ...
 

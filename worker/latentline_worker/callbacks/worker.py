@@ -12,10 +12,10 @@ from latentline.connection import connect
 from latentline.errors import LatentlineError
 from latentline.records import Records
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, CALLBACK_UNACKED
+from latentline_worker.settings import ProcessSettings
+from latentline_worker.transport.app import LONELY, create_app
 
-from .app import LONELY, create_app
-from .callbacks import Deliverer
-from .settings import ProcessSettings
+from .deliverer import Deliverer
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from typing import TypeVar
 from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, OutOfMemory, ServiceUnavailable, StaleToken
 from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
 from latentline.records import Backoff, Records
+from latentline_worker.engine.checkpoint import Checkpoint
+from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.network import out_of_memory
+from latentline_worker.engine.request import Cancelled, Request, Work
+from latentline_worker.images.upload import Delivery
+from latentline_worker.models.base import Family
+from latentline_worker.samplers import CompileError, sampler_table
 
-from .delivery import Delivery
-from .engine.checkpoint import Checkpoint
-from .engine.engine import Engine
-from .engine.network import out_of_memory
-from .engine.request import Cancelled, Request, Work
-from .gate import Gate
-from .heartbeat import Heartbeat, Tracked
-from .models.base import Family
-from .samplers import CompileError, sampler_table
+from .exclusive import Gate
+from .leases import Heartbeat, Tracked
 
 log = logging.getLogger(__name__)
 

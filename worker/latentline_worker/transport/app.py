@@ -26,7 +26,7 @@ from latentline.records import Records
 from latentline.routing import GENERATE_UNACKED, PRIORITY_SEPARATOR, PRIORITY_STEPS, wake_up
 from latentline.settings import Settings
 
-from .turns import InFlight, LeastServedFirst
+from .fairness import InFlight, LeastServedFirst
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from latentline.jobs import Claim, ImageRef
 
-from .metadata import Pixels, encode_image
+from .encode import Pixels, encode_image
 
 
 class Store(Protocol):
-    """Where images go (``storage.ImageStore``)."""
+    """Where images go (``store.ImageStore``)."""
 
     def put(self, key: str, data: bytes, content_type: str, metadata: dict[str, str]) -> None: ...
 

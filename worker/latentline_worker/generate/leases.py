@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from latentline.errors import LatentlineError
 from latentline.jobs import Claim, Phase
 from latentline.records import Beat, Records, Verdict
-
-from .engine.checkpoint import Pace
-from .engine.request import Request
-from .metadata import encode_preview
+from latentline_worker.engine.checkpoint import Pace
+from latentline_worker.engine.request import Request
+from latentline_worker.images.encode import encode_preview
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from latentline_worker.engine.engine import Engine
 from latentline_worker.models import registry
 from latentline_worker.models.base import Family
-
-from .engine.engine import Engine
-from .settings import WorkerSettings
+from latentline_worker.settings import WorkerSettings
 
 
 def load_model(settings: WorkerSettings) -> Family:

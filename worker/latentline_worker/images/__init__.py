@@ -1,0 +1,1 @@
+"""Pixels to files with their parameters inside, and files into the object store."""

@@ -1,0 +1,1 @@
+"""Services that look after what belongs to no worker."""

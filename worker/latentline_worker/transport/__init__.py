@@ -1,0 +1,1 @@
+"""How messages arrive: the Celery application, messages that nobody can read, the order of queues."""
