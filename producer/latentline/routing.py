@@ -108,6 +108,11 @@ def idempotency_key(tenant: str, key: str) -> str:
     return f"{PREFIX}:idempotency:{tenant}:{key}"
 
 
+def messages_key() -> str:
+    """Integer: the number of the newest wake-up; it also numbers jobs in the order of their submission."""
+    return f"{PREFIX}:messages"
+
+
 def callback_key(callback_id: str) -> str:
     """Hash: one callback to be delivered, with its log."""
     return f"{PREFIX}:callback:{callback_id}"

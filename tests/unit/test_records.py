@@ -113,9 +113,9 @@ def test_a_job_is_claimed_once_while_its_lease_lives(client: redis.Redis, store:
 
 def test_a_claim_whose_answer_was_lost_is_answered_again(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
-    first = store.claim(job_id, "one", 30, mark="a")
-    assert first is not None and store.claim(job_id, "one", 30, mark="a") == first
-    assert store.claim(job_id, "one", 30, mark="b") is None, "a second message to the same worker is another claim"
+    first = store.claim(job_id, "one", 30, claim_id="a")
+    assert first is not None and store.claim(job_id, "one", 30, claim_id="a") == first
+    assert store.claim(job_id, "one", 30, claim_id="b") is None, "a second message to the same worker is another claim"
 
 
 def test_a_lease_that_has_run_out_is_the_reapers(client: redis.Redis, store: Records) -> None:

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from latentline import routing
 from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, TenantQuotaExceeded
 from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status
-from latentline.scripts.lifecycle import CANCEL, SUBMIT
+from latentline.scripts import CANCEL, SUBMIT
 
-from .driving import Call, Operation, hgetall_many, pairs, zrem
+from .driving import Call, Operation, call_script, call_script_many, hgetall_many, pairs, zrem
 
 MAX_PAGE = 200
 AOF_TIMEOUT_MS = 2000
@@ -35,35 +35,13 @@ def submit(requests: Sequence[JobRequest], retention_s: int, *, tenant_cap: int 
         BrokerUnavailable: also when ``durable`` was asked for and the file is not written in time.
     """
 
-    def call(client: Any) -> Any:
-        pipeline = client.pipeline(transaction=False)
-        for request in requests:
-            callback = request.callback
-            pipeline.eval(
-                SUBMIT,
-                0,
-                str(uuid.uuid4()),
-                request.model_dump_json(),
-                request.num_inference_steps,
-                request.model,
-                request.tenant,
-                request.priority,
-                routing.priority_step(request.priority),  # the order in which kombu serves
-                request.deadline_s or 0,
-                request.cost,
-                tenant_cap,
-                routing.idempotency_key(request.tenant, request.idempotency_key or ""),
-                request.fingerprint() if request.idempotency_key else "",
-                retention_s,
-                callback.url if callback else "",
-                json.dumps(callback.events) if callback else "",
-            )
-        if durable:  # on the connection that wrote
-            pipeline.execute_command("WAITAOF", 1, 0, AOF_TIMEOUT_MS)
-        return pipeline.execute()
-
     try:
-        replies = yield call
+        # WAITAOF counts what its own connection has written, so it follows in the same pipeline.
+        replies = yield from call_script_many(
+            SUBMIT,
+            [_submission(request, retention_s, tenant_cap) for request in requests],
+            [("WAITAOF", 1, 0, AOF_TIMEOUT_MS)] if durable else (),
+        )
     except redis.ResponseError as error:
         if "WAITAOF" not in str(error):
             raise
@@ -132,7 +110,7 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
 def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
     """Cancel at once when queued, at the next step when running; a terminal job stays as it is."""
     yield from get(job_id)  # raises for an unknown one
-    yield lambda client: client.eval(CANCEL, 0, job_id, retention_s)
+    yield from call_script(CANCEL, id=job_id, retention_s=retention_s)
     return (yield from get(job_id))
 
 
@@ -162,6 +140,28 @@ def follow(job_id: str, last_event_id: str | None, block_ms: int) -> Operation[t
     ended = (yield from get(job_id)).status.terminal
     found = yield from events(job_id, last_event_id, None if ended else block_ms)
     return found, ended or any(event.terminal for event in found)
+
+
+def _submission(request: JobRequest, retention_s: int, tenant_cap: int) -> dict[str, Any]:
+    """The arguments of submit.lua for one request."""
+    callback = request.callback
+    return {
+        "id": str(uuid.uuid4()),
+        "request": request.model_dump_json(),
+        "num_steps": request.num_inference_steps,
+        "model": request.model,
+        "tenant": request.tenant,
+        "priority": request.priority,
+        "priority_step": routing.priority_step(request.priority),  # the order in which kombu serves
+        "deadline_s": request.deadline_s or 0,
+        "cost": request.cost,
+        "cap": tenant_cap,
+        "idempotency_key": request.idempotency_key or "",
+        "fingerprint": request.fingerprint() if request.idempotency_key else "",
+        "retention_s": retention_s,
+        "callback_url": callback.url if callback else "",
+        "callback_events": json.dumps(callback.events) if callback else "",
+    }
 
 
 def _index_page(key: str, before: str, offset: int, count: int) -> Call:

@@ -57,10 +57,10 @@ class JobRunner:
         alone = self._insist(lambda: self._records.suspect(job_id))
         if alone:
             log.warning("job %s: workers were lost with it, so it runs alone", job_id)
-        mark = uuid.uuid4().hex  # one claim, however often it is asked for
+        claim_id = uuid.uuid4().hex  # one claim, however often it is asked for
         with self._gate.pass_(alone):
             try:
-                claim = self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s, alone=alone, mark=mark))
+                claim = self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s, alone=alone, claim_id=claim_id))
             except JobNotFound as error:
                 reason = error.message
                 log.warning("job %s: %s", job_id, reason)
