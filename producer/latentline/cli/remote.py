@@ -1,14 +1,13 @@
-"""The HTTP API as the command line needs it: one line on stderr and an exit status where something is wrong."""
+"""The HTTP API as the command line uses it, and what it shows and saves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -16,18 +15,14 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNAVAILABLE = 1, 2, 3
+from .errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE, fail
+
 TIMEOUT_S = 10.0
-POLL_S = 0.2  # between looks at a job that is waited for
-
-
-def fail(message: str, code: int) -> NoReturn:
-    click.echo(f"latentline: {message}", err=True)
-    sys.exit(code)
+POLL_S = 0.2  # between two requests for a job that is waited for
 
 
 class Api:
-    """The HTTP API as the command line needs it."""
+    """Calls to the API. What goes wrong ends the command with one line on stderr and an exit status."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -70,7 +65,7 @@ class Api:
 
 
 def check_output(output: Path) -> None:
-    """Fail before the job is made when its images could not be written."""
+    """Fail before the job is submitted when its images could not be written."""
     folder = output if output.is_dir() or output.suffix == "" else output.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
