@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentline.jobs import JobRecord, JobRequest, Status
+from latentline.jobs import JobRecord, JobRequest, Status, resolve
 from latentline_worker.images.encode import EXIF_DESCRIPTION, EXIF_IFD, EXIF_USER_COMMENT, encode_image
 
 PIXELS = np.full((16, 24, 3), (200, 30, 60), dtype=np.uint8)
@@ -17,7 +17,7 @@ PIXELS = np.full((16, 24, 3), (200, 30, 60), dtype=np.uint8)
 
 def record(prompt: str, output: dict[str, object]) -> JobRecord:
     request = JobRequest.parse({"prompt": prompt, "negative_prompt": "blurry", "seed": 7, "scheduler": "dpmpp_2m_karras", "output": output})
-    return JobRecord(id="j1", request=request, status=Status.RUNNING, num_steps=20, created_at=0)
+    return JobRecord(id="j1", request=resolve(request).request, status=Status.RUNNING, num_steps=20, created_at=0)
 
 
 @pytest.mark.parametrize("prompt", ["a red cat", "ein Kätzchen 🐱"])

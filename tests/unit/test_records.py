@@ -10,6 +10,7 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
+from support.jobs import accepted
 
 from latentline import records, routing
 from latentline.connection import connect, connect_async
@@ -39,7 +40,7 @@ def store(client: redis.Redis) -> Records:
 
 def submit(client: redis.Redis, **fields: Any) -> str:
     request = JobRequest.parse({"prompt": "a cat", **fields})
-    return run(client, records.submit([request], 600))[0].id
+    return accepted(run(client, records.submit([request], 600)))[0].id
 
 
 def queue(priority: int) -> str:
@@ -340,7 +341,7 @@ def test_deliverers_with_enough_to_do_get_no_second_messages(client: redis.Redis
 def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     def give(tenant: str) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10, "tenant": tenant})  # 20 rows
-        return run(client, records.submit([request], 600, tenant_cap=50))[0].id
+        return accepted(run(client, records.submit([request], 600, tenant_cap=50)))[0].id
 
     first, second = give("a"), give("a")
     with pytest.raises(TenantQuotaExceeded, match="tenant 'a' has 40 rows"):

@@ -29,7 +29,7 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
     Raises:
         BrokerUnavailable: Redis does not answer, or refuses for reasons of its own.
     """
-    with _domain_errors():
+    with domain_errors():
         try:
             call = operation.send(None)
             while True:
@@ -46,7 +46,7 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
 
 async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
     """Drive an operation with an asyncio client; raises as :func:`run`."""
-    with _domain_errors():
+    with domain_errors():
         try:
             call = operation.send(None)
             while True:
@@ -62,7 +62,7 @@ async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
 
 
 @contextmanager
-def _domain_errors() -> Iterator[None]:
+def domain_errors() -> Iterator[None]:
     """What is the matter with the broker, without the text of the error: it may hold a name or an address."""
     try:
         yield
@@ -91,14 +91,17 @@ def call_script(script: Script, **arguments: Any) -> Operation[Any]:
         return (yield lambda client: client.eval(script.source, 0, *values))
 
 
-def call_script_many(script: Script, many: Sequence[dict[str, Any]], last: Sequence[Sequence[Any]] = ()) -> Operation[list[Any]]:
+def call_script_many(
+    script: Script, many: Sequence[dict[str, Any]], last: Sequence[Sequence[Any]] = (), *, keep_errors: bool = False
+) -> Operation[list[Any]]:
     """Call a script once for each set of arguments, in one round trip; the replies, in order.
 
     Args:
         last: commands that follow on the connection that made the calls; their replies come last.
+        keep_errors: return an error as the reply of the call that failed. The calls beside it have been done.
 
     Raises:
-        redis.ResponseError: the first error among the replies. Calls beside it have been done.
+        redis.ResponseError: the first error among the replies, without ``keep_errors``.
     """
     values = [script.arguments(**arguments) for arguments in many]
     by_sha: list[tuple[Any, ...]] = [("EVALSHA", script.sha, 0, *one) for one in values]
@@ -112,7 +115,7 @@ def call_script_many(script: Script, many: Sequence[dict[str, Any]], last: Seque
             replies[i] = reply
         replies[len(many) :] = again[len(unknown) :]
     for reply in replies:
-        if isinstance(reply, redis.ResponseError):
+        if isinstance(reply, redis.ResponseError) and not keep_errors:
             raise reply
     return replies
 

@@ -14,7 +14,7 @@ from redis.client import NEVER_DECODE
 
 from latentline import routing
 from latentline.errors import JobNotFound, StaleToken
-from latentline.jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
+from latentline.jobs import LEVEL, Announcement, Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
 from latentline.scripts import (
     ANNOUNCE,
     BEAT,
@@ -35,7 +35,7 @@ from latentline.scripts import (
 )
 
 from .driving import Call, Operation, call_script, call_script_many, pairs, run, zrem
-from .fleet import durability, models, up_s, workers
+from .fleet import ANNOUNCED_S, durability, models, up_s, workers
 from .jobs import get, record_of
 from .outbox import callback_of
 
@@ -85,11 +85,16 @@ class Backoff:
 
 
 class Records:
-    """What workers do with records, on a blocking client."""
+    """What workers do with records, on a blocking client.
 
-    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400) -> None:
+    Args:
+        retention_s: how long an ended job is kept.
+        level: of the requests that this worker can read, see :data:`latentline.models.LEVEL`.
+    """
+
+    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400, level: int = LEVEL) -> None:
         self._client = client
-        self._retention_s = retention_s
+        self._retention_s, self._level = retention_s, level
         self._wake_rank = 0  # where the next look for lost messages begins
 
     def get(self, job_id: str) -> JobRecord:
@@ -129,6 +134,7 @@ class Records:
             retention_s=self._retention_s,
             alone=int(alone),
             claim_id=claim_id or uuid.uuid4().hex,
+            level=self._level,
         )
         if reply == "unknown":
             raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
@@ -288,7 +294,15 @@ class Records:
 
     def announce(self, worker: str, info: ModelInfo) -> None:
         """Say that a worker is alive, on the server's clock, and serves this model."""
-        self._script(ANNOUNCE, worker=worker, model=info.id, info=info.model_dump_json(), forgotten_s=WORKER_FORGOTTEN_S)
+        self._script(
+            ANNOUNCE,
+            worker=worker,
+            announcement=Announcement(level=self._level, models=(info,)).to_json(),
+            model=info.id,
+            first_fields=info.first_fields(),
+            announced_s=ANNOUNCED_S,
+            forgotten_s=WORKER_FORGOTTEN_S,
+        )
 
     def worker_gone(self, name: str) -> None:
         """Say that a worker has stopped."""

@@ -8,15 +8,18 @@
 -- * A broker at its memory bound gives out no job, since it might be unable to take what comes of it: the first write is one
 --   that takes memory.
 --
--- Returns the record, or why there is nothing to do: 'unknown', 'taken', 'done' or 'delayed'.
+-- * A job of a higher level than the worker's is left alone: its own wake-up lies in a queue that this worker does not read.
+--
+-- Returns the record, or why there is nothing to do: 'unknown', 'newer', 'taken', 'done' or 'delayed'.
 -- uses: clock, events, jobs, outbox
 
-local id, worker, lease_s, retention_s, alone, claim_id = unpack(ARGV)
+local id, worker, lease_s, retention_s, alone, claim_id, level = unpack(ARGV)
 
 local key = keys.job(id)
-local job = redis.call('HMGET', key, 'status', 'claim', 'deadline_at', 'score', 'model', 'checkpoint_step')
+local job = redis.call('HMGET', key, 'status', 'claim', 'deadline_at', 'score', 'model', 'checkpoint_step', 'level')
 local status, claimed_by, deadline_at, score, model, step = job[1], job[2], job[3], job[4], job[5], job[6] or 0
 if not status then return 'unknown' end
+if tonumber(job[7] or 1) > tonumber(level) then return 'newer' end
 if status == 'running' then return claimed_by == claim_id and redis.call('HGETALL', key) or 'taken' end
 if status ~= 'queued' then return 'done' end
 local due = redis.call('ZSCORE', keys.delayed(), id)

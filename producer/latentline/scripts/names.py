@@ -15,9 +15,8 @@ CALLBACK_GRACE_S = 30  # a callback whose message was written this long ago and 
 
 
 def keys() -> str:
-    """The Lua table ``keys``: ``keys.job(id)`` for ``routing.job_key(id)``, and so on; ``keys.queue`` for ``queue_name``."""
+    """The Lua table ``keys``: ``keys.job(id)`` for ``routing.job_key(id)``, and so on."""
     functions = {name.removesuffix("_key"): value for name, value in vars(routing).items() if name.endswith("_key")}
-    functions["queue"] = routing.queue_name
     return "\n".join(["local keys = {}", *(_key(name, function) for name, function in functions.items())])
 
 

@@ -2,6 +2,9 @@
 --
 -- Invariants:
 -- * The idempotency key is written only when the job is accepted: a refused request may be sent again under the same key.
+-- * The key stands for what the client sent (`sent`). Version 0.1.0 writes and compares `fingerprint` alone, which has the size
+--   resolved; both are written, so that a request sent again through an API of another version is still the same.
+-- * The wake-up lies in a queue of the job's level, and workers of a lower level do not take from it.
 -- * A tenant may always have one job, however costly; more only while their sum stays within the cap.
 -- * All of a tenant's jobs of a model lie in one shard while it has any. A tenant without jobs gets the shard with the fewest
 --   tenants, and of those the emptiest.
@@ -11,19 +14,23 @@
 -- uses: clock, events, wakeups
 
 local id, request, num_steps, model, tenant, priority, priority_step, deadline_s, cost, cap, idempotency_key, fingerprint,
-  retention_s, callback_url, callback_events = unpack(ARGV)
+  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level = unpack(ARGV)
 
 local idempotency = keys.idempotency(tenant, idempotency_key)
 if idempotency_key ~= '' then
-  local kept = redis.call('HMGET', idempotency, 'id', 'fingerprint')
-  if kept[1] then return {kept[2] == fingerprint and 'same' or 'conflict', kept[1]} end
+  local kept = redis.call('HMGET', idempotency, 'id', 'fingerprint', 'sent')
+  if kept[1] then
+    local same
+    if kept[3] then same = kept[3] == fingerprint else same = kept[2] == sized_fingerprint end
+    return {same and 'same' or 'conflict', kept[1]}
+  end
 end
 
 local owed = tonumber(redis.call('HGET', keys.tenants(), tenant) or 0)
 if tonumber(cap) > 0 and owed > 0 and owed + cost > tonumber(cap) then return {'full', tostring(owed)} end
 
 if idempotency_key ~= '' then
-  redis.call('HSET', idempotency, 'id', id, 'fingerprint', fingerprint)
+  redis.call('HSET', idempotency, 'id', id, 'fingerprint', sized_fingerprint, 'sent', fingerprint)
   redis.call('EXPIRE', idempotency, retention_s)
 end
 
@@ -33,7 +40,7 @@ local function emptiest_shard()
   for shard = 0, const.NUM_SHARDS - 1 do
     local length = 0
     for _, step in ipairs(const.PRIORITY_STEPS) do
-      length = length + redis.call('LLEN', wakeups.list(keys.queue(model, shard), step))
+      length = length + redis.call('LLEN', wakeups.list(queue_prefix .. shard, step))
     end
     local load = (tenants[tostring(shard)] or 0) * 1e9 + length
     if not least or load < least then least, emptiest = load, shard end
@@ -55,7 +62,8 @@ local created_at = string.format('%d.%03d', math.floor(clock.ms / 1000), clock.m
 local order = string.format('%.0f', tonumber(priority_step) * 1e14 + redis.call('INCR', keys.messages()))
 redis.call('HSET', key, 'id', id, 'request', request, 'status', 'queued', 'step', 0, 'num_steps', num_steps, 'attempt', 0,
   'token', 0, 'errors', 0, 'crashes', 0, 'crashes_alone', 0, 'model', model, 'tenant', tenant, 'priority', priority,
-  'queue', keys.queue(model, shard), 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order)
+  'queue', queue_prefix .. shard, 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order)
+if tonumber(level) > 1 then redis.call('HSET', key, 'level', level) end
 if tonumber(deadline_s) > 0 then redis.call('HSET', key, 'deadline_at', clock.after(deadline_s)) end
 if callback_url ~= '' then redis.call('HSET', key, 'callback_url', callback_url, 'callback_events', callback_events) end
 redis.call('ZADD', keys.index(), clock.ms, id)

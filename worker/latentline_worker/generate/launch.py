@@ -93,6 +93,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from celery.signals import worker_ready, worker_shutting_down
 
     from latentline.connection import connect
+    from latentline.jobs import LEVEL
     from latentline.records import Records
     from latentline.routing import GENERATE_TASK, queue_names
     from latentline_worker.images.store import ImageStore
@@ -110,7 +111,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     family = load_model(settings)
     store = ImageStore(settings)
     store.ensure_bucket()
-    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
+    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, LEVEL)
     engine = make_engine(settings, family)
     engine.start()
     log.info("%s: %s is loaded and warm", name, family.info.id)
@@ -154,7 +155,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
         pace=engine.pace,
     )
     runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s, settings.stall_s)
-    app = create_app(settings, queue_names(family.info.id), records, settings.concurrency)
+    app = create_app(settings, queue_names(family.info.id, LEVEL), records, settings.concurrency)
     app.task(runner.run, name=GENERATE_TASK)
 
     def on_ready(**_: object) -> None:
@@ -183,7 +184,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
         hostname=name,
         pool="threads",
         concurrency=2 * settings.concurrency,  # one tenant gets half of it, so that another's jobs need not wait for it
-        queues=queue_names(family.info.id),
+        queues=queue_names(family.info.id, LEVEL),
         loglevel="INFO",
         **LONELY,
     )

@@ -51,7 +51,7 @@ def parameters_text(record: JobRecord, seed: int, width: int, height: int) -> st
     if r.negative_prompt:
         lines.append(f"Negative prompt: {r.negative_prompt}")
     lines.append(
-        f"Steps: {r.num_inference_steps}, Sampler: {SAMPLER_NAMES[r.scheduler]}, CFG scale: {r.guidance_scale:g}, "
+        f"Steps: {r.num_inference_steps}, Sampler: {SAMPLER_NAMES.get(r.scheduler, r.scheduler)}, CFG scale: {r.guidance_scale:g}, "
         f"Seed: {seed}, Size: {width}x{height}, Model: {r.model}, Version: latentline {latentline.__version__}"
     )
     return "\n".join(lines)

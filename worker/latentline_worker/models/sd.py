@@ -63,6 +63,11 @@ class StableDiffusion:
             default_height=side,
             size_multiple=max(8, self.reduction * 2 ** (len(unet.config.block_out_channels) - 1)),
             max_pixels=min(MAX_SIZE_PX**2, (2 * side) ** 2),
+            default_num_inference_steps=20,
+            default_guidance_scale=5.0,
+            default_scheduler="dpmpp_2m",
+            rows_unguided=1,
+            rows_guided=2,  # classifier-free guidance: one with the prompt, one with the negative prompt
         )
 
     @classmethod
