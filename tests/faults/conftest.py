@@ -88,6 +88,7 @@ QUICK = (
     "test_the_same_message_three_times",
     "costs_a_retry_and_no_denoising[http500",
     "test_every_job_is_told_once",
+    "test_upgrading_one_process_at_a_time[API first",
 )
 
 

@@ -73,32 +73,6 @@ def submit(
     return outcomes
 
 
-def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, Any]:
-    """What the script takes."""
-    request = one.request
-    callback = request.callback
-    return {
-        "id": str(uuid.uuid4()),
-        "request": request.to_json(),
-        "num_steps": request.num_inference_steps,
-        "model": request.model,
-        "tenant": request.tenant,
-        "priority": request.priority,
-        "priority_step": routing.priority_step(request.priority),
-        "deadline_s": request.deadline_s or 0,
-        "cost": one.cost,
-        "cap": tenant_cap,
-        "idempotency_key": request.idempotency_key or "",
-        "fingerprint": one.fingerprint if request.idempotency_key else "",
-        "sized_fingerprint": one.sized_fingerprint if request.idempotency_key else "",
-        "retention_s": retention_s,
-        "callback_url": callback.url if callback else "",
-        "callback_events": json.dumps(callback.events) if callback else "",
-        "queue_prefix": routing.queue_prefix(request.model, one.level),
-        "level": one.level,
-    }
-
-
 def _check_written(reply: Any) -> None:
     """Raise BrokerUnavailable unless WAITAOF says that the append-only file holds the jobs."""
     if isinstance(reply, redis.ResponseError) and "WAITAOF" in str(reply):
@@ -207,25 +181,29 @@ def follow(job_id: str, last_event_id: str | None, block_ms: int) -> Operation[t
     return found, ended or any(event.terminal for event in found)
 
 
-def _submission(request: JobRequest, retention_s: int, tenant_cap: int) -> dict[str, Any]:
+def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, Any]:
     """The arguments of submit.lua for one request."""
+    request = one.request
     callback = request.callback
     return {
         "id": str(uuid.uuid4()),
-        "request": request.model_dump_json(),
+        "request": request.to_json(),
         "num_steps": request.num_inference_steps,
         "model": request.model,
         "tenant": request.tenant,
         "priority": request.priority,
-        "priority_step": routing.priority_step(request.priority),  # the order in which kombu serves
+        "priority_step": routing.priority_step(request.priority),
         "deadline_s": request.deadline_s or 0,
-        "cost": request.cost,
+        "cost": one.cost,
         "cap": tenant_cap,
         "idempotency_key": request.idempotency_key or "",
-        "fingerprint": request.fingerprint() if request.idempotency_key else "",
+        "fingerprint": one.fingerprint if request.idempotency_key else "",
+        "sized_fingerprint": one.sized_fingerprint if request.idempotency_key else "",
         "retention_s": retention_s,
         "callback_url": callback.url if callback else "",
         "callback_events": json.dumps(callback.events) if callback else "",
+        "queue_prefix": routing.queue_prefix(request.model, one.level),
+        "level": one.level,
     }
 
 
