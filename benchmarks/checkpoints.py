@@ -75,7 +75,7 @@ def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoin
     """All jobs at once on a fresh engine; how long they took, and what checkpoints took of it."""
     engine = Engine(family, checkpoint_s=checkpoint_s)
     engine.warm_up()
-    heartbeat = Heartbeat(store, LEASE_S, tend=lambda: None, pace=engine.pace)
+    heartbeat = Heartbeat(store, LEASE_S, tend=lambda: None, pace=engine.checkpoint_schedule)
     client = connect(url)
     accepted = records.run(client, records.submit([JobRequest.parse({"prompt": job.prompt}) for job in jobs], 600))
     claims = [store.claim(record.id, "benchmark", LEASE_S) for record in accepted]
@@ -94,10 +94,10 @@ def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoin
     heartbeat.stop()
     engine.stop()
     client.close()
-    pace = engine.pace
-    if pace is None:
+    schedule = engine.checkpoint_schedule
+    if schedule is None:
         return {"took_s": took_s}
-    return {"took_s": took_s, "share": pace.total_s / took_s, "between_s": took_s * len(jobs) / max(1, pace.num_taken)}
+    return {"took_s": took_s, "share": schedule.total_s / took_s, "between_s": took_s * len(jobs) / max(1, schedule.num_taken)}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def full() -> bool:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     # 16x16 latents at the smallest size that jobs may ask for: these tests are about faults, not about arithmetic.
-    tiny_pipeline(reduction=4).save_pretrained(folder, safe_serialization=True)
+    tiny_pipeline(vae_scale_factor=4).save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -152,7 +152,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
         stall_s=settings.stall_s,
         give_up=give_up,
         pulse=pulse,
-        pace=engine.pace,
+        pace=engine.checkpoint_schedule,
     )
     runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s, settings.stall_s)
     app = create_app(settings, queue_names(family.info.id, LEVEL), records, settings.concurrency)

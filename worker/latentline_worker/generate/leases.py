@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from latentline.errors import LatentlineError
 from latentline.jobs import Claim, Phase
 from latentline.records import Beat, Records, Verdict
-from latentline_worker.engine.checkpoint import Pace
+from latentline_worker.engine.checkpoint import CheckpointSchedule
 from latentline_worker.engine.request import Request
 from latentline_worker.images.encode import encode_preview
 
@@ -75,7 +75,7 @@ class Heartbeat:
         stall_s: float = float("inf"),
         give_up: Callable[[], None] = lambda: None,
         pulse: Callable[[], None] = lambda: None,
-        pace: Pace | None = None,
+        pace: CheckpointSchedule | None = None,
     ) -> None:
         self._records, self._lease_s, self._tend, self._announce = records, lease_s, tend, announce
         self._stalled_for, self._stall_s, self._pace = stalled_for, stall_s, pace
@@ -123,7 +123,7 @@ class Heartbeat:
             tracked.saved_step = step
         tracked.saved = checkpoint.step  # also one that is too large or was refused: it would be so at every beat
         if self._pace:
-            self._pace.written(time.thread_time() - started)
+            self._pace.record_written(time.thread_time() - started)
 
     def _loop(self) -> None:
         next_tend = next_announce = time.monotonic()
@@ -171,7 +171,7 @@ class Heartbeat:
         preview = request.preview
         if preview and preview.step > one.shown:
             one.shown = preview.step
-            beat = replace(beat, previews=tuple(encode_preview(image) for image in preview.pixels.cpu().numpy()))
+            beat = replace(beat, previews=tuple(encode_preview(image) for image in preview.pixels))
         return replace(beat, phase=Phase.UPLOADING if one.uploading else request.phase, step=step, batch_jobs=request.batch_jobs)
 
 

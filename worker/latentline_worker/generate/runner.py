@@ -15,7 +15,7 @@ from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
 from latentline.records import Backoff, Records
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.engine import Engine
-from latentline_worker.engine.network import out_of_memory
+from latentline_worker.engine.failures import out_of_memory
 from latentline_worker.engine.request import Cancelled, Request, Work
 from latentline_worker.images.upload import Delivery
 from latentline_worker.models.base import Family
