@@ -27,8 +27,9 @@ from latentline.jobs import ImageRef, JobError, JobRequest, Status
 from latentline.records import Records, run
 from latentline.settings import Settings, parse_networks
 from latentline.webhooks import generate_secret, verify
-from latentline_worker.callbacks import deliverer as callbacks
-from latentline_worker.callbacks.deliverer import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, Deliverer, is_global
+from latentline_worker.callbacks import deliverer as deliverer_module
+from latentline_worker.callbacks.address import is_global
+from latentline_worker.callbacks.deliverer import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, Deliverer
 
 SECRET = generate_secret()
 PROMPT = "a very private prompt"
@@ -383,7 +384,7 @@ def test_a_receiver_may_name_a_date(
         def now(cls, tz: Any = None) -> Any:
             return moment
 
-    monkeypatch.setattr(callbacks, "datetime", Frozen)
+    monkeypatch.setattr(deliverer_module, "datetime", Frozen)
     with Receiver(503, headers={name: format_datetime(moment + timedelta(seconds=ahead_s), usegmt=True)}) as receiver:
         deliverer.deliver(outbox.ended(receiver.url))
     assert outbox.delays_s == [delay_s]
@@ -472,7 +473,7 @@ def test_retries_keep_id_and_body_and_take_a_fresh_timestamp(outbox: Outbox, del
     with Receiver(500, 503, 200) as receiver:
         callback_id = outbox.ended(receiver.url)
         for shift_s in (-100, 0, 100):
-            monkeypatch.setattr(callbacks, "time", SimpleNamespace(time=lambda moment=base + shift_s: float(moment)))
+            monkeypatch.setattr(deliverer_module, "time", SimpleNamespace(time=lambda moment=base + shift_s: float(moment)))
             outbox.make_due(callback_id)
             deliverer.deliver(callback_id)
     assert [headers["webhook-id"] for _, headers, _ in receiver.requests] == [callback_id] * 3

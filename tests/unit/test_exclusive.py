@@ -1,4 +1,4 @@
-"""The gate: many shared holders or one exclusive holder, and nobody starves."""
+"""The lock: many shared holders or one exclusive holder, and an exclusive one is not starved by shared ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from latentline_worker.generate.exclusive import Gate
+from latentline_worker.generate.exclusive import SharedExclusiveLock
 
 PATIENCE_S = 30  # how long a test waits for a signal before it fails; no test measures time
 
 
 class Crowd:
-    """Threads that go through a gate; each enters, says so, and leaves when told."""
+    """Threads that hold one lock; each says when it holds it, and lets go when told."""
 
     def __init__(self) -> None:
-        self.gate = Gate()
+        self.lock = SharedExclusiveLock()
         self.entered: queue.Queue[str] = queue.Queue()
         self.pool = ThreadPoolExecutor(16)
         self._leave: dict[str, threading.Event] = {}
@@ -28,7 +28,7 @@ class Crowd:
         self._leave[name] = threading.Event()
 
         def go() -> None:
-            with self.gate.pass_(alone):
+            with self.lock.exclusive() if alone else self.lock.shared():
                 self.entered.put(name)
                 assert self._leave[name].wait(PATIENCE_S)
 
@@ -44,10 +44,8 @@ class Crowd:
             self._done[name].result(PATIENCE_S)
 
     def wait_until_one_waits_alone(self) -> None:
-        """Until a thread that wants the gate for itself stands before it: then those that come later go behind it."""
-        with self.gate._changed:  # who waits has let go of the lock
-            pass
-        while self.gate._waiting == 0:
+        """Until a thread waits for exclusive use: threads that come later must then queue behind it."""
+        while self.lock._num_waiting == 0:
             threading.Event().wait(0.001)
 
     def close(self) -> None:
@@ -79,7 +77,7 @@ def test_an_exclusive_holder_waits_for_every_shared_one_and_keeps_later_ones_out
     crowd.out("a")
     assert crowd.entered.empty()
     crowd.out("b")
-    assert crowd.next_in() == {"alone"}  # before the one that came later
+    assert crowd.next_in() == {"alone"}  # before the shared holder that came later
     assert crowd.entered.empty()
     crowd.out("alone")
     assert crowd.next_in() == {"late"}
@@ -98,35 +96,35 @@ def test_exclusive_holders_exclude_each_other(crowd: Crowd) -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_an_error_inside_gives_the_gate_back(alone: bool) -> None:
-    gate = Gate()
-    with pytest.raises(RuntimeError, match="inside"), gate.pass_(alone):
+def test_an_error_inside_releases_the_lock(alone: bool) -> None:
+    lock = SharedExclusiveLock()
+    with pytest.raises(RuntimeError, match="inside"), lock.exclusive() if alone else lock.shared():
         raise RuntimeError("inside")
     with ThreadPoolExecutor(1) as pool:
 
-        def through_both_ways() -> str:
-            with gate.pass_(True):
+        def take_both_ways() -> str:
+            with lock.exclusive():
                 pass
-            with gate.pass_(False):
-                return "through"
+            with lock.shared():
+                return "taken"
 
-        assert pool.submit(through_both_ways).result(PATIENCE_S) == "through"
+        assert pool.submit(take_both_ways).result(PATIENCE_S) == "taken"
 
 
 def test_never_an_exclusive_holder_beside_another_in_a_crowd() -> None:
-    gate = Gate()
-    lock = threading.Lock()
+    lock = SharedExclusiveLock()
+    counting = threading.Lock()
     inside = {True: 0, False: 0}
     bad: list[dict[bool, int]] = []
 
     def go(i: int) -> None:
         alone = i % 5 == 0
-        with gate.pass_(alone):
-            with lock:
+        with lock.exclusive() if alone else lock.shared():
+            with counting:
                 inside[alone] += 1
                 if inside[True] and sum(inside.values()) > 1:
                     bad.append(dict(inside))
-            with lock:
+            with counting:
                 inside[alone] -= 1
 
     with ThreadPoolExecutor(16) as pool:

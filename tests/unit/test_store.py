@@ -19,7 +19,7 @@ from moto import mock_aws
 from latentline.errors import ConfigurationError, StoreUnavailable
 from latentline.images import CHECK_CACHE_S, Images, connect
 from latentline.settings import Settings
-from latentline_worker.images import store as storage
+from latentline_worker.images import store as store_module
 from latentline_worker.images.store import ImageStore
 
 DATA = b"\x89PNG" + bytes(range(256)) * 40
@@ -93,7 +93,7 @@ def test_a_bucket_of_others_keeps_its_rules(settings: Settings) -> None:
 def test_a_store_without_such_rules_is_good_enough(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ImageStore(settings)
     warnings: list[str] = []
-    monkeypatch.setattr(storage.log, "warning", lambda text, *arguments: warnings.append(text % arguments))
+    monkeypatch.setattr(store_module.log, "warning", lambda text, *arguments: warnings.append(text % arguments))
     call = store._s3._make_api_call  # type: ignore[attr-defined]
 
     def no_rules(name: str, arguments: Any) -> Any:
