@@ -1,6 +1,7 @@
 """latentline: prompt jobs for latent diffusion, over Redis, Celery workers and S3.
 
-The torch-free side: what applications import. Heavier names (the clients) are imported when first used.
+What applications import, without torch. The public names are those in ``__all__``; the clients and settings are imported on
+first use, since they need more packages.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from .errors import (
     JobFailed,
     JobNotFound,
     LatentlineError,
+    NoWorker,
     ServiceUnavailable,
     StoreUnavailable,
+    TenantQuotaExceeded,
     WaitTimeout,
 )
-from .jobs import Callback, ImageRef, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Output, Phase, Status
+from .jobs import Callback, ImageRef, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Output, Phase, ResolvedRequest, Status
 
 if TYPE_CHECKING:
-    from .client import AsyncClient, Client
+    from .client import AsyncClient, Client, Outcome
     from .settings import Settings
 
 __version__ = "0.1.0"
@@ -45,17 +48,21 @@ __all__ = [
     "JobRequest",
     "LatentlineError",
     "ModelInfo",
+    "NoWorker",
+    "Outcome",
     "Output",
     "Phase",
+    "ResolvedRequest",
     "ServiceUnavailable",
     "Settings",
     "Status",
     "StoreUnavailable",
+    "TenantQuotaExceeded",
     "WaitTimeout",
     "__version__",
 ]
 
-_LAZY = {"Client": "client", "AsyncClient": "client", "Settings": "settings"}
+_LAZY = {"Client": "client", "AsyncClient": "client", "Outcome": "client", "Settings": "settings"}
 
 
 def __getattr__(name: str) -> Any:

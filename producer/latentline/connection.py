@@ -1,4 +1,4 @@
-"""Redis connections that give up in time: a dead broker is an error within five seconds, never a hang."""
+"""Redis connections with time limits: a broker that does not answer is an error within five seconds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-# One try: retries of a command and of its connection multiply, and a broker that hangs would be noticed after 16 s
-# and not after 5. A connection that died while idle is found by the health check.
+# No retries: those of a command and of its connection multiply, so that a broker that hangs would be noticed after 16 s
+# instead of 5. The health check finds a connection that died while idle.
 OPTIONS: dict[str, Any] = {
     "decode_responses": True,
     "socket_connect_timeout": 2,
     "socket_timeout": 2.5,
     "health_check_interval": 15,
-    "protocol": 2,  # saves a handshake that would wait for a hung broker a second time
+    "protocol": 2,  # protocol 3 begins with a handshake, which would wait for a hung broker a second time
 }
 
 

@@ -14,12 +14,12 @@
     ├── ConfigurationError             configuration_error, 500  a setting is wrong, or an extra is missing
     │   └── MissingExtra               missing_extra, 500        names the pip install that brings it
     ├── ModelError                     model_error, 500          a model folder is broken; names the file
-    ├── WaitTimeout                    wait_timeout, 504         the job goes on; ask again
+    ├── WaitTimeout                    wait_timeout, 504         the job is not affected; wait again
     ├── JobFailed                      job_failed, 500           ``wait(..., check=True)`` on a failed or cancelled job
     ├── NumericalError                 numerical_error, 500      latents are no longer finite numbers
     ├── OutOfMemory                    out_of_memory, 500        the job does not fit on the worker; names the bytes
-    ├── StaleToken                     stale_token, 409          another worker owns the job now
-    └── WebhookError                   invalid_webhook, 400      a callback is not authentic or not fresh
+    ├── StaleToken                     stale_token, 409          another worker has claimed the job since
+    └── WebhookError                   invalid_webhook, 400      a callback is not authentic or too old
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
-CHECK_CACHE_S = 2.0  # a burst of submissions asks the store once
+CHECK_CACHE_S = 2.0  # a burst of submissions makes one request to the store
 
 
 class Images:
@@ -30,7 +30,7 @@ class Images:
         return connect(self._settings, read_timeout_s=2)
 
     def presign(self, key: str) -> str:
-        """A URL that gives the object to anyone who has it, for ``presign_ttl_s`` seconds. Signed here, offline."""
+        """A URL with which anyone can get the object for ``presign_ttl_s`` seconds. Signed locally, without a request."""
         from botocore.exceptions import BotoCoreError
 
         params = {"Bucket": self._settings.s3_bucket, "Key": key}
@@ -42,11 +42,11 @@ class Images:
             ) from error
 
     def check(self) -> None:
-        """Raise StoreUnavailable unless the bucket answers; the answer, good or bad, counts for two seconds."""
+        """Raise StoreUnavailable unless the bucket answers. The result, good or bad, is reused for two seconds."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         with self._lock:
-            # A failure is remembered as well: with a store that hangs, those who waited here must not each wait again.
+            # A failure is reused as well: threads that waited for the lock while the store hung must not each wait again.
             if time.monotonic() - self._checked_at >= CHECK_CACHE_S:
                 try:
                     self._s3.head_bucket(Bucket=self._settings.s3_bucket)
@@ -58,7 +58,7 @@ class Images:
                 raise StoreUnavailable(self._problem)
 
     def download(self, key: str) -> bytes:
-        """The object's bytes."""
+        """The object's bytes; raises StoreUnavailable."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
@@ -88,7 +88,7 @@ def connect(settings: Settings, read_timeout_s: float, retries: int = 1) -> S3Cl
             retries={"mode": "standard", "total_max_attempts": retries},
             max_pool_connections=32,
             s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
-            # Not every S3-compatible store knows the newer checksum trailers.
+            # Some S3-compatible stores do not support the newer checksum trailers.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         ),

@@ -1,4 +1,4 @@
-"""Connection settings that producers, API and workers share; read from ``LATENTLINE_*`` variables, checked once."""
+"""Connection settings of producers, API and workers, read from ``LATENTLINE_*`` variables and validated once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Network = IPv4Network | IPv6Network
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
-    """Networks and single addresses, with commas between.
+    """Networks and single addresses, separated by commas.
 
     Raises:
-        ValueError: one of them is neither.
+        ValueError: one of them is neither a network nor an address.
     """
     try:
         return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise ValueError(f"networks or addresses with commas between, such as 10.1.0.0/16: {error}") from None
+        raise ValueError(f"networks or addresses separated by commas, such as 10.1.0.0/16: {error}") from None
 
 
 class Settings(BaseSettings):
@@ -39,9 +39,9 @@ class Settings(BaseSettings):
     retention_s: Annotated[int, Field(ge=1)] = 7 * 86400  # how long an ended job's record and images are kept
     durable: bool = False  # accept a job only once the broker's append-only file holds it
     tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
-    # whsec_..., or several with commas between while they are rotated: each callback is signed with all. Callbacks need it.
+    # whsec_..., or several separated by commas during a rotation: each callback is signed with all of them. Needed for callbacks.
     callback_secret: SecretStr | None = None
-    # Addresses that are not global are refused, but for those in these networks: 10.1.0.0/16,192.168.7.5
+    # Callbacks go to global addresses only, and to these networks: 10.1.0.0/16,192.168.7.5
     callback_allow: str = ""
 
     @field_validator("redis_url")
@@ -63,11 +63,11 @@ class Settings(BaseSettings):
 
     @property
     def callback_networks(self) -> tuple[Network, ...]:
-        """Networks that callbacks may go to although they are not global."""
+        """Networks to which callbacks may go although they are not global."""
         return parse_networks(self.callback_allow)
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str]) -> Self:
-        """Settings from ``LATENTLINE_*`` variables that stand in a mapping: field names are theirs without the prefix."""
+        """Settings from a mapping of ``LATENTLINE_*`` variables."""
         fields: dict[str, Any] = {key.removeprefix("LATENTLINE_").lower(): value for key, value in variables.items()}
         return cls(**fields)

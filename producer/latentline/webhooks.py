@@ -22,7 +22,7 @@ from .errors import ConfigurationError, WebhookError
 
 PREFIX = "whsec_"
 MIN_KEY_BYTES = 24  # the specification's lower bound
-TOLERANCE_S = 300.0  # how far the sender's clock may be off; also how long a captured message can be replayed
+TOLERANCE_S = 300.0  # most difference of the two clocks; a captured message can be replayed for as long
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
 
@@ -32,7 +32,7 @@ def generate_secret() -> str:
 
 
 def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The three headers that go with ``body``. A retry keeps the id and takes a fresh ``timestamp`` (Unix seconds).
+    """The three headers for ``body``. A retry has the same id and a new ``timestamp`` (Unix seconds).
 
     Raises:
         ConfigurationError: the secret is not ``whsec_`` and base64 of at least 24 bytes.
@@ -46,7 +46,7 @@ def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str,
 
 
 def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes, tolerance_s: float = TOLERANCE_S) -> None:
-    """Return when one of ``secrets`` signed exactly these bytes lately; give old and new one while you rotate.
+    """Return if one of ``secrets`` signed exactly these bytes within the tolerance. Pass the old and the new one while rotating.
 
     Raises:
         WebhookError: a header is missing or malformed, the message is too old or too new, or no signature matches.
@@ -64,12 +64,12 @@ def verify(secrets: str | Iterable[str], headers: Mapping[str, str], body: bytes
         raise WebhookError("webhook-timestamp is not a time in Unix seconds")
     if abs(time.time() - int(timestamp)) > tolerance_s:
         raise WebhookError(f"the message is more than {tolerance_s:g} s old or early")
-    # An id that is no proper text was never signed: "replace" lets it fail below instead of raising here.
+    # An id with lone surrogates was never signed; "replace" makes it fail the comparison instead of raising here.
     expected = [_digest(key, message_id.encode(errors="replace"), timestamp.encode(), body) for key in keys]
     for signature in signatures.split():
         version, _, encoded = signature.partition(",")
         if version != "v1":
-            continue  # a later scheme beside ours
+            continue  # another scheme
         try:
             given = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError):
@@ -89,6 +89,6 @@ def _key(secret: str) -> bytes:
     except (binascii.Error, ValueError):
         key = b""
     if not secret.startswith(PREFIX) or len(key) < MIN_KEY_BYTES:
-        # The secret itself stays out of the message.
+        # The message must not contain the secret.
         raise ConfigurationError(f"a webhook secret is {PREFIX} and the base64 of at least {MIN_KEY_BYTES} bytes")
     return key

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from latentline import errors, jobs
+from latentline import errors, jobs, models
 from latentline.errors import InvalidRequest, LatentlineError
-from latentline.jobs import JobEvent, JobRequest, Status
+from latentline.jobs import JobError, JobEvent, JobRequest, ModelInfo, Phase, ResolvedRequest, Status, resolve
 
 
 def request(**fields: Any) -> JobRequest:
@@ -159,10 +160,140 @@ def test_messages_are_frozen() -> None:
         request().prompt = "a dog"
 
 
-def test_the_fingerprint_is_what_the_caller_wrote() -> None:
+def test_the_fingerprint_is_what_the_client_sent() -> None:
     assert request(idempotency_key="k").fingerprint() == request(idempotency_key="other").fingerprint()  # drawn seeds do not count
     assert request(seed=1).fingerprint() != request(seed=2).fingerprint()
     assert request(width=64, height=128).fingerprint() == request(height=128, width=64).fingerprint()
+    assert request().fingerprint() == '{"prompt":"a cat"}'
+    assert request(num_inference_steps=20).fingerprint() != request().fingerprint(), "what is sent counts, also where it is the default"
+    one, other = (resolve(request(), info(default_width=side, default_height=side)) for side in (64, 128))
+    assert one.fingerprint == other.fingerprint, "the model's defaults do not count"
+    assert one.sized_fingerprint == '{"height":64,"prompt":"a cat","width":64}', "what version 0.1.0 compares"
+
+
+# Storage
+
+
+def info(**fields: Any) -> ModelInfo:
+    base = {"id": "m", "family": "f", "default_width": 64, "default_height": 64, "max_pixels": 128 * 128}
+    return ModelInfo.model_validate(base | fields)
+
+
+def stored(**fields: Any) -> ResolvedRequest:
+    base = {"version": 1, "model": "m", "prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 3.0, "scheduler": "ddim", "seed": 1}
+    return ResolvedRequest.model_validate(base | fields)
+
+
+def test_a_stored_request_of_a_newer_version_is_read() -> None:
+    """Unknown fields are ignored, unknown values kept, limits not checked again."""
+    newer = stored(
+        loras=[{"name": "x"}],
+        scheduler="newest",
+        num_inference_steps=1000,
+        output={"format": "avif", "lossless": True},
+        callback={"url": "https://a.example", "events": ["job.paused"], "secret": 1},
+        metadata={"list": [1, 2]},
+    )
+    assert (newer.scheduler, newer.num_inference_steps, newer.output.content_type) == ("newest", 1000, "image/avif")
+    assert newer.callback is not None and newer.callback.events == ("job.paused",)
+    assert not hasattr(newer, "loras") and newer.metadata == {"list": [1, 2]}
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_a_stored_request_of_an_unknown_version_is_not_read(version: Any) -> None:
+    with pytest.raises(ValidationError):
+        stored(version=version)
+
+
+def test_records_events_and_errors_of_a_newer_version_are_read() -> None:
+    assert Phase("upscaling") == "upscaling" and Phase("upscaling").value == "upscaling"
+    assert not Status("paused").terminal and Status("paused").value == "paused"
+    assert pickle.loads(pickle.dumps(Phase("upscaling"))) == Phase("upscaling")
+    event = JobEvent.model_validate({"id": "1-0", "type": "job.paused", "job_id": "j", "at": 0, "by": "an operator"})
+    assert event.type == "job.paused" and not event.terminal
+    assert JobError.model_validate({"code": "c", "message": "m", "hint": "h"}) == JobError(code="c", message="m")
+    assert info(vram_bytes=1) == info()
+    with pytest.raises(ValueError):
+        Status(3)  # type: ignore[arg-type]
+
+
+def test_what_is_stored_leaves_out_defaults_and_never_what_was_resolved() -> None:
+    plain = resolve(request(seed=1), info(default_num_inference_steps=20)).request
+    assert json.loads(plain.to_json()) == {
+        "version": 1, "model": "latentline-emoji", "prompt": "a cat", "width": 64, "height": 64, "num_inference_steps": 20,
+        "guidance_scale": 5.0, "scheduler": "dpmpp_2m", "seed": 1,
+    }  # fmt: skip
+    full = {"negative_prompt": "fog", "num_images": 2, "output": {"format": "webp"}, "tenant": "acme", "metadata": {"a": 1}}
+    chosen = resolve(request(seed=1, **full), info()).request
+    assert json.loads(chosen.to_json()).items() >= full.items()
+    assert ResolvedRequest.model_validate_json(chosen.to_json()) == chosen
+
+
+# Models' defaults and levels
+
+
+def test_what_the_client_leaves_out_is_the_models_own() -> None:
+    model = info(
+        default_width=128, default_height=96, default_num_inference_steps=4, default_guidance_scale=1.0, default_scheduler="lcm",
+        rows_guided=1,
+    )  # fmt: skip
+    left_open = resolve(request(num_images=3), model)
+    made = left_open.request
+    assert (made.width, made.height, made.num_inference_steps, made.guidance_scale, made.scheduler) == (128, 96, 4, 1.0, "lcm")
+    assert left_open.cost == 4 * 3
+    chosen = resolve(request(width=64, num_inference_steps=7, guidance_scale=0.0, scheduler="ddim"), model).request
+    assert (chosen.width, chosen.height, chosen.num_inference_steps, chosen.guidance_scale, chosen.scheduler) == (64, 96, 7, 0.0, "ddim")
+    assert resolve(request(num_inference_steps=None, scheduler=None), model).request.num_inference_steps == 4, "null is left out"
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rows", "cost"),
+    [(1.0, {}, 10), (1.1, {}, 20), (7.0, {"rows_guided": 1}, 10), (7.0, {"rows_guided": 3}, 30), (0.0, {"rows_unguided": 2}, 20)],
+)
+def test_the_cost_counts_the_models_own_rows(guidance: float, rows: dict[str, int], cost: int) -> None:
+    assert resolve(request(num_inference_steps=5, num_images=2, guidance_scale=guidance), info(**rows)).cost == cost
+
+
+def test_a_model_that_announces_no_defaults_has_those_of_before() -> None:
+    """Workers of version 0.1.0 announce none."""
+    old = json.loads(info(schedulers=("ddim", "euler")).first_fields())
+    assert set(old) == {"id", "family", "default_width", "default_height", "size_multiple", "max_pixels", "schedulers"}
+    made = resolve(request(), ModelInfo.model_validate(old)).request
+    assert (made.num_inference_steps, made.guidance_scale) == (20, 5.0)
+    assert made.scheduler == "ddim", "the first that it has, where it does not have the usual one"
+
+
+def test_a_scheduler_is_one_of_the_models_own() -> None:
+    model = info(schedulers=("flow_euler", "ddim"))
+    assert resolve(request(scheduler="flow_euler"), model).request.scheduler == "flow_euler"
+    with pytest.raises(InvalidRequest, match="scheduler: got 'euler'; allowed: one of: flow_euler, ddim"):
+        resolve(request(scheduler="euler"), model)
+
+
+@pytest.mark.parametrize("defaults", [{"default_num_inference_steps": 0}, {"default_guidance_scale": 31}, {"rows_guided": 0}])
+def test_an_announced_default_that_no_request_may_have(defaults: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        info(**defaults)
+
+
+def test_the_level_is_that_of_the_newest_thing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve(request(preview_every=2, output={"format": "webp"}), info()).level == 1
+    monkeypatch.setattr(models, "ADDED", {"preview_every": 2, "output.quality": 3, "output.format=webp": 4})
+
+    def level(**fields: Any) -> tuple[int, str]:
+        made = resolve(request(**fields), info())
+        return made.level, made.level_field
+
+    assert level() == (1, "")
+    assert level(preview_every=2) == (2, "preview_every")
+    assert level(preview_every=0, output={"quality": 90}) == (1, ""), "a default asks for nothing"
+    assert level(preview_every=2, output={"quality": 80}) == (3, "output.quality")
+    assert level(preview_every=2, output={"format": "webp", "quality": 80}) == (4, "output.format")
+
+
+def test_a_scheduler_that_level_1_does_not_know_has_a_higher_level() -> None:
+    model = info(schedulers=("flow_euler", "ddim"), default_scheduler="flow_euler")
+    assert (resolve(request(scheduler="ddim"), model).level, resolve(request(), model).level) == (1, 2)
 
 
 def test_terminal_states_and_events() -> None:

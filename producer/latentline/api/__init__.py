@@ -1,1 +1,1 @@
-"""The HTTP API: ``app`` assembles it, one file per dialect."""
+"""The HTTP API: ``app`` assembles it from one router per dialect."""

@@ -1,4 +1,4 @@
-"""The FastAPI application: error shape, body limit, health; the dialects are mounted on it."""
+"""The FastAPI application: health checks, the shape of errors, and the routers of the dialects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from latentline import __version__
 from latentline.client import AsyncClient
-from latentline.errors import InvalidRequest, LatentlineError, TenantQuotaExceeded
+from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
@@ -26,7 +26,7 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"
 
 
 def create_app(settings: Settings | None = None, client: AsyncClient | None = None) -> FastAPI:
-    """The application; ``client`` is for tests, otherwise one is opened for the application's life."""
+    """The application. ``client`` is for tests; without it, one is opened when the application starts. Either is closed at its end."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -41,12 +41,14 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], summary="Whether a job would be served now", responses={503: {"description": "Not ready"}})
+    @app.get(
+        "/readyz", tags=["health"], summary="Whether a job would be accepted and run now", responses={503: {"description": "Not ready"}}
+    )
     async def readyz(request: Request) -> JSONResponse:
         reasons: list[str] = []
         try:
             if not await request.app.state.client.workers():
-                reasons.append("no worker has said that it is alive lately")
+                reasons.append("no worker is alive")
         except LatentlineError as error:
             reasons.append(error.message)
         try:
@@ -64,7 +66,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
 
 
 def _document_request(app: FastAPI) -> None:
-    """Add the request's schema to the document: the body is parsed by hand, so FastAPI does not know it."""
+    """Add the request's schema to the OpenAPI document: the body is parsed by hand, so FastAPI cannot derive it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -78,15 +80,15 @@ def _document_request(app: FastAPI) -> None:
 
 
 def error_answer(status: int, code: str, message: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
-    """Every error looks like this."""
+    """An error answer. All of them have this shape."""
     return JSONResponse({"error": {"code": code, "message": message, **more}}, status, headers=headers)
 
 
 async def _domain_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, LatentlineError)  # registered for it
+    assert isinstance(error, LatentlineError)  # what it is registered for
     if isinstance(error, InvalidRequest):
         return error_answer(error.http_status, error.code, error.message, field=error.field, allowed=error.allowed)
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, TenantQuotaExceeded) else None
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
     return error_answer(error.http_status, error.code, error.message, headers)
 
 

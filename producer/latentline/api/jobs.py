@@ -17,7 +17,7 @@ from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import MAX_BODY_BYTES, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Phase, Status
 from latentline.records import MAX_PAGE
 
-EVENT_BLOCK_MS = 1000  # how long one read waits; also how soon a closed connection is noticed
+EVENT_BLOCK_MS = 1000  # how long one read of the stream waits; a closed connection is noticed after this
 KEEP_ALIVE_READS = 10  # empty reads between keep-alive comments
 
 
@@ -42,7 +42,7 @@ class ImageAnswer(BaseModel):
 
 
 class JobAnswer(BaseModel):
-    """A job as clients see it."""
+    """A job as clients see it. ``request`` shows the values that were used, also where the client left them to the model."""
 
     id: str
     status: Status
@@ -70,7 +70,7 @@ class ModelList(BaseModel):
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    # 422 everywhere: where none is declared, FastAPI documents a shape of its own.
+    # Every route declares 422, since FastAPI documents a shape of its own for it otherwise.
     return {status: {"model": ErrorAnswer} for status in (*statuses, 422, 500, 503)}
 
 
@@ -87,7 +87,10 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
     },
 )
 async def submit(request: Request, idempotency_key: Annotated[str | None, Header()] = None) -> JSONResponse:
-    """Accept a job. The same ``Idempotency-Key`` and body give the same job; another body is a conflict."""
+    """Submit a job. Width, height, steps, guidance scale and scheduler default to the model's own (``GET /v1/models``).
+
+    The same ``Idempotency-Key`` with the same body gives the same job; with another body it is a conflict.
+    """
     data = await _json_object(request)
     if idempotency_key is not None:
         data["idempotency_key"] = idempotency_key
@@ -102,20 +105,20 @@ async def list_jobs(
     cursor: Annotated[str | None, Query(max_length=300)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
 ) -> JobPage:
-    """Jobs, newest first; ``next_cursor`` leads to the next page."""
+    """Jobs, newest first. ``next_cursor`` is the ``cursor`` of the next page."""
     records, following = await _client(request).list(status, cursor, limit)
     return JobPage(jobs=[answer(record) for record in records], next_cursor=following)
 
 
 @router.get("/jobs/{job_id}", response_model=JobAnswer, responses=_errors(404))
 async def get_job(request: Request, job_id: str) -> JobAnswer:
-    """One job; its images' URLs are presigned now."""
+    """One job. The URLs of its images are presigned at this moment."""
     return answer(await _client(request).get(job_id))
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=JobAnswer, responses=_errors(404))
 async def cancel_job(request: Request, job_id: str) -> JobAnswer:
-    """Cancel: at once when queued, at the next step when running, without effect when it has ended."""
+    """Cancel a job: at once while it is queued, at the next step while it runs. A job that has ended stays as it is."""
     return answer(await _client(request).cancel(job_id))
 
 
@@ -125,12 +128,12 @@ async def cancel_job(request: Request, job_id: str) -> JobAnswer:
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **_errors(404)},
 )
 async def job_events(request: Request, job_id: str, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
-    """Server-sent events up to the terminal one, resumable by ``Last-Event-ID``."""
+    """The job's events as server-sent events, up to its last one. ``Last-Event-ID`` resumes after an event."""
     client = _client(request)
-    # The first read happens before the answer starts, so that its errors still have a status of their own.
+    # The first read comes before the answer starts, so that an error can still be answered with its own status.
     first, ended = await client.follow(job_id, last_event_id, 1)
     if ended and not first:
-        # All has been seen. 204 tells an EventSource not to come back.
+        # The client has seen every event. 204 tells an EventSource not to reconnect.
         return StreamingResponse(iter(()), 204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_stream(request, client, job_id, first, ended, last_event_id), media_type="text/event-stream", headers=headers)
@@ -138,12 +141,12 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
 
 @router.get("/models", response_model=ModelList, tags=["models"], responses=_errors())
 async def list_models(request: Request) -> ModelList:
-    """Models that workers have announced."""
+    """The models that are served now, with their limits and defaults: what a request that leaves a field out gets."""
     return ModelList(models=list((await _client(request).models()).values()))
 
 
 def answer(record: JobRecord) -> JobAnswer:
-    """A record in the API's words."""
+    """A record as the API shows it."""
 
     def moment(seconds: float | None) -> datetime | None:
         return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
@@ -176,7 +179,7 @@ async def _json_object(request: Request) -> dict[str, Any]:
     if kind != "application/json":
         raise HTTPException(415, f"content type {kind or '(none)'!r}; allowed: application/json")
     body = bytearray()
-    async for chunk in request.stream():  # counted while it comes: a chunked body names no length
+    async for chunk in request.stream():  # counted as it arrives: a chunked body declares no length
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
@@ -211,4 +214,4 @@ async def _stream(
         try:
             events, ended = await client.follow(job_id, last, EVENT_BLOCK_MS)
         except LatentlineError:
-            return  # the client resumes with Last-Event-ID, and then hears what is wrong
+            return  # the client reconnects with Last-Event-ID, and that request is answered with the error
