@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import inspect
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,10 +15,21 @@ from typing import Any
 import fakeredis
 import pytest
 
-from latentline import AsyncClient, Client, records, routing
+from latentline import AsyncClient, Client, models, records, routing
 from latentline.connection import connect
-from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobFailed, JobNotFound, StoreUnavailable, WaitTimeout
-from latentline.jobs import JobError, JobEvent, JobRequest, Phase, Status
+from latentline.errors import (
+    BrokerUnavailable,
+    IdempotencyConflict,
+    InvalidRequest,
+    JobFailed,
+    JobNotFound,
+    NoWorker,
+    StoreUnavailable,
+    TenantQuotaExceeded,
+    WaitTimeout,
+)
+from latentline.jobs import JobError, JobEvent, JobRecord, JobRequest, Phase, Status
+from latentline.records.fleet import ANNOUNCED_S
 from latentline.settings import Settings
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
@@ -57,19 +69,24 @@ def worker(server: fakeredis.FakeServer, images: FakeImages) -> FakeWorker:
     return worker
 
 
+@pytest.fixture
+def settings() -> Settings:
+    return Settings()
+
+
 @pytest.fixture(params=["sync", "async"])
 def client(
-    request: pytest.FixtureRequest, server: fakeredis.FakeServer, images: FakeImages, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, server: fakeredis.FakeServer, images: FakeImages, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Any]:
     monkeypatch.setattr("latentline.client.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect", lambda url: fakeredis.FakeRedis(server=server, decode_responses=True))
     monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=server, decode_responses=True))
     if request.param == "sync":
-        with Client(Settings()) as made:
+        with Client(settings) as made:
             yield made
         return
     with asyncio.Runner() as runner:
-        asynchronous = AsyncClient(Settings())
+        asynchronous = AsyncClient(settings)
         yield Both(asynchronous, runner)
         runner.run(asynchronous.close())
 
@@ -106,6 +123,58 @@ def test_many_are_queued_in_order(client: Any, worker: FakeWorker) -> None:
     assert [record.id for record in worker.run_all()] == [record.id for record in made]
 
 
+def requests_of(*fields: dict[str, Any]) -> list[JobRequest]:
+    return [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 1, **one}) for one in fields]
+
+
+def test_every_outcome_of_many_is_told_in_order(client: Any, worker: FakeWorker) -> None:
+    first = client.submit(prompt="a cat", num_inference_steps=1, idempotency_key="k")
+    outcomes = client.submit_many(
+        requests_of(
+            {}, {"model": "no-such"}, {"idempotency_key": "k", "seed": 1}, {"idempotency_key": "k"}, {"scheduler": "magic"}, {"seed": 7}
+        )
+    )
+    assert [type(outcome) for outcome in outcomes] == [
+        JobRecord, InvalidRequest, IdempotencyConflict, JobRecord, InvalidRequest, JobRecord,
+    ]  # fmt: skip
+    assert outcomes[3].id == first.id and outcomes[5].request.seed == 7
+    accepted = [first.id, outcomes[0].id, outcomes[5].id]
+    assert [record.id for record in worker.run_all()] == accepted
+
+
+@pytest.mark.parametrize("settings", [Settings(tenant_cap=9)])
+def test_a_tenants_cap(client: Any, worker: FakeWorker) -> None:
+    """Exactly the cap is taken, and one job always; each request counts what those before it have taken."""
+    three_rows = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    large = {"num_inference_steps": 10, "guidance_scale": 1.0, "tenant": "large"}
+    outcomes = client.submit_many(requests_of(three_rows, three_rows, three_rows, three_rows | {"idempotency_key": "k"}, large, large))
+    assert [isinstance(outcome, JobRecord) for outcome in outcomes] == [True, True, True, False, True, False]
+    assert all(isinstance(outcomes[i], TenantQuotaExceeded) for i in (3, 5))
+    assert "9 rows queued and running: 3 more exceed the 9 allowed" in outcomes[3].message
+    client.cancel(outcomes[0].id)
+    assert client.submit(prompt="a cat", **three_rows, idempotency_key="k").status is Status.QUEUED, "a refused key is still free"
+    with pytest.raises(TenantQuotaExceeded):
+        client.submit(prompt="a cat", num_inference_steps=1, guidance_scale=1.0)
+
+
+def test_a_broker_that_fails_in_between_leaves_no_outcome_out(
+    client: Any, worker: FakeWorker, server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was accepted before is told, what may have been accepted is an error."""
+    monkeypatch.setattr("latentline.client.SUBMIT_CHUNK", 2)
+    write, calls = records.submit, iter([None, None])
+
+    def fails_later(*args: Any, **kwargs: Any) -> Any:
+        server.connected = next(calls, "gone") is None
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr("latentline.records.submit", fails_later)
+    outcomes = client.submit_many(requests_of(*[{}] * 3, {"scheduler": "magic"}, *[{}] * 4))
+    server.connected = True
+    assert [type(outcome) for outcome in outcomes] == [JobRecord] * 3 + [InvalidRequest, JobRecord] + [BrokerUnavailable] * 3
+    assert {outcome.id for outcome in outcomes if isinstance(outcome, JobRecord)} == {record.id for record in client.list()[0]}
+
+
 @pytest.mark.parametrize(
     ("fields", "field", "allowed"),
     [
@@ -135,6 +204,210 @@ def test_the_models_own_multiple_and_schedulers_count(client: Any, worker: FakeW
 def test_no_worker_has_come_yet(client: Any) -> None:
     with pytest.raises(InvalidRequest, match="none has announced one yet"):
         client.submit(prompt="a cat")
+    assert client.models() == {}
+
+
+# What workers announce
+
+
+def age(worker: FakeWorker, seconds: float, *keys: str) -> None:
+    """Make announcements older."""
+    for key in keys or (routing.announced_at_key(), routing.workers_key()):
+        for name, at in worker.redis.zrange(key, 0, -1, withscores=True):
+            worker.redis.zadd(key, {name: at - seconds})
+
+
+def test_what_is_left_out_is_resolved_by_the_models_announcement(client: Any, worker: FakeWorker) -> None:
+    own = {
+        "id": "own", "default_width": 96, "default_num_inference_steps": 4, "default_guidance_scale": 1.0, "default_scheduler": "lcm",
+    }  # fmt: skip
+    worker.records.announce("other", MODEL.model_copy(update=own))
+    record = client.submit(prompt="a cat", model="own")
+    request = client.get(record.id).request
+    assert (request.width, request.height, request.num_inference_steps, request.guidance_scale, request.scheduler) == (
+        96,
+        64,
+        4,
+        1.0,
+        "lcm",
+    )
+    assert (record.num_steps, worker.redis.hget(routing.job_key(record.id), "cost")) == (4, "4")
+    stored = worker.redis.hget(routing.job_key(record.id), "request")
+    assert '"num_inference_steps":4' in stored and "negative_prompt" not in stored
+
+
+def test_the_key_stands_for_what_was_sent_whatever_the_defaults_are_by_now(client: Any, worker: FakeWorker) -> None:
+    first = client.submit(prompt="a cat", idempotency_key="k")
+    worker.records.announce(worker.name, MODEL.model_copy(update={"default_num_inference_steps": 7, "default_width": 128}))
+    again = client.submit(prompt="a cat", idempotency_key="k")
+    assert (again.id, again.num_steps) == (first.id, 20)
+    with pytest.raises(IdempotencyConflict):
+        client.submit(prompt="a cat", num_inference_steps=20, idempotency_key="k")
+
+
+def test_a_key_that_version_0_1_0_has_written(client: Any, worker: FakeWorker) -> None:
+    first = client.submit(prompt="a cat", idempotency_key="k")
+    key = routing.idempotency_key("default", "k")
+    assert worker.redis.hget(key, "fingerprint") == '{"height":64,"prompt":"a cat","width":64}', "what that version compares"
+    worker.redis.hdel(key, "sent")
+    assert client.submit(prompt="a cat", idempotency_key="k").id == first.id
+    with pytest.raises(IdempotencyConflict):
+        client.submit(prompt="a dog", idempotency_key="k")
+
+
+def test_a_worker_that_says_nothing_is_not_counted_on(client: Any, worker: FakeWorker) -> None:
+    client.submit(prompt="a cat")
+    age(worker, ANNOUNCED_S - 5)
+    assert set(client.models()) == {MODEL.id} and client.workers() == []
+    client.submit(prompt="a cat")
+    age(worker, 6)
+    assert client.models() == {}
+    with pytest.raises(NoWorker, match="no worker that serves 'latentline-emoji'") as caught:
+        client.submit(prompt="a cat")
+    assert caught.value.http_status == 503 and caught.value.retry_after_s
+    worker.records.announce("other", MODEL.model_copy(update={"id": "other"}))
+    assert set(client.models()) == {"other"}, "one worker's word keeps no other's model alive"
+    with pytest.raises(InvalidRequest, match="one of: other"):
+        client.submit(prompt="a cat", model="no-such")
+    assert worker.redis.hkeys(routing.announced_key()) == ["other"], "nothing is kept of workers that are gone"
+    worker.announce()
+    client.submit(prompt="a cat")
+
+
+def test_a_worker_of_version_0_1_0_is_seen_while_it_lives(client: Any, worker: FakeWorker) -> None:
+    worker.redis.flushall()
+    worker.redis.hset(routing.models_key(), "old", MODEL.model_copy(update={"id": "old"}).first_fields())
+    worker.redis.zadd(routing.workers_key(), {"old@host": worker.redis.time()[0]})
+    assert set(client.models()) == {"old"}
+    record = client.submit(prompt="a cat", model="old")
+    assert (record.num_steps, record.request.scheduler, record.request.width) == (20, "dpmpp_2m", 64)
+    worker.announce()
+    assert set(client.models()) == {"old", MODEL.id}
+    age(worker, 11, routing.workers_key())
+    worker.announce()
+    assert set(client.models()) == {MODEL.id}
+    with pytest.raises(NoWorker):
+        client.submit(prompt="a cat", model="old")
+
+
+def test_version_0_1_0_finds_what_it_knows(worker: FakeWorker) -> None:
+    """It refuses a field that it does not know."""
+    (told,) = worker.redis.hvals(routing.models_key())
+    assert set(json.loads(told)) == {"id", "family", "default_width", "default_height", "size_multiple", "max_pixels", "schedulers"}
+
+
+def test_workers_of_two_versions_do_not_change_the_answer_from_second_to_second(client: Any, worker: FakeWorker) -> None:
+    one = MODEL.model_copy(update={"default_num_inference_steps": 4, "max_pixels": 128 * 128, "schedulers": ("lcm", "ddim", "euler")})
+    other = MODEL.model_copy(update={"default_num_inference_steps": 9, "size_multiple": 16, "schedulers": ("ddim", "lcm", "tcd")})
+    worker.redis.flushall()
+    worker.records.announce("b", other)
+    seen = []
+    for name, info in (("a", one), ("b", other)) * 2:
+        worker.records.announce(name, info)
+        seen.append(client.models()[MODEL.id])
+    assert seen == seen[:1] * 4
+    # Any of them may get the job, so all have to be able to do it.
+    shared = client.models()[MODEL.id]
+    assert (shared.max_pixels, shared.size_multiple, sorted(shared.schedulers)) == (128 * 128, 16, ["ddim", "lcm"])
+    for refused in ({"scheduler": "euler"}, {"scheduler": "tcd"}, {"width": 72}, {"width": 256, "height": 256}):
+        with pytest.raises(InvalidRequest):
+            client.submit(prompt="a cat", **refused)
+
+
+def test_an_announcement_that_cannot_be_read_costs_no_other(client: Any, worker: FakeWorker, caplog: pytest.LogCaptureFixture) -> None:
+    seconds = worker.redis.time()[0]
+    texts = {"a": "not JSON", "b": "[]", "c": '{"level": "high", "models": []}', "d": '{"level": 1, "models": [{"id": "x"}]}', "e": "{}"}
+    worker.redis.hset(routing.announced_key(), mapping=texts)
+    worker.redis.zadd(routing.announced_at_key(), dict.fromkeys([*texts, "without a word"], seconds))
+    assert set(client.models()) == {MODEL.id}
+    assert {f"worker {name} " in caplog.text for name in texts} == {True}
+
+
+# Levels
+
+
+@pytest.fixture
+def level_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coming version of requests."""
+    monkeypatch.setattr(models, "ADDED", {"preview_every": 2})
+
+
+def queued(worker: FakeWorker, level: int) -> int:
+    return sum(worker.redis.llen(routing.queue_list(name, 5)) for name in routing.queue_names(MODEL.id, level))
+
+
+def test_a_job_of_a_higher_level_is_refused_while_no_worker_has_it(client: Any, worker: FakeWorker, level_2: None) -> None:
+    with pytest.raises(InvalidRequest, match="they have level 1, this needs level 2") as caught:
+        client.submit(prompt="a cat", preview_every=1)
+    assert (caught.value.field, caught.value.value) == ("preview_every", 1)
+    with pytest.raises(InvalidRequest, match=r"scheduler: got 'newest'; allowed: one of: ddim, "):
+        client.submit(prompt="a cat", scheduler="newest")
+    client.submit(prompt="a cat")
+    assert queued(worker, 1) == 1
+
+
+def test_only_workers_of_its_level_take_a_job(client: Any, worker: FakeWorker, images: FakeImages, level_2: None) -> None:
+    newer = FakeWorker(worker.redis, images, name="newer@test", level=2)
+    newer.announce()
+    plain, higher = client.submit(prompt="a cat"), client.submit(prompt="a cat", preview_every=1)
+    assert worker.redis.hget(routing.job_key(plain.id), "level") is None, "level 1 is what records of before had"
+    assert worker.redis.hget(routing.job_key(higher.id), "level") == "2"
+    assert (queued(worker, 1), queued(worker, 2)) == (1, 2)
+    assert [record.id for record in worker.run_all()] == [plain.id]
+    assert worker.records.claim(higher.id, worker.name, 30) is None, "not even when a message of it reaches the wrong queue"
+    assert client.get(higher.id).status is Status.QUEUED
+    claim = newer.records.claim(str(newer.take()), newer.name, 30)
+    assert claim is not None and newer.records.release(higher.id, claim.token)
+    assert worker.take() is None, "what comes back goes to its own queue again"
+    assert [record.id for record in newer.run_all()] == [higher.id]
+
+
+def test_a_lost_message_of_a_higher_level_is_written_anew_by_any_worker(
+    client: Any, worker: FakeWorker, images: FakeImages, level_2: None
+) -> None:
+    newer = FakeWorker(worker.redis, images, name="newer@test", level=2)
+    newer.announce()
+    job_id = client.submit(prompt="a cat", preview_every=1).id
+    assert newer.take() == job_id  # and is lost
+    assert worker.records.wake(MODEL.id, 0) == [job_id]
+    assert worker.take() is None and newer.take() == job_id
+
+
+def test_the_limits_that_count_are_those_of_the_workers_that_can_take_it(
+    client: Any, worker: FakeWorker, images: FakeImages, level_2: None
+) -> None:
+    wider = MODEL.model_copy(update={"max_pixels": 512 * 512, "schedulers": ("newest", "ddim", "dpmpp_2m")})
+    newer = FakeWorker(worker.redis, images, name="newer@test", level=2, model=wider)
+    newer.announce()
+    assert client.submit(prompt="a cat", width=512, height=512, preview_every=1).request.width == 512
+    assert client.submit(prompt="a cat", scheduler="newest").request.scheduler == "newest"
+    with pytest.raises(InvalidRequest, match="at most 65536"):
+        client.submit(prompt="a cat", width=512, height=512)
+    with pytest.raises(InvalidRequest, match="one of: newest, ddim, dpmpp_2m"):
+        client.submit(prompt="a cat", scheduler="euler", preview_every=1)
+
+
+def test_a_record_of_another_version_breaks_no_list(client: Any, worker: FakeWorker) -> None:
+    made = [client.submit(prompt="a cat", seed=i).id for i in range(5)]
+    key = routing.job_key(made[2])
+    worker.redis.hset(key, "request", str(worker.redis.hget(key, "request")).replace('"version":1', '"version":2'))
+    first, cursor = client.list(limit=2)
+    second, end = client.list(limit=2, cursor=cursor)
+    assert {record.id for record in first + second} == set(made) - {made[2]} and end is None
+    with pytest.raises(JobNotFound, match="cannot read"):
+        client.get(made[2])
+
+
+def test_a_record_of_a_newer_release_is_read_worked_on_and_listed(client: Any, worker: FakeWorker) -> None:
+    job_id = client.submit(prompt="a cat", num_inference_steps=1).id
+    key = routing.job_key(job_id)
+    newer = json.loads(str(worker.redis.hget(key, "request"))) | {"style": "oil", "scheduler": "newest", "output": {"depth": 16}}
+    worker.redis.hset(key, mapping={"request": json.dumps(newer), "phase": "upscaling", "novelty": "1"})
+    assert client.get(job_id).request.scheduler == "newest" and client.get(job_id).phase == "upscaling"
+    assert [record.id for record in client.list()[0]] == [job_id]
+    assert [record.status for record in worker.run_all()] == [Status.SUCCEEDED]
+    worker.redis.xadd(routing.events_key(job_id), {"type": "job.praised", "at": "1", "data": "{}"})
+    assert list(client.events(job_id))[-1].type == "job.praised"
 
 
 def test_a_store_that_is_down_fails_the_submit(client: Any, worker: FakeWorker, images: FakeImages) -> None:
