@@ -18,7 +18,7 @@ import httpx
 import pytest
 import uvicorn
 
-from latentline import AsyncClient
+from latentline import AsyncClient, Settings, routing
 from latentline.api import jobs as api_jobs
 from latentline.api.app import create_app
 from latentline.jobs import MAX_BODY_BYTES, JobError, Phase
@@ -104,6 +104,26 @@ def test_a_submitted_job_is_accepted_and_found_at_its_location(live: Live) -> No
     assert "idempotency_key" not in job["request"]
     assert datetime.fromisoformat(job["created_at"]).utcoffset() == timedelta(0)
     assert live.http.get(answer.headers["location"]).json() == job
+
+
+def test_what_is_left_to_the_model_is_shown_as_it_was_resolved(live: Live) -> None:
+    own = {"id": "own", "default_width": 96, "default_num_inference_steps": 4, "default_scheduler": "lcm", "default_guidance_scale": 1.5}
+    live.worker.records.announce("other", MODEL.model_copy(update=own))
+    body = {"prompt": "a cat", "model": "own", "num_inference_steps": None, "width": None}
+    job = live.http.post("/v1/jobs", json=body).json()
+    shown = {name: job["request"][name] for name in ("width", "height", "num_inference_steps", "scheduler", "guidance_scale")}
+    assert shown == {"width": 96, "height": 64, "num_inference_steps": 4, "scheduler": "lcm", "guidance_scale": 1.5}
+    assert job["num_steps"] == 4 and live.http.get(f"/v1/jobs/{job['id']}").json()["request"] == job["request"]
+
+
+def test_a_job_of_a_newer_release_is_shown_and_listed(live: Live) -> None:
+    job_id = live.submit()["id"]
+    key = routing.job_key(job_id)
+    newer = json.loads(str(live.worker.redis.hget(key, "request"))) | {"style": "oil", "scheduler": "newest"}
+    live.worker.redis.hset(key, mapping={"request": json.dumps(newer), "status": "running", "phase": "upscaling"})
+    job = live.http.get(f"/v1/jobs/{job_id}").json()
+    assert (job["phase"], job["request"]["scheduler"]) == ("upscaling", "newest") and "style" not in job["request"]
+    assert [one["id"] for one in live.http.get("/v1/jobs").json()["jobs"]] == [job_id]
 
 
 def test_a_finished_job_shows_its_images_with_urls(live: Live) -> None:
@@ -393,6 +413,41 @@ def test_what_nobody_expected_is_logged_and_kept_from_the_client(
     problem(answer, 500, "internal_error")
     assert "secret" not in answer.text and "Traceback" not in answer.text
     assert any(record.name.startswith("latentline") and record.exc_info for record in caplog.records)
+
+
+def test_a_tenant_over_its_cap_is_told_when_to_come_back(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.client, "settings", Settings(tenant_cap=10))
+    live.submit(num_inference_steps=9, guidance_scale=1.0)
+    answer = live.http.post("/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 9})
+    problem(answer, 429, "tenant_quota_exceeded")
+    assert answer.headers["retry-after"] == "5"
+    assert "retry-after" not in live.http.get("/v1/jobs/no-such-job").headers
+
+
+def test_a_model_whose_workers_are_silent_is_not_offered(live: Live) -> None:
+    live.worker.redis.delete(routing.announced_at_key())
+    answer = live.http.post("/v1/jobs", json={"prompt": "a cat"})
+    problem(answer, 503, "no_worker")
+    assert answer.headers["retry-after"] == "5"
+    assert live.http.get("/v1/models").json() == {"models": []}
+
+
+def test_the_client_is_closed_with_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[AsyncClient] = []
+
+    async def close(self: AsyncClient) -> None:
+        closed.append(self)
+
+    monkeypatch.setattr(AsyncClient, "close", close)
+    app = create_app()
+
+    async def life() -> AsyncClient:
+        async with app.router.lifespan_context(app):
+            assert not closed
+            opened: AsyncClient = app.state.client
+            return opened
+
+    assert [asyncio.run(life())] == closed
 
 
 # OpenAPI

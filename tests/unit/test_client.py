@@ -28,7 +28,7 @@ from latentline.errors import (
     TenantQuotaExceeded,
     WaitTimeout,
 )
-from latentline.jobs import JobError, JobEvent, JobRecord, JobRequest, Phase, Status
+from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status
 from latentline.records.fleet import ANNOUNCED_S
 from latentline.settings import Settings
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
@@ -105,11 +105,18 @@ def test_submit_work_wait_download(client: Any, worker: FakeWorker, images: Fake
 
 
 def test_urls_are_made_when_read_and_never_stored(client: Any, worker: FakeWorker) -> None:
+    """A stored one would outlive its signature, and give the object to whoever reads the broker."""
     job_id = client.submit(prompt="a cat", num_inference_steps=1).id
-    worker.run_all()
+    claim = worker.records.claim(job_id, worker.name, 30)
+    assert claim is not None
+    image = ImageRef(
+        key="k", seed=1, width=1, height=1, content_type="image/png", sha256="0" * 64, num_bytes=1, url="https://signed.example/k"
+    )
+    worker.records.settle(job_id, claim.token, Status.SUCCEEDED, images=[image])
+    stored = worker.redis.hgetall(routing.job_key(job_id))
+    assert '"key"' in stored["images"] and "signed.example" not in json.dumps(stored)
     assert worker.records.get(job_id).images[0].url is None
-    assert client.get(job_id).images[0].url
-    assert client.list()[0][0].images[0].url
+    assert client.get(job_id).images[0].url == client.list()[0][0].images[0].url == "memory://k"
 
 
 def test_submit_takes_a_request_too(client: Any, worker: FakeWorker) -> None:

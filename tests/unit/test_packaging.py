@@ -32,11 +32,43 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
-@pytest.mark.parametrize("module", ["latentline", "latentline.client", "latentline.webhooks", "latentline.cli"])
+@pytest.mark.parametrize("module", ["latentline", "latentline.client", "latentline.webhooks", "latentline.cli", "latentline.testing"])
 def test_producer_imports_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout.split()) == (0, []), result.stderr
+
+
+PUBLIC = {
+    "AsyncClient", "BrokerUnavailable", "Callback", "Client", "ConfigurationError", "IdempotencyConflict", "ImageRef",
+    "InvalidRequest", "JobError", "JobEvent", "JobFailed", "JobNotFound", "JobRecord", "JobRequest", "LatentlineError", "ModelInfo",
+    "NoWorker", "Outcome", "Output", "Phase", "ResolvedRequest", "ServiceUnavailable", "Settings", "Status", "StoreUnavailable",
+    "TenantQuotaExceeded", "WaitTimeout", "__version__",
+}  # fmt: skip
+
+
+def test_the_public_names_are_those_that_the_package_exports() -> None:
+    """Taking one away, or adding one, is a decision: it changes this list."""
+    import latentline
+
+    assert set(latentline.__all__) == PUBLIC and list(latentline.__all__) == sorted(latentline.__all__)
+    for name in PUBLIC:
+        assert getattr(latentline, name) is not None
+    star: dict[str, object] = {}
+    exec("from latentline import *", star)
+    assert star.keys() >= PUBLIC
+    with pytest.raises(AttributeError, match="no_such_name"):
+        latentline.no_such_name  # noqa: B018
+
+
+def test_every_error_that_a_client_raises_is_public() -> None:
+    """Those that no client raises belong to workers, receivers of callbacks and commands."""
+    import latentline
+    from latentline import errors
+
+    inner = {"MissingExtra", "ModelError", "NumericalError", "OutOfMemory", "StaleToken", "WebhookError"}
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.LatentlineError)}
+    assert kinds == inner | {name for name in latentline.__all__ if name in kinds}
 
 
 def test_core_dependencies_bring_nothing_heavy() -> None:

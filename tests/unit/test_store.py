@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import requests
@@ -183,7 +182,7 @@ def test_a_burst_asks_once_and_a_failure_is_asked_again(settings: Settings, monk
     assert calls == ["HeadBucket", "HeadBucket"]
 
 
-def test_presigned_urls_are_made_offline_and_work(settings: Settings, dead_endpoint: str) -> None:
+def test_a_presigned_url_works(settings: Settings) -> None:
     store = ImageStore(settings)
     store.ensure_bucket()
     store.put("default/ä b/0.png", DATA, "image/png", {})
@@ -192,11 +191,6 @@ def test_presigned_urls_are_made_offline_and_work(settings: Settings, dead_endpo
     assert answer.status_code == 200
     assert answer.content == DATA
     assert answer.headers["content-type"] == "image/png"
-    offline = urlsplit(Images(make_settings(dead_endpoint, "images", presign_ttl_s=77)).presign("k"))
-    query = parse_qs(offline.query)
-    assert offline.path == "/images/k"  # path style: a bucket's name is no host of a private endpoint
-    assert query["X-Amz-Expires"] == ["77"]
-    assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
 
 
 def test_secrets_stay_out_of_repr(settings: Settings) -> None:

@@ -107,6 +107,25 @@ def test_altered_body(secret: str, now: int) -> None:
         verify(secret, sign(secret, "msg_1", now, BODY), BODY + b" ")
 
 
+def test_a_signature_counts_only_under_its_own_scheme(secret: str, now: int) -> None:
+    """The right digest under another label: that scheme may sign something else."""
+    headers = sign(secret, "msg_1", now, BODY)
+    for label in ("v2", "v1a", "v", "", "V1"):
+        relabelled = headers | {"webhook-signature": headers["webhook-signature"].replace("v1,", f"{label},", 1)}
+        with pytest.raises(WebhookError, match="no signature matches"):
+            verify(secret, relabelled, BODY)
+
+
+@pytest.mark.parametrize(("length", "accepted"), [(23, False), (24, True)])
+def test_the_shortest_key(length: int, accepted: bool) -> None:
+    key = "whsec_" + base64.b64encode(bytes(length)).decode()
+    if accepted:
+        assert sign(key, "msg_1", 0, BODY)["webhook-id"] == "msg_1"
+    else:
+        with pytest.raises(ConfigurationError, match="at least 24 bytes"):
+            sign(key, "msg_1", 0, BODY)
+
+
 @pytest.mark.parametrize("bad", ["", "whsec_", "whsec_c2hvcnQ=", "whsec_!!!!", "c" * 44])
 def test_a_malformed_secret_is_named_without_being_shown(bad: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
