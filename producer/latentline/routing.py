@@ -77,6 +77,11 @@ def index_key(status: str | None = None) -> str:
     return f"{PREFIX}:jobs" if status is None else f"{PREFIX}:jobs:{status}"
 
 
+def preview_key(job_id: str) -> str:
+    """Hash: the newest preview of a job that has not ended (``data``), and the ``seq`` of its event."""
+    return f"{PREFIX}:preview:{job_id}"
+
+
 def waiting_key(model: str) -> str:
     """Sorted set of the queued job ids of a model by priority step and time."""
     return f"{PREFIX}:waiting:{model}"
@@ -90,6 +95,11 @@ def leases_key() -> str:
 def delayed_key() -> str:
     """Sorted set of job ids that wait for another try, by the time at which it is due."""
     return f"{PREFIX}:delayed"
+
+
+def deadlines_key() -> str:
+    """Sorted set of the ids of jobs that have a deadline and have not ended, by that deadline."""
+    return f"{PREFIX}:deadlines"
 
 
 def expiring_key() -> str:

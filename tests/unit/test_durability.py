@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from latentline import records
+from latentline import records, routing
 from latentline.connection import OPTIONS, connect
 from latentline.errors import BrokerUnavailable
 from latentline.jobs import Claim, JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
@@ -136,6 +136,26 @@ def test_a_full_broker_refuses_jobs_and_keeps_those_it_has(client: redis.Redis) 
     assert [record.id for record in page] == [kept.id]
 
 
+def test_a_broker_that_has_become_a_replica_is_not_available_for_writes(broker: Broker, client: redis.Redis) -> None:
+    """After a failover clients may still be connected to the old primary. Reading goes on."""
+    (record,) = run(client, durable(deadline_s=600))
+    client.execute_command("REPLICAOF", "127.0.0.1", "1")  # nothing listens there
+    with pytest.raises(BrokerUnavailable, match="ReadOnlyError"):
+        run(client, durable())
+    with pytest.raises(BrokerUnavailable, match="ReadOnlyError"):
+        Records(client).claim(record.id, "worker", 30)
+    assert run(client, records.get(record.id)).status is Status.QUEUED
+
+
+def test_a_record_can_be_read_past_its_deadline_on_a_broker_that_takes_no_writes(client: redis.Redis) -> None:
+    (record,) = run(client, durable(deadline_s=600))
+    client.hset(routing.job_key(record.id), "deadline_at", 1)
+    client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    assert run(client, records.get(record.id)).status is Status.QUEUED
+    client.execute_command("REPLICAOF", "NO", "ONE")
+    assert run(client, records.get(record.id)).status is Status.FAILED
+
+
 @pytest.fixture
 def full(client: redis.Redis) -> Callable[[], None]:
     """Put the broker at its memory bound."""
@@ -179,6 +199,7 @@ def test_a_full_broker_takes_jobs_back(client: redis.Redis, full: Callable[[], N
     error = JobError(code="store_unavailable", message="no answer")
     assert store.retry(failed.record.id, failed.token, error, Backoff(1, 1))[0] is Status.QUEUED
     assert store.reclaim() == [lost.record.id]
+    assert store.end_overdue() == []
     assert {run(client, records.get(one.record.id)).status for one in (ends, failed, lost)} == {Status.QUEUED}
 
 

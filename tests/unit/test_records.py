@@ -65,6 +65,12 @@ def run_out(client: redis.Redis, job_id: str) -> None:
     client.zadd(routing.leases_key(), {job_id: 1})
 
 
+def seconds(client: redis.Redis) -> float:
+    """The broker's clock."""
+    whole, micro = client.time()
+    return float(whole + micro / 1e6)
+
+
 def kinds(client: redis.Redis, job_id: str) -> list[str]:
     return [event.type for event in run(client, records.events(job_id))]
 
@@ -227,6 +233,76 @@ def test_errors_are_retried_later_and_end_as_a_dead_letter(client: redis.Redis, 
         run(client, records.dead_letter(job_id))
 
 
+def test_only_the_newest_holder_may_ask_for_another_try(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    error = JobError(code="internal", message="x")
+    old = store.claim(job_id, "zombie", 0.0)
+    assert old and store.reclaim() == [job_id]
+    with pytest.raises(StaleToken):
+        store.retry(job_id, old.token, error, BACKOFF)
+    new = store.claim(job_id, "heir", 30)
+    with pytest.raises(StaleToken):
+        store.retry(job_id, old.token, error, BACKOFF)
+    assert new and store.get(job_id).status is Status.RUNNING
+    store.settle(job_id, new.token, Status.SUCCEEDED)
+    with pytest.raises(StaleToken):
+        store.retry(job_id, new.token, error, BACKOFF)
+    assert store.get(job_id).status is Status.SUCCEEDED and run(client, records.dead_letters()) == []
+
+
+def test_a_failed_try_of_a_job_whose_cancel_was_asked_for_cancels_it(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    run(client, records.cancel(job_id, 600))
+    assert claim and store.retry(job_id, claim.token, JobError(code="internal", message="x"), BACKOFF)[0] is Status.CANCELLED
+    assert store.get(job_id).status is Status.CANCELLED and not client.exists(routing.delayed_key(), routing.dead_key())
+
+
+@pytest.mark.parametrize(("deadline_in_s", "status"), [(29, Status.FAILED), (600, Status.QUEUED)])
+def test_a_try_that_would_begin_after_the_deadline_is_not_waited_for(
+    client: redis.Redis, store: Records, deadline_in_s: float, status: Status
+) -> None:
+    job_id = submit(client, deadline_s=deadline_in_s)
+    claim = store.claim(job_id, "w", 30)
+    error = JobError(code="store_unavailable", message="no answer")
+    assert claim and store.retry(job_id, claim.token, error, BACKOFF) == (status, 30)
+    assert store.get(job_id).error == (error if status is Status.FAILED else None)
+    assert len(run(client, records.dead_letters())) == (status is Status.FAILED)
+
+
+def test_the_delay_before_another_try_is_bounded(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    backoff = Backoff(first_s=60, most_s=50, jitter=0.5)
+    assert claim and store.retry(job_id, claim.token, JobError(code="internal", message="x"), backoff) == (Status.QUEUED, 25)
+    due, now = client.zscore(routing.delayed_key(), job_id), seconds(client)
+    assert due is not None and 24 < due - now <= 25
+
+
+def test_a_beat_renews_the_lease_for_its_whole_length(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 1)
+    assert claim and store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30)]) == [Verdict.GO]
+    lease_until = float(client.hget(routing.job_key(job_id), "lease_until") or 0)
+    assert 29 < lease_until - seconds(client) <= 30
+    assert client.zscore(routing.leases_key(), job_id) == pytest.approx(lease_until)
+
+
+def test_a_claim_holds_the_lease_that_was_asked_for(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    assert store.claim(job_id, "w", 30)
+    lease_until = float(client.hget(routing.job_key(job_id), "lease_until") or 0)
+    assert 29 < lease_until - seconds(client) <= 30
+    assert client.zscore(routing.leases_key(), job_id) == pytest.approx(lease_until)
+
+
+def test_a_checkpoint_is_kept_for_a_day(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.checkpoint(job_id, claim.token, 1, b"x")
+    assert 86400 - 5 < client.ttl(routing.checkpoint_key(job_id)) <= 86400
+
+
 def test_a_checkpoint_is_kept_for_the_next_owner_and_fenced(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
     data = bytes(range(256)) * 40
@@ -338,6 +414,178 @@ def test_deliverers_with_enough_to_do_get_no_second_messages(client: redis.Redis
     assert store.wake_callbacks() == 1
 
 
+# Deadlines of jobs that no worker takes.
+
+
+def passed(client: redis.Redis, job_id: str) -> None:
+    """Let the job's deadline have passed long ago."""
+    client.hset(routing.job_key(job_id), "deadline_at", 1)
+    client.zadd(routing.deadlines_key(), {job_id: 1})
+
+
+def test_a_queued_job_past_its_deadline_is_ended_without_being_claimed(client: redis.Redis, store: Records) -> None:
+    callback = {"url": "https://example.com/hook"}
+    overdue = submit(client, deadline_s=600, tenant="t", callback=callback)
+    in_time, without = submit(client, deadline_s=600), submit(client)
+    assert store.end_overdue() == []
+    passed(client, overdue)
+    assert store.end_overdue() == [overdue]
+    raw = client.hgetall(routing.job_key(overdue))
+    assert raw["status"] == "failed" and json.loads(raw["error"])["code"] == "deadline_exceeded"
+    assert kinds(client, overdue) == ["job.queued", "job.failed"]
+    assert [told["type"] for told in run(client, records.callbacks(overdue))] == ["job.failed"]
+    assert client.hget(routing.tenants_key(), "t") is None, "it is charged to its tenant no more"
+    assert 0 < client.ttl(routing.job_key(overdue)) <= 600, "kept as this worker's retention says"
+    assert client.zrange(routing.deadlines_key(), 0, -1) == [in_time]
+    assert store.claim(overdue, "w", 30) is None, "its message comes too late"
+    assert {store.get(job_id).status for job_id in (in_time, without)} == {Status.QUEUED}
+    assert store.end_overdue() == []
+
+
+def test_the_deadline_of_a_job_that_waits_for_another_try_is_kept(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client, deadline_s=600)
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.retry(job_id, claim.token, JobError(code="internal", message="x"), BACKOFF)[0] is Status.QUEUED
+    passed(client, job_id)
+    assert store.end_overdue() == [job_id]
+    assert not client.exists(routing.delayed_key(), routing.deadlines_key())
+
+
+def test_the_deadline_of_a_running_job_is_its_workers_until_that_is_lost(client: redis.Redis, store: Records) -> None:
+    held, lost = submit(client, deadline_s=600), submit(client, deadline_s=600)
+    claims = [store.claim(job_id, "w", 30) for job_id in (held, lost)]
+    passed(client, held)
+    passed(client, lost)
+    assert store.end_overdue() == []
+    assert set(client.zrange(routing.deadlines_key(), 0, -1)) == {held, lost}, "they are looked at again"
+    assert store.end_overdue() == [] and min(score for _, score in client.zrange(routing.deadlines_key(), 0, -1, withscores=True)) > 1
+    assert claims[0] and store.beat([Beat(held, claims[0].token, Phase.DENOISING, 1, 30)]) == [Verdict.EXPIRED]
+    assert store.release(held, claims[0].token)
+    passed(client, held)
+    assert store.end_overdue() == [held], "given back past its deadline"
+    run_out(client, lost)
+    assert store.reclaim() == [lost]
+    error = store.get(lost).error
+    assert error is not None and error.code == "deadline_exceeded"
+
+
+def test_deadlines_that_older_processes_left_or_never_wrote(client: redis.Redis, store: Records) -> None:
+    ended, expired, unknown = (submit(client, deadline_s=600) for _ in range(3))
+    run(client, records.cancel(ended, 600))
+    client.delete(routing.job_key(expired))
+    client.zadd(routing.deadlines_key(), {ended: 1, expired: 1})  # version 0.1.0 ended them
+    client.zrem(routing.deadlines_key(), unknown)  # version 0.1.0 submitted it
+    store.wake("latentline-emoji", 0)
+    assert store.end_overdue() == []
+    assert client.zrange(routing.deadlines_key(), 0, -1) == [unknown]
+    assert client.zscore(routing.deadlines_key(), unknown) == pytest.approx(
+        float(client.hget(routing.job_key(unknown), "deadline_at") or 0)
+    )
+
+
+def test_readers_end_an_overdue_job_when_no_worker_does(client: redis.Redis) -> None:
+    """All that is needed is someone who looks: at the record, at a list, or at the events."""
+    looked_up, listed, followed, running, waits = (submit(client, deadline_s=600) for _ in range(5))
+    Records(client).claim(running, "w", 30)
+    for job_id in (looked_up, listed, followed, running):
+        client.hset(routing.job_key(job_id), "deadline_at", 1)
+    record = run(client, records.get(looked_up))
+    assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "deadline_exceeded")
+    assert 0 < client.ttl(routing.job_key(looked_up)) <= 600, "kept as the submitter's retention says"
+    assert [event.type for event in run(client, records.follow(followed, None, 1))[0]] == ["job.queued", "job.failed"]
+    assert [record.id for record in run(client, records.list_jobs(Status.QUEUED))[0]] == [waits]
+    assert {record.id: record.status for record in run(client, records.list_jobs())[0]} == {
+        looked_up: Status.FAILED, listed: Status.FAILED, followed: Status.FAILED, running: Status.RUNNING, waits: Status.QUEUED,
+    }  # fmt: skip
+
+
+# Previews: the newest alone, beside the stream.
+
+
+def preview(text: str) -> tuple[str, ...]:
+    return (f"data:image/webp;base64,{text}",)
+
+
+def shown(client: redis.Redis, job_id: str, after: str | None = None) -> list[dict[str, Any]]:
+    return [event.data for event in run(client, records.events(job_id, after)) if event.type == "job.preview"]
+
+
+def test_a_follower_gets_each_preview_live(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    last = run(client, records.events(job_id))[-1].id
+    for step in (1, 2, 3):
+        assert claim and store.beat([Beat(job_id, claim.token, Phase.DENOISING, step, 30, 1, preview(str(step)))])
+        found, ended = run(client, records.follow(job_id, last, 1))
+        assert [event.type for event in found] == ["job.progress", "job.preview"] and not ended
+        data = found[-1].data
+        assert (data["step"], data["num_steps"], tuple(data["images"])) == (step, 20, preview(str(step)))
+        assert data["seq"] == found[0].data["seq"] + 1
+        last = found[-1].id
+
+
+def test_after_a_reconnect_there_is_the_newest_preview_and_no_other(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    for step in (1, 2, 3):
+        assert claim and store.beat([Beat(job_id, claim.token, Phase.DENOISING, step, 30, 1, preview(str(step)))])
+    assert claim and store.beat([Beat(job_id, claim.token, Phase.DENOISING, 4, 30)])
+    assert [(data["step"], tuple(data["images"])) for data in shown(client, job_id)] == [(3, preview("3"))]
+
+
+def test_a_preview_that_was_replaced_while_it_was_read_still_gets_its_reader_ahead(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30, 1, preview("a"))])
+    client.delete(routing.preview_key(job_id))
+    assert [data["images"] for data in shown(client, job_id)] == [[]]
+
+
+@pytest.mark.parametrize("end", ["succeeded", "cancelled", "expired"])
+def test_a_preview_goes_when_its_job_ends(client: redis.Redis, store: Records, end: str) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30, 1, preview("a"))])
+    assert client.exists(routing.preview_key(job_id))
+    if end == "succeeded":
+        store.settle(job_id, claim.token, Status.SUCCEEDED)
+    elif end == "cancelled":
+        assert store.release(job_id, claim.token)
+        assert client.exists(routing.preview_key(job_id)), "not while it may go on"
+        run(client, records.cancel(job_id, 600))
+    else:  # version 0.1.0 ended it, which knows no previews beside the stream
+        client.zadd(routing.expiring_key(), {f"default/{job_id}": 1})
+        store.expired()
+    assert not client.exists(routing.preview_key(job_id))
+    if end == "succeeded":
+        assert shown(client, job_id) == []
+
+
+def test_previews_of_a_worker_of_before_are_read_as_they_are(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    data = json.dumps({"seq": 2, "step": 1, "num_steps": 20, "images": ["data:,a"]})
+    client.xadd(routing.events_key(job_id), {"type": "job.preview", "at": "1.0", "data": data})
+    assert [data["images"] for data in shown(client, job_id)] == [["data:,a"]]
+
+
+def test_a_stream_stays_small_however_many_previews_there_were(valkey_url: str) -> None:
+    client = connect(valkey_url)
+    client.flushall()
+    store = Records(client)
+    job_id = submit(client, num_inference_steps=150)
+    claim = store.claim(job_id, "w", 30)
+    assert claim
+    for step in range(1, 151):
+        store.beat([Beat(job_id, claim.token, Phase.DENOISING, step, 30, 1, preview("x" * 60_000))])
+    # 150 previews of 60 kB would be 9 MB. Each leaves an event of about 100 bytes, and one picture is kept.
+    assert client.memory_usage(routing.events_key(job_id), samples=0) < 100_000
+    assert 60_000 < client.memory_usage(routing.preview_key(job_id), samples=0) < 100_000
+    client.close()
+
+
+# Rows and caps.
+
+
 def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     def give(tenant: str) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10, "tenant": tenant})  # 20 rows
@@ -355,6 +603,33 @@ def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
         run(client, records.cancel(job.id, 600))
     assert client.hgetall(routing.tenants_key()) == {}
     assert store.get(second).status is Status.CANCELLED
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_a_tenant_with_nothing_queued_may_have_one_job_however_costly(client: redis.Redis, steps: int) -> None:
+    request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": steps})  # twice as many rows
+    assert run(client, records.submit([request], 600, tenant_cap=19))
+    with pytest.raises(TenantQuotaExceeded):
+        run(client, records.submit([request], 600, tenant_cap=19))
+
+
+def test_a_tenant_may_fill_its_cap_exactly(client: redis.Redis) -> None:
+    request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10})  # 20 rows
+    run(client, records.submit([request, request], 600, tenant_cap=40))
+    with pytest.raises(TenantQuotaExceeded, match="has 40 rows"):
+        run(client, records.submit([request], 600, tenant_cap=59))
+    run(client, records.submit([request], 600, tenant_cap=60))
+
+
+def test_a_refused_request_may_be_sent_again_under_its_key(client: redis.Redis) -> None:
+    blocking = submit(client)
+    request = JobRequest.parse({"prompt": "a cat", "idempotency_key": "k"})
+    with pytest.raises(TenantQuotaExceeded):
+        run(client, records.submit([request], 600, tenant_cap=10))
+    assert not client.exists(routing.idempotency_key("default", "k"))
+    run(client, records.cancel(blocking, 600))
+    (record,) = run(client, records.submit([request], 600, tenant_cap=10))
+    assert record.status is Status.QUEUED and run(client, records.submit([request], 600, tenant_cap=10)) == [record]
 
 
 def test_one_settle_one_callback(client: redis.Redis, store: Records) -> None:
@@ -406,8 +681,22 @@ def test_a_callback_outlives_its_jobs_short_retention(client: redis.Redis) -> No
     assert store.take_callback(told["id"], 60)
     store.settle_callback(told["id"], 1, {"status": 500}, "pending", 3600)
     assert client.ttl(routing.callback_key(told["id"])) > schedule_s, "each try gives the next ones their time"
+
+
+@pytest.mark.parametrize(("retention_s", "kept_days"), [(60, 7), (30 * 86400, 30)])
+def test_the_list_of_callbacks_is_trimmed_when_they_have_expired_and_not_before(
+    client: redis.Redis, retention_s: int, kept_days: int
+) -> None:
+    store, day = Records(client, retention_s), 86400
+    job_id = submit(client, callback={"url": "https://example.com/hook"})
+    run(client, records.cancel(job_id, retention_s))
+    (told,) = run(client, records.callbacks(job_id))
+    client.zadd(routing.callbacks_key(), {told["id"]: seconds(client) - (kept_days - 0.5) * day})
     store.expired()
     assert [one["id"] for one in run(client, records.callbacks(job_id))] == [told["id"]]
+    client.zadd(routing.callbacks_key(), {told["id"]: seconds(client) - (kept_days + 0.5) * day})
+    store.expired()
+    assert client.zcard(routing.callbacks_key()) == 0
 
 
 def test_a_receiver_that_is_gone(client: redis.Redis, store: Records) -> None:
@@ -433,6 +722,59 @@ def test_records_and_what_belongs_to_them_expire_together(client: redis.Redis, s
     with pytest.raises(JobNotFound):
         store.get(job_id)
     assert client.zcard(routing.index_key()) == 0
+
+
+@pytest.mark.parametrize("status", [Status.SUCCEEDED, Status.FAILED, Status.CANCELLED])
+def test_nothing_is_left_of_a_job_that_is_forgotten(client: redis.Redis, store: Records, status: Status) -> None:
+    fields: dict[str, Any] = {"idempotency_key": "k", "deadline_s": 600, "tenant": "t"}
+    job_id = submit(client, **fields)
+    taken_from_any(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.checkpoint(job_id, claim.token, 1, b"x")
+    assert store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30, 1, ("data:,",))])
+    store.settle(job_id, claim.token, status)
+    client.zadd(routing.expiring_key(), {f"t/{job_id}": 1})
+    store.forget(store.expired())
+    assert client.keys("*") == [routing.messages_key()]
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_a_job_is_in_the_index_of_its_status_and_in_no_other(client: redis.Redis, store: Records, status: Status) -> None:
+    job_id = submit(client)
+    if status is not Status.QUEUED:
+        claim = store.claim(job_id, "w", 30)
+        assert claim
+        if status is not Status.RUNNING:
+            store.settle(job_id, claim.token, status)
+    assert [one for one in Status if client.zscore(routing.index_key(one), job_id) is not None] == [status]
+    assert (client.zscore(routing.waiting_key("latentline-emoji"), job_id) is not None) == (status is Status.QUEUED)
+    assert (client.zscore(routing.leases_key(), job_id) is not None) == (status is Status.RUNNING)
+
+
+def test_ids_of_jobs_and_callbacks_that_are_gone_are_not_looked_at_for_ever(client: redis.Redis, store: Records) -> None:
+    waiting, running = submit(client), submit(client)
+    store.claim(running, "w", 0.0)
+    client.delete(routing.job_key(waiting), routing.job_key(running))
+    client.zadd(routing.delayed_key(), {waiting: 1})
+    client.zadd(routing.due_callbacks_key(), {"gone": 1})
+    client.zadd(routing.callbacks_key(), {"gone": 1})
+    assert store.wake("latentline-emoji", 0) == [] and store.reclaim() == [] and store.wake_callbacks() == 0
+    for key in (
+        routing.waiting_key("latentline-emoji"),
+        routing.leases_key(),
+        routing.index_key("running"),
+        routing.delayed_key(),
+        routing.due_callbacks_key(),
+        routing.callbacks_key(),
+    ):
+        assert client.zcard(key) == 0, key
+
+
+def test_the_lease_of_a_job_that_ended_otherwise_is_cleared(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    client.zadd(routing.leases_key(), {job_id: 1})
+    assert store.reclaim() == [] and client.zcard(routing.leases_key()) == 0
+    assert store.get(job_id).status is Status.QUEUED
 
 
 def test_a_record_of_another_version_is_failed_and_kept(client: redis.Redis, store: Records) -> None:
@@ -543,6 +885,41 @@ def test_deadlines(client: redis.Redis, store: Records) -> None:
     assert claim and store.beat([Beat(started, claim.token, Phase.DENOISING, 1, 30)]) == [Verdict.EXPIRED]
 
 
+def test_a_key_and_its_record_expire_together(client: redis.Redis) -> None:
+    """Also where the worker keeps records for longer, or less long, than the API says."""
+    for worker_s, api_s in ((600, 60), (60, 600), (60, 60)):
+        store = Records(client, retention_s=worker_s)
+        request = JobRequest.parse({"prompt": "a cat", "idempotency_key": f"{worker_s}/{api_s}", "tenant": "t"})
+        (record,) = run(client, records.submit([request], api_s))
+        key = routing.idempotency_key("t", f"{worker_s}/{api_s}")
+        assert client.ttl(key) > 600, "while the job waits or runs, whatever the retention"
+        claim = store.claim(record.id, "w", 30)
+        assert claim
+        store.settle(record.id, claim.token, Status.SUCCEEDED)
+        assert abs(client.pttl(key) - client.pttl(routing.job_key(record.id))) < 100
+        assert worker_s - 1 <= client.ttl(key) <= worker_s
+
+
+def test_a_key_whose_record_is_gone_is_free(client: redis.Redis) -> None:
+    """A worker of version 0.1.0 ends a job and leaves its key."""
+    first = submit(client, idempotency_key="k")
+    client.delete(routing.job_key(first))
+    second = submit(client, idempotency_key="k", prompt="a dog")
+    assert second != first and submit(client, idempotency_key="k", prompt="a dog") == second
+
+
+def test_a_key_goes_with_a_record_that_is_forgotten_and_not_with_another(client: redis.Redis, store: Records) -> None:
+    first = submit(client, idempotency_key="k", tenant="t")
+    other = submit(client, idempotency_key="other", tenant="t")
+    client.hset(routing.job_key(other), "idempotency_key", "k")  # the key was free, and the first job has it now
+    client.zadd(routing.expiring_key(), {f"t/{other}": 1})
+    store.expired()
+    assert client.hget(routing.idempotency_key("t", "k"), "id") == first
+    client.zadd(routing.expiring_key(), {f"t/{first}": 1})
+    store.expired()
+    assert not client.exists(routing.idempotency_key("t", "k"))
+
+
 def test_idempotency(client: redis.Redis) -> None:
     first = submit(client, idempotency_key="k")
     assert submit(client, idempotency_key="k") == first
@@ -564,6 +941,22 @@ def test_pages_are_whole_and_without_repeats(client: redis.Redis) -> None:
     assert sorted(seen) == sorted(made)
     times = [run(client, records.get(job_id)).created_at for job_id in seen]
     assert times == sorted(times, reverse=True)
+
+
+def test_pages_skip_no_job_where_records_have_expired_between_them(client: redis.Redis) -> None:
+    made = [submit(client) for _ in range(14)]
+    newest_first = [record.id for record in run(client, records.list_jobs())[0]]
+    gone = set(newest_first[:3] + newest_first[7:9])
+    client.delete(*map(routing.job_key, gone))
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page, cursor = run(client, records.list_jobs(cursor=cursor, limit=5))
+        seen += [record.id for record in page]
+        if cursor is None:
+            break
+    assert seen == [job_id for job_id in newest_first if job_id not in gone]
+    assert len(seen) == len(made) - len(gone)
 
 
 def test_list_by_status_and_without_expired_records(client: redis.Redis, store: Records) -> None:
@@ -611,6 +1004,16 @@ def test_models_and_workers(client: redis.Redis, store: Records) -> None:
     assert store.workers() == ["cpu@a"]
     store.worker_gone("cpu@a")
     assert store.workers() == []
+
+
+def test_a_worker_that_says_nothing_vanishes_and_its_name_goes(client: redis.Redis, store: Records) -> None:
+    info = ModelInfo(id="m", family="sd", default_width=64, default_height=64, max_pixels=4096)
+    for name in ("silent", "forgotten"):
+        store.announce(name, info)
+    client.zadd(routing.workers_key(), {"silent": seconds(client) - 12, "forgotten": seconds(client) - 3700})
+    store.announce("alive", info)
+    assert store.workers() == ["alive"]
+    assert set(client.zrange(routing.workers_key(), 0, -1)) == {"alive", "silent"}
 
 
 def test_a_settled_failure_tells_why(client: redis.Redis, store: Records) -> None:

@@ -33,12 +33,13 @@ from latentline.jobs import (
     Submission,
     resolve,
 )
-from latentline.scripts import CANCEL, SUBMIT
+from latentline.scripts import CANCEL, END_IF_OVERDUE, SUBMIT
 
 from .driving import Call, Operation, call_script, call_script_many, domain_errors, hgetall_many, pairs, zrem
 
 MAX_PAGE = 200
 AOF_TIMEOUT_MS = 2000
+DEFAULT_RETENTION_S = 7 * 86400  # of jobs that a client of version 0.1.0 submitted and that a reader ends
 
 
 def submit(
@@ -101,10 +102,11 @@ def _accepted(one: Submission, reply: Any, tenant_cap: int) -> Operation[JobReco
 
 
 def get(job_id: str) -> Operation[JobRecord]:
-    """One record; raises JobNotFound."""
+    """One record; raises JobNotFound. A queued one that is past its deadline is failed first: there may be no worker to do it."""
     raw = yield lambda client: client.hgetall(routing.job_key(job_id))
     if not raw:
         raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
+    (raw,) = yield from _end_overdue([raw])
     record = record_of(raw)
     if record.status is not Status.QUEUED:
         return record
@@ -136,10 +138,11 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
         if gone:  # expired: the index is trimmed when somebody looks
             yield zrem(key, gone)
             offset -= len(gone)
-        for raw in raws:
-            if raw:
-                with contextlib.suppress(JobNotFound):  # a version that this code cannot read: the others are listed
-                    records.append(record_of(raw))
+        for raw in (yield from _end_overdue([raw for raw in raws if raw])):
+            with contextlib.suppress(JobNotFound):  # a version that this code cannot read: the others are listed
+                record = record_of(raw)
+                if status in (None, record.status):
+                    records.append(record)
     following = _cursor(records[limit - 1]) if len(records) > limit else None
     positions = yield _positions(records[:limit])
     placed = [record.model_copy(update={"queue_position": place}) for record, place in zip(records[:limit], positions, strict=True)]
@@ -154,7 +157,10 @@ def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
 
 
 def events(job_id: str, last_event_id: str | None = None, block_ms: int | None = None) -> Operation[list[JobEvent]]:
-    """The events after ``last_event_id``; waits up to ``block_ms`` for the first."""
+    """The events after ``last_event_id``; waits up to ``block_ms`` for the first.
+
+    Of a job's previews the newest alone is kept, until the job ends: earlier ``job.preview`` events are left out.
+    """
     exists = yield lambda client: client.exists(routing.job_key(job_id))
     if not exists:
         raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
@@ -170,7 +176,7 @@ def events(job_id: str, last_event_id: str | None = None, block_ms: int | None =
         for event_id, fields in batches:
             data = json.loads(fields.get("data") or "{}")
             found.append(JobEvent(id=event_id, type=fields["type"], job_id=job_id, at=float(fields["at"]), data=data))
-    return found
+    return (yield from _with_preview(job_id, found))
 
 
 def follow(job_id: str, last_event_id: str | None, block_ms: int) -> Operation[tuple[list[JobEvent], bool]]:
@@ -205,6 +211,44 @@ def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, 
         "queue_prefix": routing.queue_prefix(request.model, one.level),
         "level": one.level,
     }
+
+
+def _end_overdue(raws: list[dict[str, str]]) -> Operation[list[dict[str, str]]]:
+    """The records, after those of them that are queued past their deadline were failed."""
+    dated = [raw for raw in raws if raw.get("status") == Status.QUEUED and "deadline_at" in raw]
+    if not dated:
+        return raws
+    seconds, microseconds = yield lambda client: client.time()
+    now = seconds + microseconds / 1e6
+    overdue = [raw["id"] for raw in dated if float(raw["deadline_at"]) <= now]
+    if not overdue:
+        return raws
+    calls = [{"id": job_id, "default_retention_s": DEFAULT_RETENTION_S} for job_id in overdue]
+    try:
+        yield from call_script_many(END_IF_OVERDUE, calls)
+    except redis.ResponseError:
+        return raws  # a broker that takes no writes now can still be read
+    again = yield hgetall_many(overdue)
+    ended = {job_id: raw for job_id, raw in zip(overdue, again, strict=True) if raw}
+    return [ended.get(raw["id"], raw) for raw in raws]
+
+
+def _with_preview(job_id: str, found: list[JobEvent]) -> Operation[list[JobEvent]]:
+    """The events without those of previews that are gone; the newest preview's with its images.
+
+    The last event stays in any case, so that a reader gets ahead.
+    """
+    without = [event for event in found if event.type == "job.preview" and not event.data.get("images")]
+    if not without:  # workers of version 0.1.0 write the images into the stream
+        return found
+    seq, data = yield lambda client: client.hmget(routing.preview_key(job_id), "seq", "data")
+    kept = []
+    for event in found:
+        if event in without and str(event.data["seq"]) == seq:
+            kept.append(event.model_copy(update={"data": json.loads(data)}))
+        elif event not in without or event is found[-1]:
+            kept.append(event)
+    return kept
 
 
 def _index_page(key: str, before: str, offset: int, count: int) -> Call:

@@ -21,6 +21,7 @@ from latentline.scripts import (
     BURY,
     CHECKPOINT,
     CLAIM,
+    END_OVERDUE,
     EXPIRE,
     PUT_BACK_CALLBACK,
     RECLAIM,
@@ -48,6 +49,8 @@ WORKER_FORGOTTEN_S = 3600  # the name of a worker that said nothing for this lon
 MAX_WAKE = 256  # waiting jobs of a model that one look for lost messages covers
 CHECKPOINT_TTL_S = 86400
 MAX_RECLAIM = 1000  # jobs that one look at leases, or at retries that are due, covers
+MAX_OVERDUE = 250  # queued jobs that one look fails for their deadlines: each takes about 20 commands in one script
+OVERDUE_AGAIN_S = 5  # until a running job that is past its deadline, and that its worker has not ended, is looked at again
 MAX_EXPIRE = 50  # ended jobs that one look forgets: each costs calls to the object store
 EXPIRE_AGAIN_S = 600  # until images that could not be deleted are tried again
 DEAD_KEPT_S, DEAD_MOST = 30 * 86400, 10_000  # dead letters are kept for a month, and at most so many
@@ -237,6 +240,11 @@ class Records:
         seconds = self._now()
         over = self._one(lambda client: client.zrangebyscore(routing.leases_key(), "-inf", seconds, 0, MAX_RECLAIM))
         return [job_id for job_id in over if self._reclaim_one(job_id)]
+
+    def end_overdue(self) -> list[str]:
+        """Fail queued jobs whose deadline has passed, with ``deadline_exceeded``; their ids."""
+        ended: list[str] = self._script(END_OVERDUE, most=MAX_OVERDUE, again_s=OVERDUE_AGAIN_S, retention_s=self._retention_s)
+        return ended
 
     def wake(self, model: str, grace_s: float) -> list[str]:
         """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids.

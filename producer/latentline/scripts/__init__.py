@@ -17,6 +17,8 @@ SETTLE = load("settle")
 RETRY = load("retry")
 
 RECLAIM = load("reclaim")
+END_OVERDUE = load("end_overdue")
+END_IF_OVERDUE = load("end_if_overdue")
 WAKE = load("wake")
 ANNOUNCE = load("announce")
 BURY = load("bury")
@@ -29,6 +31,7 @@ WAKE_CALLBACKS = load("wake_callbacks")
 REPLAY_CALLBACK = load("replay_callback")
 
 __all__ = [
-    "ANNOUNCE", "BEAT", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "EXPIRE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE",
-    "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK", "WAKE", "WAKE_CALLBACKS", "Script",
+    "ANNOUNCE", "BEAT", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
+    "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK",
+    "WAKE", "WAKE_CALLBACKS", "Script",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ if job[3] ~= phase or job[4] ~= step then
   events.add(id, 'job.progress', data)
 end
 if previews ~= '' then
-  events.add(id, 'job.preview', {step = tonumber(step), num_steps = num_steps, images = cjson.decode(previews)})
+  events.add_preview(id, {step = tonumber(step), num_steps = num_steps}, previews)
 end
 if cancel_requested == '1' then return 'cancel' end
 return clock.reached(deadline_at) and 'expired' or 'go'

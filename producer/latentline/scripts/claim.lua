@@ -16,19 +16,15 @@
 local id, worker, lease_s, retention_s, alone, claim_id, level = unpack(ARGV)
 
 local key = keys.job(id)
-local job = redis.call('HMGET', key, 'status', 'claim', 'deadline_at', 'score', 'model', 'checkpoint_step', 'level')
-local status, claimed_by, deadline_at, score, model, step = job[1], job[2], job[3], job[4], job[5], job[6] or 0
+local job = redis.call('HMGET', key, 'status', 'claim', 'score', 'model', 'checkpoint_step', 'level')
+local status, claimed_by, score, model, step = job[1], job[2], job[3], job[4], job[5] or 0
 if not status then return 'unknown' end
-if tonumber(job[7] or 1) > tonumber(level) then return 'newer' end
+if tonumber(job[6] or 1) > tonumber(level) then return 'newer' end
 if status == 'running' then return claimed_by == claim_id and redis.call('HGETALL', key) or 'taken' end
 if status ~= 'queued' then return 'done' end
 local due = redis.call('ZSCORE', keys.delayed(), id)
 if due and not clock.reached(due) then return 'delayed' end
-if clock.reached(deadline_at) then
-  local err = {code = 'deadline_exceeded', message = 'the deadline passed before the job started'}
-  jobs.finish(id, 'failed', err, retention_s)
-  return 'done'
-end
+if jobs.end_if_overdue(id, retention_s) then return 'done' end
 
 redis.call('HINCRBY', key, 'attempt', 1)
 redis.call('HINCRBY', key, 'token', 1)

@@ -11,7 +11,12 @@ local most, again_s, retention_s, dead_kept_s, dead_most = unpack(ARGV)
 local over = redis.call('ZRANGEBYSCORE', keys.expiring(), '-inf', clock.now, 'LIMIT', 0, most)
 for _, member in ipairs(over) do
   local id = string.match(member, '/(.*)$')
-  redis.call('DEL', keys.job(id), keys.events(id), keys.checkpoint(id))
+  local idempotency_key = redis.call('HGET', keys.job(id), 'idempotency_key')
+  if idempotency_key then
+    local idempotency = keys.idempotency(string.match(member, '^(.-)/'), idempotency_key)
+    if redis.call('HGET', idempotency, 'id') == id then redis.call('DEL', idempotency) end
+  end
+  redis.call('DEL', keys.job(id), keys.events(id), keys.checkpoint(id), keys.preview(id))
   redis.call('ZREM', keys.index(), id)
   for _, status in ipairs({'succeeded', 'failed', 'cancelled'}) do redis.call('ZREM', keys.index(status), id) end
   redis.call('ZADD', keys.expiring(), clock.after(again_s), member)

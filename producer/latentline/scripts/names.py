@@ -13,6 +13,11 @@ from latentline import routing
 CALLBACK_KEPT_S = 7 * 86400  # at least: a callback's tries go on for three days and more, however short the job's own retention
 CALLBACK_GRACE_S = 30  # a callback whose message was written this long ago and that no deliverer has taken is woken again
 
+# Idempotency keys and previews go with their jobs. These bounds are for jobs that a worker of version 0.1.0 ends, which knows
+# nothing of them. The first is also the longest that the key of a job is kept while the job waits.
+KEY_KEPT_S = 30 * 86400
+PREVIEW_KEPT_S = 3600
+
 
 def keys() -> str:
     """The Lua table ``keys``: ``keys.job(id)`` for ``routing.job_key(id)``, and so on."""
@@ -25,6 +30,8 @@ def constants() -> str:
     # Filled in by lib/wakeups.lua. None of the names needs escaping in JSON; the priority stands unquoted in the message.
     message = routing.wake_up("@task@", "@argument@", "@queue@", "@priority@", "@message@").replace('"@priority@"', "@priority@")
     values = {
+        "KEY_KEPT_S": str(KEY_KEPT_S),
+        "PREVIEW_KEPT_S": str(PREVIEW_KEPT_S),
         "CALLBACK_GRACE_S": str(CALLBACK_GRACE_S),
         "CALLBACK_KEPT_S": str(CALLBACK_KEPT_S),
         "CALLBACK_QUEUE": _text(routing.CALLBACK_QUEUE),

@@ -4,6 +4,7 @@
 -- * Nothing is taken while the lease runs.
 -- * A crash counts against a job only if the job was no further than ever before when its worker was lost: a job that kills
 --   its workers does so at the same step each time, one that gets further does not.
+-- * A job whose deadline has passed is not queued again.
 -- * A job fails for lost workers only after max_crashes_alone counted crashes on which no other job ran beside it.
 --
 -- Returns 1 when the job was taken away, else 0.
@@ -12,8 +13,9 @@
 local id, max_crashes_alone, retention_s = unpack(ARGV)
 
 local key = keys.job(id)
-local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone', 'step', 'furthest')
-local status, lease_until, cancel_requested, ran_alone, step, furthest = job[1], job[2], job[3], job[4], job[5], job[6]
+local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone', 'step', 'furthest', 'deadline_at')
+local status, lease_until, cancel_requested, ran_alone = job[1], job[2], job[3], job[4]
+local step, furthest, deadline_at = job[5], job[6], job[7]
 if status ~= 'running' then
   redis.call('ZREM', keys.leases(), id)
   if not status then redis.call('ZREM', keys.index('running'), id) end -- its record has expired
@@ -27,6 +29,8 @@ local crashes = redis.call('HINCRBY', key, 'crashes', further and 0 or 1)
 local crashes_alone = redis.call('HINCRBY', key, 'crashes_alone', (not further and ran_alone == '1') and 1 or 0)
 if cancel_requested == '1' then
   jobs.finish(id, 'cancelled', nil, retention_s)
+elseif clock.reached(deadline_at) then
+  jobs.finish(id, 'failed', {code = 'deadline_exceeded', message = 'the deadline passed when its worker was lost'}, retention_s)
 elseif crashes_alone >= tonumber(max_crashes_alone) then
   local message = 'workers that ran this job and nothing else were lost ' .. crashes_alone .. ' times'
   jobs.bury(id, {code = 'worker_lost', reason = message, crashes = crashes})

@@ -5,6 +5,8 @@
 -- * The key stands for what the client sent (`sent`). Version 0.1.0 writes and compares `fingerprint` alone, which has the size
 --   resolved; both are written, so that a request sent again through an API of another version is still the same.
 -- * The wake-up lies in a queue of the job's level, and workers of a lower level do not take from it.
+-- * A key stands for its job as long as that job's record is there, and no longer.
+-- * A job with a deadline is in `deadlines` from here until it ends.
 -- * A tenant may always have one job, however costly; more only while their sum stays within the cap.
 -- * All of a tenant's jobs of a model lie in one shard while it has any. A tenant without jobs gets the shard with the fewest
 --   tenants, and of those the emptiest.
@@ -19,7 +21,7 @@ local id, request, num_steps, model, tenant, priority, priority_step, deadline_s
 local idempotency = keys.idempotency(tenant, idempotency_key)
 if idempotency_key ~= '' then
   local kept = redis.call('HMGET', idempotency, 'id', 'fingerprint', 'sent')
-  if kept[1] then
+  if kept[1] and redis.call('EXISTS', keys.job(kept[1])) == 1 then
     local same
     if kept[3] then same = kept[3] == fingerprint else same = kept[2] == sized_fingerprint end
     return {same and 'same' or 'conflict', kept[1]}
@@ -31,7 +33,7 @@ if tonumber(cap) > 0 and owed > 0 and owed + cost > tonumber(cap) then return {'
 
 if idempotency_key ~= '' then
   redis.call('HSET', idempotency, 'id', id, 'fingerprint', sized_fingerprint, 'sent', fingerprint)
-  redis.call('EXPIRE', idempotency, retention_s)
+  redis.call('EXPIRE', idempotency, const.KEY_KEPT_S)
 end
 
 local function emptiest_shard()
@@ -64,7 +66,11 @@ redis.call('HSET', key, 'id', id, 'request', request, 'status', 'queued', 'step'
   'token', 0, 'errors', 0, 'crashes', 0, 'crashes_alone', 0, 'model', model, 'tenant', tenant, 'priority', priority,
   'queue', queue_prefix .. shard, 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order)
 if tonumber(level) > 1 then redis.call('HSET', key, 'level', level) end
-if tonumber(deadline_s) > 0 then redis.call('HSET', key, 'deadline_at', clock.after(deadline_s)) end
+if idempotency_key ~= '' then redis.call('HSET', key, 'idempotency_key', idempotency_key) end
+if tonumber(deadline_s) > 0 then
+  redis.call('HSET', key, 'deadline_at', clock.after(deadline_s), 'retention_s', retention_s)
+  redis.call('ZADD', keys.deadlines(), clock.after(deadline_s), id)
+end
 if callback_url ~= '' then redis.call('HSET', key, 'callback_url', callback_url, 'callback_events', callback_events) end
 redis.call('ZADD', keys.index(), clock.ms, id)
 redis.call('ZADD', keys.index('queued'), clock.ms, id)

@@ -1,6 +1,9 @@
 -- The event stream of a job.
 --
--- Invariant: `seq` rises by one with each event of a job, in the order of its transitions.
+-- Invariants:
+-- * `seq` rises by one with each event of a job, in the order of its transitions.
+-- * The stream holds no picture. The newest preview of a job stands beside it (keys.preview) under the `seq` of its event, and
+--   goes when the job ends: a stream is kept as long as the record, on a broker that evicts nothing.
 -- uses: clock
 
 local events = {}
@@ -12,4 +15,13 @@ function events.add(id, kind, data)
   data.seq = redis.call('HINCRBY', keys.job(id), 'seq', 1)
   redis.call('XADD', keys.events(id), 'MAXLEN', '~', MOST, '*', 'type', kind, 'at', clock.now, 'data', cjson.encode(data))
   return data.seq
+end
+
+-- Append an event that there is a new preview. `images` is a JSON array; it is kept beside the stream.
+function events.add_preview(id, data, images)
+  data.seq = redis.call('HINCRBY', keys.job(id), 'seq', 1)
+  local open = string.sub(cjson.encode(data), 1, -2) .. ', "images": ' -- the images are large: they are not decoded here
+  redis.call('XADD', keys.events(id), 'MAXLEN', '~', MOST, '*', 'type', 'job.preview', 'at', clock.now, 'data', open .. '[]}')
+  redis.call('HSET', keys.preview(id), 'seq', data.seq, 'data', open .. images .. '}')
+  redis.call('EXPIRE', keys.preview(id), const.PREVIEW_KEPT_S)
 end

@@ -5,6 +5,7 @@
 --   one terminal event per job.
 -- * Every move out of `running` raises the token, so whoever held the job before can change nothing any more.
 -- * A job is in the index of its status and in no other, and in `waiting` exactly while it is queued.
+-- * The record and its idempotency key expire together.
 -- * A tenant's cost in `tenants` and its job in `open` are taken off once, in finish().
 -- uses: clock, events, outbox, wakeups
 
@@ -30,8 +31,8 @@ end
 -- End the job. `err` ({code, message}) or nil.
 function jobs.finish(id, status, err, retention_s)
   local key = keys.job(id)
-  local job = redis.call('HMGET', key, 'model', 'score', 'tenant', 'cost')
-  local model, score, tenant, cost = job[1], job[2], job[3], job[4]
+  local job = redis.call('HMGET', key, 'model', 'score', 'tenant', 'cost', 'idempotency_key')
+  local model, score, tenant, cost, idempotency_key = job[1], job[2], job[3], job[4], job[5]
   jobs.leave(id, model)
   redis.call('ZADD', keys.index(status), score, id)
   redis.call('HDEL', key, 'phase', 'lease_until')
@@ -48,10 +49,24 @@ function jobs.finish(id, status, err, retention_s)
     redis.call('HDEL', keys.shards(model), tenant)
   end
   outbox.write(id, 'job.' .. status, events.add(id, 'job.' .. status, data), retention_s)
-  redis.call('DEL', keys.checkpoint(id))
+  redis.call('DEL', keys.checkpoint(id), keys.preview(id))
+  redis.call('ZREM', keys.deadlines(), id)
+  if idempotency_key then
+    local idempotency = keys.idempotency(tenant, idempotency_key)
+    if redis.call('HGET', idempotency, 'id') == id then redis.call('EXPIRE', idempotency, retention_s) end
+  end
   redis.call('ZADD', keys.expiring(), clock.after(retention_s), tenant .. '/' .. id)
   redis.call('EXPIRE', key, retention_s)
   redis.call('EXPIRE', keys.events(id), retention_s)
+end
+
+-- Fail a queued job whose deadline has passed; whether it was one.
+function jobs.end_if_overdue(id, retention_s)
+  local job = redis.call('HMGET', keys.job(id), 'status', 'deadline_at')
+  if job[1] ~= 'queued' or not clock.reached(job[2]) then return false end
+  local err = {code = 'deadline_exceeded', message = 'the deadline passed before the job started'}
+  jobs.finish(id, 'failed', err, retention_s)
+  return true
 end
 
 -- From running back to queued: at once, at the front or the end of its list, or after `delay_s`.
