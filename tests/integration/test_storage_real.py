@@ -1,4 +1,4 @@
-"""ImageStore and Images against a real S3 server: what moto would let pass."""
+"""ImageStore and Images against a real S3 server: signatures, checksums and other things that moto does not check."""
 
 from __future__ import annotations
 

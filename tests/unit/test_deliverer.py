@@ -68,7 +68,7 @@ class Outbox(Records):
         return run(self.client, records.submit([request], 600))[0].id
 
     def end(self, job_id: str, status: Status = Status.SUCCEEDED, images: Sequence[ImageRef] = (IMAGE,)) -> str:
-        """Claim and settle; the id of the callback that tells of it."""
+        """Claim and settle; the id of the callback that reports it."""
         claim = self.claim(job_id, "cpu@test", 30)
         assert claim is not None
         error = JobError(code="internal_error", message="it broke") if status is Status.FAILED else None
@@ -79,7 +79,7 @@ class Outbox(Records):
         return self.end(self.job(url), status, images)
 
     def with_url(self, url: str) -> str:
-        """A callback to a URL that no request would be accepted with."""
+        """A callback to a URL that would be refused at submission; the id of the callback."""
         callback_id = self.ended("http://placeholder.example/")
         self.client.hset(routing.callback_key(callback_id), "url", url)
         return callback_id
@@ -93,7 +93,7 @@ class Outbox(Records):
 
 
 class Receiver:
-    """A real HTTP receiver on loopback; ``statuses`` are answered in turn, the last one for ever."""
+    """A real HTTP receiver on loopback; ``statuses`` are answered in turn, the last one from then on."""
 
     def __init__(self, *statuses: int, gate: threading.Event | None = None, headers: Mapping[str, str] | None = None) -> None:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
@@ -135,7 +135,7 @@ class Receiver:
 
 
 class RawReceiver:
-    """Takes one connection, reads the request, and sends these bytes: at once, or one by one for ever."""
+    """Takes one connection, reads the request, and sends these bytes: at once, or one by one without end."""
 
     def __init__(self, answer: bytes, *, trickle: bool = False) -> None:
         self._answer, self._trickle = answer, trickle
@@ -184,7 +184,7 @@ class Attempts(httpcore.AsyncNetworkBackend):
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """The name service of a test: host -> addresses. A name that is not there does not resolve."""
+    """The name service of a test: host -> addresses. Other names do not resolve."""
     table: dict[str, list[str]] = {}
     real = socket.getaddrinfo
 

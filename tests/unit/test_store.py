@@ -1,4 +1,4 @@
-"""ImageStore and Images against moto; signatures are tested on a real store, for moto accepts any."""
+"""ImageStore and Images against moto. Signatures are tested on a real store (test_storage_real.py): moto accepts any."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def refuses(code: str, monkeypatch: pytest.MonkeyPatch, store: ImageStore, statu
 
 @pytest.fixture
 def dead_endpoint() -> Iterator[str]:
-    """A port that is held, but on which nobody listens."""
+    """An address on which nothing listens; its port is held, so that no other process takes it."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{held.getsockname()[1]}"
@@ -164,7 +164,7 @@ def test_what_the_store_does_not_delete_is_told(settings: Settings, monkeypatch:
     assert not store.delete_all("default/j1/")
 
 
-def test_nobody_listens(dead_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_on_which_nothing_listens_is_unavailable(dead_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(dead_endpoint, "images")
     with pytest.raises(StoreUnavailable, match="images"):
         Images(settings).check()
@@ -219,9 +219,14 @@ def test_presigned_urls_are_made_offline_and_work(settings: Settings, dead_endpo
     assert answer.headers["content-type"] == "image/png"
     offline = urlsplit(Images(make_settings(dead_endpoint, "images", presign_ttl_s=77)).presign("k"))
     query = parse_qs(offline.query)
-    assert offline.path == "/images/k"  # path style: a bucket's name is no host of a private endpoint
+    assert offline.path == "/images/k"  # path style: DNS knows no host for a bucket of a private endpoint
     assert query["X-Amz-Expires"] == ["77"]
     assert query["X-Amz-Algorithm"] == ["AWS4-HMAC-SHA256"]
+
+
+def test_without_an_endpoint_urls_name_the_bucket_s_host_as_aws_wants_it() -> None:
+    aws = Settings(s3_bucket="images", s3_region="eu-west-1", s3_access_key_id="key", s3_secret_access_key="secret")
+    assert urlsplit(Images(aws).presign("k")).netloc.startswith("images.s3.") and urlsplit(Images(aws).presign("k")).path == "/k"
 
 
 def test_secrets_stay_out_of_repr(settings: Settings) -> None:
