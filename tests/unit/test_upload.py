@@ -12,7 +12,7 @@ from PIL import Image
 from support.stubs import MemoryStore
 
 from latentline.errors import StoreUnavailable
-from latentline.jobs import Claim, JobRecord, JobRequest, Status
+from latentline.jobs import Claim, JobRecord, JobRequest, Status, resolve
 from latentline_worker.images.upload import Uploader
 
 PIXELS = [np.full((16, 24, 3), level, dtype=np.uint8) for level in (10, 200)]
@@ -20,7 +20,7 @@ PIXELS = [np.full((16, 24, 3), level, dtype=np.uint8) for level in (10, 200)]
 
 def claim(attempt: int = 1, **output: Any) -> Claim:
     request = JobRequest.parse({"prompt": "a cat", "seed": 7, "num_images": 2, "tenant": "acme", "output": output})
-    record = JobRecord(id="j1", request=request, status=Status.RUNNING, num_steps=20, created_at=0, attempt=attempt)
+    record = JobRecord(id="j1", request=resolve(request).request, status=Status.RUNNING, num_steps=20, created_at=0, attempt=attempt)
     return Claim(record=record, token=attempt)
 
 
