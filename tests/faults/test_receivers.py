@@ -1,4 +1,4 @@
-"""Callback receivers that are down, slow, redirecting, or gone: jobs do not notice."""
+"""Callback receivers that are down, slow, redirecting, or gone do not slow down jobs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def states(cluster: Cluster) -> dict[str, int]:
 
 
 def test_every_job_is_told_once(cluster: Cluster, receiver: Receiver, figure: Figure) -> None:
-    """Also when the process that delivers is killed half-way."""
+    """Also if the process that delivers is killed half-way."""
     cluster.start_worker()
     first = cluster.start_callbacks()
     ids = cluster.submit(20, num_inference_steps=5, callback={"url": receiver.url})
@@ -63,4 +63,4 @@ def test_a_bad_receiver_leaves_jobs_as_fast_as_they_are(
     ended = cluster.check_invariants()
     figure(fault, callbacks=states(cluster), job_span_vs_without=round(told / alone, 2), ended=ended)
     if status == 302:
-        assert set(receiver.seen.values()) == {1}, "nobody followed"
+        assert set(receiver.seen.values()) == {1}, "a redirect was followed"

@@ -1,4 +1,4 @@
-"""An object store that fails, dawdles, or does not know us."""
+"""An object store that fails, is slow, or refuses the worker's credentials."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_store_that_fails_for_a_while_costs_a_retry_and_no_denoising(cluster: 
     def tried_again() -> bool:
         return any(e.data.get("delay_s") for e in records.run(cluster.redis, records.events(first)))
 
-    # A try that fails at once may be over before a heartbeat tells of it.
+    # A try that fails at once may be over before a heartbeat reports it.
     cluster.until(lambda: cluster.get(first).phase == "uploading" or tried_again())
     # The device goes on meanwhile.
     (second,) = cluster.submit(1, num_inference_steps=60)
@@ -60,7 +60,7 @@ def test_a_slow_store_slows_admission_and_never_the_device(cluster: Cluster, fig
 
 
 def test_a_store_that_takes_away_the_rights_fails_the_job_with_a_clear_code(cluster: Cluster, figure: Figure) -> None:
-    """Another try would not mend it; the device goes on, and so does the worker when the rights are back."""
+    """Another try would not help. The worker goes on, and uploads again once it has its rights back."""
     cluster.start_worker()
     cluster.s3_proxy.reset()
     cluster.s3_proxy.mode = "http403"

@@ -1,4 +1,4 @@
-"""Worker processes that are killed, stopped, ended, or poisoned."""
+"""Worker processes that are killed, stopped, told to end, or given a job that breaks them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
     repeated: list[int] = []
     repeated_s: list[float] = []
     for _ in range(kills):
-        cluster.until_ready(cluster.workers())  # somebody is there to take the jobs over
+        cluster.until_ready(cluster.workers())  # another worker is there to take the jobs over
         while len(cluster.client.list(Status.QUEUED, limit=200)[0]) < 4:
             cluster.submit(4, num_inference_steps=100, callback={"url": receiver.url})
         cluster.until(lambda: cluster.running(step=8))
@@ -46,20 +46,20 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
         cluster.start_worker(wait=False)
         for job_id, record in before.items():
 
-            def next_life(job_id: str = job_id, attempt: int = record.attempt) -> bool:
+            def next_attempt(job_id: str = job_id, attempt: int = record.attempt) -> bool:
                 now = cluster.get(job_id)
                 return now.attempt > attempt or now.status.terminal
 
-            cluster.until(next_life)
+            cluster.until(next_attempt)
             events = records.run(cluster.redis, records.events(job_id))
-            lives = [i for i, event in enumerate(events) if event.type == "job.running"]
-            if len(lives) > record.attempt:  # its next life has begun: where, and what of this one is done again
-                start = events[lives[record.attempt]]
-                this_life = events[lives[record.attempt - 1] : lives[record.attempt]]
-                again = [e for e in this_life if e.type == "job.progress" and e.data["step"] > start.data["step"]]
+            attempts = [i for i, event in enumerate(events) if event.type == "job.running"]
+            if len(attempts) > record.attempt:  # another attempt has begun: from which step, and what of this attempt is repeated
+                start = events[attempts[record.attempt]]
+                this_attempt = events[attempts[record.attempt - 1] : attempts[record.attempt]]
+                again = [e for e in this_attempt if e.type == "job.progress" and e.data["step"] > start.data["step"]]
                 repeated.append(max((e.data["step"] for e in again), default=start.data["step"]) - start.data["step"])
                 repeated_s.append(again[-1].at - again[0].at if again else 0.0)
-                resumed_after.append(next(e.at for e in this_life if e.type == "job.queued") - killed_at)
+                resumed_after.append(next(e.at for e in this_attempt if e.type == "job.queued") - killed_at)
     cluster.finish(timeout_s=300)
     cluster.until(lambda: len(receiver.answered) == len(cluster.accepted))
     ended = cluster.check_invariants()
@@ -76,8 +76,9 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
         longest_repeated_s=round(max(repeated_s, default=0.0), 2),
     )
     assert repeated, "no job was hit: the test shows nothing"
-    if full:  # judged on a machine that does nothing else; elsewhere times are only reported
-        # A checkpoint is due each 0.2 s, later where all of them would cost over 1%; a beat may tell of more than it held.
+    if full:  # times are judged only on a machine that does nothing else
+        # A checkpoint is due every 0.2 s, less often if all of them would cost over 1% of the time; a beat may report steps that are
+        # newer than the newest checkpoint.
         assert max(repeated_s) <= 1
         assert max(resumed_after) <= LEASE_S + 2
 
@@ -145,7 +146,7 @@ def test_only_the_guilty_job_dies(cluster: Cluster, full: bool, figure: Figure, 
 
 
 def test_a_wedged_worker_loses_its_jobs_and_its_process(cluster: Cluster, figure: Figure) -> None:
-    """A network call that never returns: the device hangs. Whose job it was ends as with a job that kills its process."""
+    """A network call that never returns: the device hangs. The job behind it ends like one that kills its process."""
     stall = {"LATENTLINE_STALL_S": "3"}
     cluster.start_worker(**stall)
     (bad,) = cluster.submit(1, prompt="a cat [wedge@700]", num_inference_steps=10)
@@ -167,7 +168,7 @@ def test_a_wedged_worker_loses_its_jobs_and_its_process(cluster: Cluster, figure
 
 
 def test_a_parent_of_several_workers_that_is_killed_leaves_none_behind(cluster: Cluster, figure: Figure) -> None:
-    """One process per device, here two that are not there: on a CPU the children run all the same. They hand their jobs over."""
+    """One process per device; the two devices do not exist, and the children run on the CPU. They hand their jobs over."""
     parent = cluster.start_worker(wait=False, CUDA_VISIBLE_DEVICES="0,1", LATENTLINE_CONCURRENCY="4")
     cluster.until(lambda: parent.log.read_text(errors="replace").count(": ready\n") == 2)
     ids = cluster.submit(8, num_inference_steps=100)
@@ -221,7 +222,7 @@ def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster,
     seed = cluster.get(alone).request.seed
     job = cluster.client.submit(model=cluster.model.name, prompt="a cat", seed=seed, **fields)  # type: ignore[arg-type]
     cluster.accepted.append(job.id)
-    # The signal is the checkpoint itself: on a busy machine they come less often.
+    # Wait for the checkpoint itself: on a busy machine checkpoints are written less often.
     cluster.until(lambda: int(cluster.redis.hget(routing.job_key(job.id), "checkpoint_step") or 0) >= 10)
     os.kill(worker.process.pid, signal.SIGKILL)
     cluster.start_worker(**mode)

@@ -1,4 +1,4 @@
-"""Broker, store and the whole stack: they truly answer, keep their data, and leave nothing behind."""
+"""Embedded broker, store and the whole stack: they answer, keep their data, and leave no process or port behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATIENCE_S = 120  # how long a test waits before it fails; no test measures time
 
 
 def need_embedded(distribution: str) -> None:
-    """Skip on a laptop, and fail in CI, without the wheel of an embedded service (not each has a module to import)."""
+    """Without the wheel of an embedded service, skip on a laptop and fail in CI. Not every wheel has a module to import."""
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:

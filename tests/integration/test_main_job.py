@@ -67,8 +67,8 @@ def test_fifty_concurrent_jobs_over_http(http: httpx.Client) -> None:
 
 
 def test_the_picture_is_the_one_that_diffusers_makes(http: httpx.Client) -> None:
-    # A mate with many steps is in flight all the time, so that the subject shares its batch.
-    mate = http.post("/v1/jobs", json={"prompt": "a panda", "num_inference_steps": 60, "seed": 1}).json()
+    # Another job with many steps is in flight all the time, so that the job under test shares its batch.
+    other = http.post("/v1/jobs", json={"prompt": "a panda", "num_inference_steps": 60, "seed": 1}).json()
     body = {
         "prompt": "a smiling cat",
         "negative_prompt": "blue",
@@ -78,7 +78,7 @@ def test_the_picture_is_the_one_that_diffusers_makes(http: httpx.Client) -> None
         "num_images": 2,
     }
     job = finished(http, http.post("/v1/jobs", json=body | {"scheduler": "euler_ancestral"}).json()["id"])
-    finished(http, mate["id"])
+    finished(http, other["id"])
     assert job["timings"]["shared_steps"] > 0
     pipeline = bundled_model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
@@ -93,7 +93,7 @@ def test_the_picture_is_the_one_that_diffusers_makes(http: httpx.Client) -> None
     ).images
     for image, reference in zip(job["images"], expected, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(httpx.get(image["url"]).content))).astype(int)
-        assert np.abs(pixels - np.round(reference * 255)).max() <= 1  # a rounding step of 8 bits
+        assert np.abs(pixels - np.round(reference * 255)).max() <= 1  # one step of rounding to 8 bits
 
 
 def test_parameters_travel_in_the_picture(http: httpx.Client) -> None:

@@ -43,7 +43,7 @@ def store(client: redis.Redis) -> Records:
 
 @pytest.fixture
 def images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object store that answers: a job is submitted only where its images can go."""
+    """An object store that answers: without one, submissions are refused."""
     monkeypatch.setattr(Images, "check", lambda self: None)
 
 
@@ -63,8 +63,8 @@ def submit(client: redis.Redis, **fields: Any) -> str:
     return run(client, records.submit([request], 600))[0].id
 
 
-def give_up(client: redis.Redis, store: Records, **fields: Any) -> str:
-    """A job that ends as a dead letter: every try ends in an error that another might mend."""
+def exhaust_tries(client: redis.Redis, store: Records, **fields: Any) -> str:
+    """A job that ends as a dead letter: every try ended in an error that allows another try."""
     job_id = submit(client, **fields)
     error = JobError(code="store_unavailable", message="the object store is down")
     for _ in range(MAX_ERRORS):
@@ -85,7 +85,7 @@ def end(client: redis.Redis, store: Records, **fields: Any) -> str:
 
 
 def failed_with(result: Result, *words: str) -> bool:
-    """One line on stderr that names the trouble, nothing on stdout, and an exit status."""
+    """Whether there is one line on stderr that names the problem, nothing on stdout, and a failure status."""
     lines = result.stderr.splitlines()
     return (
         result.exit_code in (2, 3)
@@ -97,7 +97,7 @@ def failed_with(result: Result, *words: str) -> bool:
 
 
 def test_dead_letters_are_listed_newest_first(client: redis.Redis, store: Records, latentline: Command) -> None:
-    job_id = give_up(client, store)
+    job_id = exhaust_tries(client, store)
     store.bury("message-1", "message", "no task message", message="garbage")
     lines = latentline("dead", "list").stdout.splitlines()
     assert lines == ["message-1  message  no task message", f"{job_id}  job  the object store is down"]
@@ -113,18 +113,18 @@ def test_no_dead_letters_is_an_empty_list(client: redis.Redis, latentline: Comma
 
 
 def test_a_dead_letter_is_shown_whole(client: redis.Redis, store: Records, latentline: Command) -> None:
-    job_id = give_up(client, store)
+    job_id = exhaust_tries(client, store)
     store.bury("message-1", "message", "no task message", message="garbage \x1b[2J")
     letter = json.loads(latentline("dead", "show", job_id).stdout)
     assert (letter["job_id"], letter["kind"], letter["code"]) == (job_id, "job", "store_unavailable")
     shown = latentline("dead", "show", "message-1").stdout
     assert json.loads(shown)["message"] == "garbage \x1b[2J"
-    assert "\x1b" not in shown  # an operator's terminal obeys no stranger
+    assert "\x1b" not in shown  # control characters of a stranger's message must not reach the terminal
 
 
 def test_a_dropped_dead_letter_is_gone_and_its_job_is_not(client: redis.Redis, store: Records, latentline: Command) -> None:
-    job_id = give_up(client, store)
-    other = give_up(client, store)
+    job_id = exhaust_tries(client, store)
+    other = exhaust_tries(client, store)
     assert latentline("dead", "drop", job_id).exit_code == 0
     assert [letter["id"] for letter in run(client, records.dead_letters())] == [other]
     assert store.get(job_id).status is Status.FAILED
@@ -135,7 +135,7 @@ def test_a_replayed_job_is_a_new_one_with_the_same_request(client: redis.Redis, 
     worker = FakeWorker(client, FakeImages())
     worker.announce()
     fields: dict[str, Any] = {"seed": 42, "tenant": "acme", "width": 64, "height": 64, "metadata": {"order": 7}}
-    dead = give_up(client, store, idempotency_key="order-7", **fields)
+    dead = exhaust_tries(client, store, idempotency_key="order-7", **fields)
     result = latentline("dead", "replay", dead)
     assert (result.exit_code, result.stderr) == (0, "")
     fresh = result.stdout.strip()
@@ -147,7 +147,7 @@ def test_a_replayed_job_is_a_new_one_with_the_same_request(client: redis.Redis, 
 
 
 def test_a_replay_that_is_refused_keeps_the_dead_letter(client: redis.Redis, store: Records, images: None, latentline: Command) -> None:
-    dead = give_up(client, store)
+    dead = exhaust_tries(client, store)
     assert failed_with(latentline("dead", "replay", dead), "model", MODEL.id)  # no worker has announced it
     assert [letter["id"] for letter in run(client, records.dead_letters())] == [dead]
 
@@ -158,7 +158,7 @@ def test_a_replay_while_the_store_has_no_bucket_keeps_the_dead_letter(
     for name in ("LATENTLINE_S3_ACCESS_KEY_ID", "LATENTLINE_S3_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test-only")
     FakeWorker(client, FakeImages()).announce()
-    dead = give_up(client, store)
+    dead = exhaust_tries(client, store)
     with mock_aws():
         result = latentline("dead", "replay", dead)
     assert failed_with(result)
@@ -173,7 +173,7 @@ def test_a_message_has_nothing_to_replay(client: redis.Redis, store: Records, la
 
 def test_a_dead_letter_outlives_its_record(client: redis.Redis, store: Records, images: None, latentline: Command) -> None:
     FakeWorker(client, FakeImages()).announce()
-    dead = give_up(client, store)
+    dead = exhaust_tries(client, store)
     client.delete(routing.job_key(dead))
     new = latentline("dead", "replay", dead).stdout.strip()
     assert run(client, records.get(new)).status is Status.QUEUED

@@ -1,4 +1,4 @@
-"""ImageStore and Images against a real S3 server: what moto would let pass."""
+"""ImageStore and Images against a real S3 server: signatures, checksums and other things that moto does not check."""
 
 from __future__ import annotations
 
@@ -63,6 +63,21 @@ def test_tampered_and_unsigned_urls_are_refused(store_settings: Settings, data: 
     assert get(url.replace("/j1/", "/j2/")).status_code == 403
     assert get(url.replace("X-Amz-Expires=3600", "X-Amz-Expires=360000")).status_code == 403
     assert get(url.split("?")[0]).status_code == 403
+
+
+def test_delete_all_deletes_what_lies_under_its_prefix_and_nothing_else(store_settings: Settings) -> None:
+    store, images = ImageStore(store_settings), Images(store_settings)
+    store.ensure_bucket()
+    gone = [f"default/gone/{attempt}/{i}.png" for attempt in (1, 2) for i in range(3)]
+    kept = ["default/gone-not/1/0.png", "other/gone/1/0.png"]
+    for key in gone + kept:
+        store.put(key, b"picture", "image/png", {})
+    assert store.delete_all("default/gone/")
+    for key in gone:
+        with pytest.raises(StoreUnavailable, match="NoSuchKey"):
+            images.download(key)
+    assert [images.download(key) for key in kept] == [b"picture"] * 2
+    assert store.delete_all("default/gone/"), "nothing left to delete is no failure"
 
 
 def test_damage_on_the_way_is_noticed(store_settings: Settings) -> None:

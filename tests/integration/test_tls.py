@@ -1,4 +1,4 @@
-"""The way to the broker through TLS: trusted authorities only, for clients and for Celery."""
+"""TLS connections to the broker: clients and Celery accept certificates of trusted authorities only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tls_binary() -> str:
     for name in (str(_binary()), "valkey-server", "redis-server"):
         if found := shutil.which(name):
             command = [found, "--port", "0", "--tls-port", str(free_port()), "--save", ""]
-            output = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout  # no certificate: it ends
+            output = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout  # exits: no certificate
             if not any(refusal in output for refusal in refusals):
                 return found
     pytest.skip("no server built with TLS is here: the embedded valkey-server has none, and PATH has no other")
@@ -95,7 +95,7 @@ def test_jobs_go_through_tls_from_submission_to_the_worker_and_back(tls: tuple[s
 
 
 def assert_refused(url: str, reason: str) -> None:
-    """By clients, in a domain error with its cause, and by Celery."""
+    """Clients raise a domain error with its cause, and Celery refuses as well."""
     with contextlib.closing(connect(url)) as client, pytest.raises(BrokerUnavailable, match="is not trusted") as refused:
         records.run(client, records.models())
     assert reason in str(refused.value.__cause__)
@@ -123,6 +123,6 @@ def test_a_certificate_for_another_name_is_refused(valkey_url: str, tmp_path: Pa
 
 
 def test_the_system_authorities_do_not_vouch_for_a_private_one(tls: tuple[str, Authority]) -> None:
-    """Without ``ssl_ca_certs`` the certificate is checked as well, and not just accepted."""
+    """Without ``ssl_ca_certs`` the certificate is checked against the system's authorities, not just accepted."""
     with contextlib.closing(connect(tls[0])) as client, pytest.raises(redis.ConnectionError, match="certificate verify failed"):
         client.ping()

@@ -42,11 +42,11 @@ def test_it_serves_and_leaves_nothing_behind(tmp_path: Path, number: signal.Sign
     url = line.split()[1]
     children = descendants(process.pid)
     assert len(children) >= 4  # broker, store, API, worker
-    # A job in flight must not hold up the end.
+    # A job in flight must not delay the end.
     assert httpx.post(f"{url}/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 100, "num_images": 8}).status_code == 202
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and out == ""  # the ready line was all
+    assert process.returncode == 0 and out == ""  # nothing was printed after the ready line
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(url.rsplit(":", 1)[1])))

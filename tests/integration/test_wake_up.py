@@ -92,7 +92,7 @@ def test_a_released_job_is_taken_again_before_those_that_wait(client: redis.Redi
     store = Records(client)
     first, second = submit(client, 5, 5)
     claim = store.claim(first, "leaving", 30)
-    client.delete(queue_list(queue_name(MODEL.id), 5))  # the wake-ups of both are gone: only the fresh one is left
+    client.delete(queue_list(queue_name(MODEL.id), 5))  # the wake-ups of both jobs are lost; the released job gets a new one
     assert claim is not None and store.release(first, claim.token)
     taken: list[str] = []
     heard = threading.Event()

@@ -1,4 +1,4 @@
-"""Submitting jobs and running real Celery workers, for tests that watch what goes over the wire."""
+"""Submitting jobs and running real Celery workers, for tests that watch the traffic between them and the broker."""
 
 from __future__ import annotations
 

@@ -13,9 +13,10 @@ Mode = Literal["pass", "refuse", "hang", "http403", "http500", "http507"]
 
 
 class Proxy:
-    """Forwards to ``target`` until told otherwise. Modes count for new connections; :meth:`hang` and :meth:`reset` for open ones.
+    """Forwards to ``target`` unless ``mode`` says otherwise. Modes apply to new connections, the methods to open ones as well.
 
-    refuse: nothing listens. hang: connections open and nothing ever comes back. http403, http500, http507: every request is answered so.
+    Modes: ``refuse``: nothing listens. ``hang``: connections open and no answer comes. ``http403``, ``http500``, ``http507``:
+    every request gets this status.
     """
 
     def __init__(self, target: int) -> None:
@@ -30,13 +31,13 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def refuse(self) -> None:
-        """Close the listener and all connections, as a service that is gone."""
+        """Close the listener and all connections, like a service that has ended."""
         self.mode = "refuse"
         self._unlisten()
         self.reset()
 
     def accept(self) -> None:
-        """Be there again, on the same port."""
+        """Accept and forward connections again, on the same port."""
         self._frozen.clear()
         if self.mode == "refuse":
             self._listener = self._listen(self.port)
@@ -55,7 +56,7 @@ class Proxy:
         self._open.clear()
 
     def half_open(self) -> None:
-        """Open connections stay open and nothing passes any more; new ones work."""
+        """Keep the open connections open but pass no data on them; new connections work."""
         self._frozen.set()
         self._frozen = threading.Event()
 
@@ -122,7 +123,7 @@ class Proxy:
 
     @staticmethod
     def _answer(near: socket.socket, mode: Mode) -> None:
-        """Read one request whole and refuse it."""
+        """Read one whole request and answer it with the mode's status."""
         status = {"http403": "403 Forbidden", "http500": "500 Internal Server Error", "http507": "507 Insufficient Storage"}[mode]
         with contextlib.suppress(OSError), near:
             near.settimeout(5)

@@ -1,4 +1,4 @@
-"""A callback receiver on loopback that behaves as told."""
+"""A callback receiver on loopback whose status, delay and headers a test sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Receiver:
-    """Answers every POST with ``status`` after ``delay_s``; keeps what came, by message id."""
+    """Answers every POST with ``status`` after ``delay_s``; counts what arrived, by message id."""
 
     def __init__(self) -> None:
         self.status = 204

@@ -42,6 +42,7 @@ class StubEngine:
 
     def __init__(self, at_once: bool = False) -> None:
         self.submitted: queue.Queue[Request] = queue.Queue()
+        self.requests: list[Request] = []  # all that were ever submitted
         self.stalled_s = 0.0
         self._at_once = at_once
 
@@ -54,6 +55,7 @@ class StubEngine:
 
     def submit(self, work: Work) -> Request:
         request = Request(work)
+        self.requests.append(request)
         if self._at_once:
             self.finish(request)
         self.submitted.put(request)
@@ -66,6 +68,12 @@ class StubEngine:
     def finish(self, request: Request) -> None:
         request.step = request.num_steps
         request.future.set_result(pixels(request.work))
+
+    def abandon_all(self) -> None:
+        """Let no thread wait for a request that the test has left unfinished."""
+        for request in self.requests:
+            if not request.future.done():
+                self.stop_request(request, "lost")
 
     def stop_request(self, request: Request, reason: str) -> None:
         """End a request as the engine does when it was cancelled, or is shut down."""

@@ -55,7 +55,7 @@ class Authority:
 
 
 class TlsFront:
-    """Ends TLS in front of a server that has none, as a managed broker's gateway or stunnel does.
+    """Terminates TLS in front of a server that has none, as a managed broker's gateway or stunnel does.
 
     Threads and plain sockets: when :meth:`close` returns, every socket is closed.
     """
@@ -95,12 +95,12 @@ class TlsFront:
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             stack.callback(plain.close)
             self._keep(plain, stack)
-            near = stack.enter_context(self._context.wrap_socket(plain, server_side=True))  # fails where the client refuses us
+            near = stack.enter_context(self._context.wrap_socket(plain, server_side=True))  # fails if not trusted
             self._keep(near, stack)
             far = stack.enter_context(socket.create_connection(("127.0.0.1", self._target)))
             self._keep(far, stack)
             while True:
-                # What OpenSSL has read already, no select tells of.
+                # select does not report data that OpenSSL has already read from the socket.
                 ready = [near] if near.pending() else select.select((near, far), (), ())[0]
                 for end in ready:
                     data = end.recv(65536)
@@ -109,7 +109,7 @@ class TlsFront:
                     (far if end is near else near).sendall(data)
 
     def _keep(self, one: socket.socket, stack: contextlib.ExitStack) -> None:
-        """Closed with the front at the latest."""
+        """Register a socket, so that :meth:`close` closes it."""
         with self._lock:
             if self._closing:
                 raise ConnectionAbortedError
@@ -123,4 +123,4 @@ class TlsFront:
 
 def _shut(one: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(one, socket.SHUT_RDWR)  # a TLS socket's own would say goodbye first, on another thread's connection
+        socket.socket.shutdown(one, socket.SHUT_RDWR)  # not the TLS one, which writes to the connection

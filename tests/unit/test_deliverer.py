@@ -29,7 +29,7 @@ from latentline.settings import Settings, parse_networks
 from latentline.webhooks import generate_secret, verify
 from latentline_worker.callbacks import deliverer as deliverer_module
 from latentline_worker.callbacks.address import is_global
-from latentline_worker.callbacks.deliverer import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, Deliverer
+from latentline_worker.callbacks.deliverer import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, TIMEOUT_S, Deliverer
 
 SECRET = generate_secret()
 PROMPT = "a very private prompt"
@@ -41,13 +41,18 @@ LOOPBACK = parse_networks("127.0.0.0/8, ::1")
 
 
 class Outbox(Records):
-    """The real outbox on fakeredis; remembers for how long callbacks were put off."""
+    """The real outbox on fakeredis; remembers for how long callbacks were locked and put off."""
 
     def __init__(self) -> None:
         self.client: redis.Redis = fakeredis.FakeRedis(decode_responses=True)
         super().__init__(self.client, retention_s=600)
         self.delays_s: list[float] = []
         self.put_back_s: list[float] = []
+        self.locks_s: list[float] = []
+
+    def take_callback(self, callback_id: str, lock_s: float) -> dict[str, Any] | None:
+        self.locks_s.append(lock_s)
+        return super().take_callback(callback_id, lock_s)
 
     def settle_callback(self, callback_id: str, tries: int, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
         self.delays_s.append(delay_s)
@@ -63,7 +68,7 @@ class Outbox(Records):
         return run(self.client, records.submit([request], 600))[0].id
 
     def end(self, job_id: str, status: Status = Status.SUCCEEDED, images: Sequence[ImageRef] = (IMAGE,)) -> str:
-        """Claim and settle; the id of the callback that tells of it."""
+        """Claim and settle; the id of the callback that reports it."""
         claim = self.claim(job_id, "cpu@test", 30)
         assert claim is not None
         error = JobError(code="internal_error", message="it broke") if status is Status.FAILED else None
@@ -74,7 +79,7 @@ class Outbox(Records):
         return self.end(self.job(url), status, images)
 
     def with_url(self, url: str) -> str:
-        """A callback to a URL that no request would be accepted with."""
+        """A callback to a URL that would be refused at submission; the id of the callback."""
         callback_id = self.ended("http://placeholder.example/")
         self.client.hset(routing.callback_key(callback_id), "url", url)
         return callback_id
@@ -88,7 +93,7 @@ class Outbox(Records):
 
 
 class Receiver:
-    """A real HTTP receiver on loopback; ``statuses`` are answered in turn, the last one for ever."""
+    """A real HTTP receiver on loopback; ``statuses`` are answered in turn, the last one from then on."""
 
     def __init__(self, *statuses: int, gate: threading.Event | None = None, headers: Mapping[str, str] | None = None) -> None:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
@@ -130,7 +135,7 @@ class Receiver:
 
 
 class RawReceiver:
-    """Takes one connection, reads the request, and sends these bytes: at once, or one by one for ever."""
+    """Takes one connection, reads the request, and sends these bytes: at once, or one by one without end."""
 
     def __init__(self, answer: bytes, *, trickle: bool = False) -> None:
         self._answer, self._trickle = answer, trickle
@@ -179,7 +184,7 @@ class Attempts(httpcore.AsyncNetworkBackend):
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """The name service of a test: host -> addresses. A name that is not there does not resolve."""
+    """The name service of a test: host -> addresses. Other names do not resolve."""
     table: dict[str, list[str]] = {}
     real = socket.getaddrinfo
 
@@ -260,6 +265,15 @@ def test_a_callback_of_a_lost_deliverer_is_tried_by_another(outbox: Outbox, deli
         deliverer.deliver(callback_id)
     assert len(receiver.requests) == 1
     assert (outbox.look(callback_id)["status"], outbox.look(callback_id)["tries"]) == ("delivered", 2)
+
+
+@pytest.mark.parametrize("timeout_s", [TIMEOUT_S, 100.0])
+def test_the_lock_outlasts_a_try_and_what_follows_it(outbox: Outbox, timeout_s: float) -> None:
+    """Else a second deliverer would send a callback that the first is still sending."""
+    with Receiver() as receiver:
+        Deliverer(outbox, [SECRET], allow=LOOPBACK, timeout_s=timeout_s).deliver(outbox.ended(receiver.url))
+    # The outcome is written within one call to the broker, which takes 5 s at most.
+    assert outbox.locks_s[-1] >= timeout_s + 5
 
 
 def test_a_job_that_failed_tells_its_error(outbox: Outbox, deliverer: Deliverer) -> None:

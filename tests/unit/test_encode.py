@@ -1,4 +1,4 @@
-"""A picture carries its own generation parameters, in every format, readable by other tools' conventions."""
+"""An image file carries its own generation parameters, in every format, in the form that other tools read."""
 
 from __future__ import annotations
 

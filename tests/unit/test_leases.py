@@ -12,7 +12,6 @@ from typing import Any, cast
 import fakeredis
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from latentline import records, routing
@@ -154,7 +153,7 @@ def test_steps_of_the_job_are_counted_and_not_calls_of_the_network(client: faker
 
 def test_each_preview_is_sent_once(client: fakeredis.FakeRedis, leases: Leases) -> None:
     def preview(step: int) -> Preview:
-        return Preview(step, torch.from_numpy(np.full((1, 4, 6, 3), 200, dtype=np.uint8)))
+        return Preview(step, np.full((1, 4, 6, 3), 200, dtype=np.uint8))
 
     with leases.hold(claim(client)) as job:
         request = attach(job, InEngine())

@@ -1,4 +1,4 @@
-"""ImageStore and Images against moto; signatures are tested on a real store, for moto accepts any."""
+"""ImageStore and Images against moto. Signatures are tested on a real store (test_storage_real.py): moto accepts any."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refuses(code: str, monkeypatch: pytest.MonkeyPatch, store: ImageStore, statu
 
 @pytest.fixture
 def dead_endpoint() -> Iterator[str]:
-    """A port that is held, but on which nobody listens."""
+    """An address on which nothing listens; its port is held, so that no other process takes it."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{held.getsockname()[1]}"
@@ -138,7 +138,32 @@ def test_a_store_that_is_overloaded_is_no_wrong_setting(settings: Settings, monk
         store.put("k", DATA, "image/png", {})
 
 
-def test_nobody_listens(dead_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete_all_deletes_what_lies_under_its_prefix(settings: Settings) -> None:
+    store = ImageStore(settings)
+    store.ensure_bucket()
+    for key in ("default/j1/1/0.png", "default/j1/2/0.png", "default/j10/1/0.png"):
+        store.put(key, DATA, "image/png", {})
+    assert store.delete_all("default/j1/")
+    left = store._s3.list_objects_v2(Bucket=settings.s3_bucket)["Contents"]
+    assert [one["Key"] for one in left] == ["default/j10/1/0.png"]
+
+
+def test_what_the_store_does_not_delete_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ImageStore(settings)
+    store.ensure_bucket()
+    store.put("default/j1/1/0.png", DATA, "image/png", {})
+    call = store._s3._make_api_call  # type: ignore[attr-defined]
+
+    def refuse(name: str, arguments: Any) -> Any:
+        if name == "DeleteObject":
+            raise ClientError({"Error": {"Code": "SlowDown", "Message": "no"}}, name)
+        return call(name, arguments)
+
+    monkeypatch.setattr(store._s3, "_make_api_call", refuse)
+    assert not store.delete_all("default/j1/")
+
+
+def test_a_store_on_which_nothing_listens_is_unavailable(dead_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(dead_endpoint, "images")
     with pytest.raises(StoreUnavailable, match="images"):
         Images(settings).check()

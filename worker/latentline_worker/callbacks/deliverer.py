@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 15.0  # of one try, from the name look-up to the status line; the Standard Webhooks specification asks for 15 to 30
 # Seconds before each try, from the Standard Webhooks specification; each is varied by up to a fifth.
 SCHEDULE_S = (0, 5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
-# A callback is locked while it is tried. The lock must outlast a try, or two deliverers would send the same callback; when
-# a deliverer is lost, another may take its callback after this time.
-LOCK_S = 60
+# A callback is locked for the time limit of a try and this much more: a lock that ran out during a try would let a second
+# deliverer send the same callback. When a deliverer is lost, another takes its callback once the lock has run out.
+LOCK_MARGIN_S = 45.0
 MAX_PER_HOST = 4  # concurrent tries per receiver host, so that a slow host does not occupy all threads
 MAX_BODY_BYTES = 256 * 1024
 CONNECT_TIMEOUT_S = 5.0  # per address, so that a dead address leaves time for the next one
@@ -76,7 +76,7 @@ class Deliverer:
 
     def deliver(self, callback_id: str) -> None:
         """Try a callback once if it is due, and write the outcome to the outbox."""
-        taken = self._records.take_callback(callback_id, LOCK_S)
+        taken = self._records.take_callback(callback_id, self._timeout_s + LOCK_MARGIN_S)
         if taken is None:
             return
         if taken["record"] is None:

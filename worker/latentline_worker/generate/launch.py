@@ -104,10 +104,12 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from latentline.jobs import LEVEL
     from latentline.records import Records
     from latentline_worker.images.store import ImageStore
+    from latentline_worker.maintenance.liveness import LivenessFile
 
     from .loading import load_model, make_engine
     from .worker import GenerateWorker
 
+    LivenessFile(settings.ready_file).remove()  # a container that was restarted still has its old file
     name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
     family = load_model(settings)
     store = ImageStore(settings)

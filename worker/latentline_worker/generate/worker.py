@@ -49,7 +49,6 @@ class GenerateWorker:
     def __init__(self, name: str, settings: WorkerSettings, family: Family, engine: Engine, records: Records, store: ImageStore) -> None:
         self._name, self._settings, self._model, self._engine, self._records = name, settings, family.info, engine, records
         self._liveness = LivenessFile(settings.ready_file)
-        self._liveness.remove()  # a container that was restarted still has its old file
         self._reaper = Reaper(records, self._model.id, settings.lease_s)
         self._leases = Leases(
             records,

@@ -1,0 +1,108 @@
+"""The worker process: the order in which its parts start and stop, and what its announcement tells the fleet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import fakeredis
+import pytest
+from support.stubs import FAMILY, MemoryStore, StubEngine
+
+from latentline import records, routing
+from latentline.errors import BrokerUnavailable
+from latentline.records import Records
+from latentline.testing import MODEL
+from latentline_worker.generate.announcer import Announcer
+from latentline_worker.generate.worker import GenerateWorker
+from latentline_worker.settings import WorkerSettings
+
+NAME = "cpu@test"
+
+
+@pytest.fixture
+def client() -> fakeredis.FakeRedis:
+    return fakeredis.FakeRedis(decode_responses=True)
+
+
+def make_worker(client: fakeredis.FakeRedis, engine: StubEngine, **settings: Any) -> GenerateWorker:
+    return GenerateWorker(NAME, WorkerSettings(**settings), FAMILY, cast(Any, engine), Records(client), cast(Any, MemoryStore()))
+
+
+def test_a_worker_is_announced_from_start_to_stop(client: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture) -> None:
+    worker = make_worker(client, StubEngine())
+    with caplog.at_level(logging.INFO):
+        worker.start()
+    assert records.run(client, records.workers()) == [NAME] and MODEL.id in records.run(client, records.models())
+    assert caplog.messages[-1] == f"{NAME}: ready"
+    worker.stop()
+    assert records.run(client, records.workers()) == []
+
+
+def test_everything_stops_in_the_order_of_the_data(client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = StubEngine()
+    worker = make_worker(client, engine)
+    order: list[str] = []
+
+    def note(part: Any, name: str) -> None:
+        stop = part.stop
+        monkeypatch.setattr(part, "stop", lambda *args: (order.append(name), stop(*args)))
+
+    for part, name in ((engine, "engine"), (worker._leases, "leases"), (worker._announcer, "announcer")):
+        note(part, name)
+    worker.start()
+    worker.stop()
+    assert order == ["engine", "leases", "announcer"]
+    threads = (worker._leases._thread, worker._announcer._thread)
+    assert not any(thread.is_alive() for thread in threads), "nothing beats or announces after the worker is gone"
+
+
+def test_the_liveness_file_goes_with_the_worker(client: fakeredis.FakeRedis, tmp_path: Path) -> None:
+    path = tmp_path / "ready"
+    worker = make_worker(client, StubEngine(), ready_file=path)
+    path.touch()
+    worker.stop()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("stalled_s", "stalled"), [(0.0, False), (5.0, False), (5.1, True), (float("inf"), True)])
+def test_an_engine_is_stalled_after_stall_s(client: fakeredis.FakeRedis, stalled_s: float, stalled: bool) -> None:
+    engine = StubEngine()
+    engine.stalled_s = stalled_s
+    assert make_worker(client, engine, stall_s=5).engine_stalled() is stalled
+
+
+def test_abort_removes_the_liveness_file_and_ends_with_status_70(
+    client: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ready"
+    worker = make_worker(client, StubEngine(), ready_file=path)
+    path.touch()
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    worker.abort()
+    assert codes == [os.EX_SOFTWARE] == [70] and not path.exists()
+
+
+class Away:
+    def announce(self, *_: object) -> None:
+        raise BrokerUnavailable("away")
+
+    worker_gone = announce
+
+
+def test_a_broker_that_is_away_neither_stops_the_announcer_nor_fails_its_end() -> None:
+    announcer = Announcer(cast(Any, Away()), NAME, MODEL)
+    announcer.start()
+    announcer.stop()
+
+
+def test_a_wiped_broker_is_told_again(client: fakeredis.FakeRedis) -> None:
+    announcer = Announcer(Records(client), NAME, MODEL)
+    announcer.run_once()
+    client.flushall()
+    announcer.run_once()
+    assert records.run(client, records.workers()) == [NAME]
+    assert client.exists(routing.workers_key())
