@@ -104,7 +104,9 @@ def test_a_decode_without_memory_is_tried_in_tiles(family: StableDiffusion, monk
 
 
 @once
-def test_a_decode_batch_without_memory_is_tried_in_smaller_parts_before_tiles(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_batch_without_memory_is_tried_in_smaller_parts_before_tiles(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decodes = Decodes(family, monkeypatch)
     decodes.fails = lambda latents, tiled: torch.OutOfMemoryError("out of memory (simulated)") if len(latents) > 1 else None
     requests = run(make_engine(family), *[work(family, seeds=(i,), decode=True) for i in range(3)])
