@@ -136,8 +136,8 @@ def machine(root: Path, available_kb: int | None, limit: str | None = None, used
         ((None, None, 0, None), 4 << 30),
     ],
     ids=[
-        "no limit", "the group's limit", "cached files are free", "no word of files", "the machine has less", "no group", "unreadable group",
-        "no word of the machine", "no word at all",
+        "no limit", "the group's limit", "cached files are free", "no word of files", "the machine has less", "no group",
+        "unreadable group", "no word of the machine", "no word at all",
     ],
 )  # fmt: skip
 def test_free_memory_is_what_the_machine_and_its_control_group_leave(
