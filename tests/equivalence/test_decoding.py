@@ -124,3 +124,50 @@ def test_a_decode_that_does_not_fit_in_tiles_either_fails_its_job(family: Stable
         large.result(0)
     assert small.result(0).shape == (1, 32, 32, 3)
     assert decodes.calls.count((1, True)) == 1
+
+
+@once
+def test_an_image_in_tiles_and_a_whole_one_are_not_decoded_in_one_call(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal size, one of them in tiles because there was no memory for it as a whole."""
+    decodes = Decodes(family, monkeypatch)
+    decodes.fails = lambda latents, tiled: torch.OutOfMemoryError("simulated") if len(decodes.calls) == 1 else None
+    results: dict[str, torch.Tensor | Exception] = {}
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    made = decoder.Decoder(family, max_batch=4)
+    made.submit(latents[:1], lambda outcome: results.update(tiled=outcome))
+    made.decode_some()
+    made.submit(latents[1:], lambda outcome: results.update(whole=outcome))
+    made.decode_some()
+    assert results.keys() == {"tiled"}
+    made.decode_some()
+    assert decodes.calls == [(1, False), (1, True), (2, False)]
+    assert not made.pending
+    with torch.inference_mode():
+        expected = {"tiled": family.decode(latents[:1], tiled=True), "whole": family.decode(latents[1:], tiled=False)}
+    for name, pixels in expected.items():
+        result = results[name]
+        assert isinstance(result, torch.Tensor) and torch.equal(result, pixels)
+
+
+@once
+def test_images_of_one_job_that_need_tiles_keep_their_order(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes = Decodes(family, monkeypatch)
+    decodes.fails = lambda latents, tiled: None if tiled else torch.OutOfMemoryError("simulated")
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pixels = decoder.Decoder(family, max_batch=2).decode_now(latents)
+    with torch.inference_mode():
+        expected = torch.cat([family.decode(image[None], tiled=True) for image in latents])
+    assert (pixels.int() - expected.int()).abs().max() <= 1  # rounding
+
+
+@once
+def test_a_request_is_told_once_however_many_of_its_images_fail(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes = Decodes(family, monkeypatch)
+    decodes.fails = lambda latents, tiled: ValueError("broken")
+    outcomes: list[torch.Tensor | Exception] = []
+    made = decoder.Decoder(family, max_batch=2)
+    made.submit(torch.randn(5, 4, 16, 16), outcomes.append)
+    made.decode_some()
+    assert [str(outcome) for outcome in outcomes] == ["broken"]
+    assert not made.pending, "the request's other images are dropped"
+    assert decodes.calls == [(2, False), (1, False), (1, False)]

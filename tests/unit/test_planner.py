@@ -14,6 +14,7 @@ import pytest
 from latentline_worker.engine import planner as module
 from latentline_worker.engine.cost import CostModel
 from latentline_worker.engine.planner import OLDEST_EVERY, Planner
+from latentline_worker.engine.tenants import TenantShares
 
 
 @dataclass(eq=False)
@@ -43,6 +44,26 @@ def planner(budget: int, clock: Callable[[], float] = lambda: 0.0) -> Planner:
 
 def names(chosen: list[Candidate]) -> list[str]:
     return [candidate.name for candidate in chosen]
+
+
+class ByLane(CostModel):
+    """A budget for each lane."""
+
+    def __init__(self, budgets: dict[Hashable, int]) -> None:
+        super().__init__(max(budgets.values()))
+        self._budgets = budgets
+
+    def budget(self, lane: Hashable) -> int:
+        return self._budgets[lane]
+
+
+@pytest.mark.parametrize(("budgets", "chosen"), [((2, 8), 1), ((8, 2), 4)], ids=["small and large", "large and small"])
+def test_a_step_has_the_row_budget_of_its_own_lane(budgets: tuple[int, int], chosen: int) -> None:
+    jobs = [Candidate(f"other {i}", 20 + i, lane="other") for i in range(4)] + [
+        Candidate(f"first {i}", 5 + i, lane="first") for i in range(4)
+    ]
+    cost = ByLane({"first": budgets[0], "other": budgets[1]})
+    assert names(Planner(cost, lambda: 0.0).select(jobs)) == [f"first {i}" for i in range(chosen)]
 
 
 def test_nothing_to_do_selects_nothing() -> None:
@@ -223,6 +244,37 @@ def test_no_tenant_gets_much_more_than_its_share_of_what_several_want(monkeypatc
     assert 0.7 <= done["short"] / done.total() <= 0.8, done
 
 
+def test_a_tenant_that_wants_exactly_the_mean_is_not_behind() -> None:
+    """Three tenants want 2, 4 and 6 rows. The mean is 4."""
+    assert TenantShares().behind({"little": 2, "mean": 4, "much": 6}) == {"much"}
+    assert TenantShares().behind({"one": 4, "other": 4}) == set()
+
+
+def test_a_tenant_that_had_exactly_half_as_much_again_as_its_share_is_not_behind() -> None:
+    """Of 8 rows an equal share is 4, and half as much again is 6."""
+    shares = TenantShares()
+    shares.charge([Candidate("", 1, rows=6, tenant="much"), Candidate("", 1, rows=2, tenant="little")])
+    assert shares.behind({"much": 2, "little": 2}) == set()
+    shares = TenantShares()
+    shares.charge([Candidate("", 1, rows=7, tenant="much"), Candidate("", 1, rows=1, tenant="little")])
+    assert shares.behind({"much": 2, "little": 2}) == {"much"}
+
+
+def test_a_tenant_over_its_share_is_behind_one_that_wants_more_than_the_mean() -> None:
+    shares = TenantShares()
+    shares.charge([Candidate("", 1, rows=9, tenant="had much")])
+    assert shares.behind({"had much": 2, "wants much": 8}) == {"had much"}
+
+
+def test_rows_that_nobody_else_wanted_are_not_charged() -> None:
+    plan = planner(2)
+    for _ in range(50):
+        plan.select([Candidate("a", 5, tenant="alone")])
+    assert len(plan.shares) == 0
+    plan.select([Candidate("a", 5, tenant="alone"), Candidate("b", 9, tenant="other")])
+    assert len(plan.shares) == 1
+
+
 def test_one_tenant_alone_is_never_over_its_share() -> None:
     plan = planner(2)
     for _ in range(100):
@@ -324,5 +376,5 @@ def test_without_the_oldest_rule_the_same_attack_starves_a_job(monkeypatch: pyte
 
 
 def test_the_planner_never_imports_torch() -> None:
-    code = "import sys, latentline_worker.engine.planner, latentline_worker.engine.cost; sys.exit('torch' in sys.modules)"
+    code = "import sys; from latentline_worker.engine import cost, planner, tenants; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

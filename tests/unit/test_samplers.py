@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import sys
+import threading
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,12 +16,13 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     CogVideoXDPMScheduler,
     DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     KarrasVeScheduler,
 )
 
 from latentline.jobs import SCHEDULERS
-from latentline_worker.samplers import MAX_ORDER, CompileError, compile_scheduler, make_scheduler, sampler_table
+from latentline_worker.samplers import MAX_ORDER, CompileError, SamplerTable, compile_scheduler, make_scheduler, sampler_table
 from latentline_worker.samplers.presets import PRESETS
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -116,3 +121,102 @@ def test_clean_latents_are_read_off_the_network(config: dict[str, Any] = SD15) -
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(CompileError, match="known: ddim, ddpm"):
         make_scheduler("heun3", SD15)
+
+
+def test_a_scheduler_that_draws_twice_a_step_is_refused() -> None:
+    """The table has one place for noise a step: the second draw would silently be the first one again."""
+
+    class Twice(EulerAncestralDiscreteScheduler):
+        def step(self, m: torch.Tensor, t: int, x: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+            more = sys.modules[type(self).__module__].randn_tensor(x.shape)
+            return (super().step(m, t, x, **options)[0] + 0.1 * more,)
+
+    # The noise source of the module in which the class stands is replaced while the scheduler is read.
+    scheduler = Twice(**SD15)
+    with (
+        mock.patch.object(Twice, "__module__", EulerAncestralDiscreteScheduler.__module__),
+        pytest.raises(CompileError, match="more than once"),
+    ):
+        compile_scheduler(scheduler, 5)
+
+
+def test_compiling_leaves_the_scheduler_as_it_was() -> None:
+    scheduler = make_scheduler("dpmpp_2m", SD15)
+    scheduler.set_timesteps(7)
+    scheduler.step(torch.zeros(1, 4, 2, 2), scheduler.timesteps[0], torch.ones(1, 4, 2, 2))
+    before = copy.deepcopy(vars(scheduler))
+    compile_scheduler(scheduler, 5)
+    assert vars(scheduler).keys() == before.keys()
+    for name, value in before.items():
+        now = vars(scheduler)[name]
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(now, value), name
+        elif name == "model_outputs":
+            assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(now, value, strict=True))
+        elif not isinstance(value, np.ndarray):
+            assert now == value, name
+
+
+def test_two_threads_can_compile_at_once() -> None:
+    """Reading a scheduler replaces its module's noise source, for the whole process: one reading must end before the next begins."""
+    module = sys.modules[EulerAncestralDiscreteScheduler.__module__]
+    original, expected = module.randn_tensor, compile_scheduler(make_scheduler("euler_ancestral", SD15), 4)
+    inside, go_on, other_began = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(EulerAncestralDiscreteScheduler):
+        def step(self, *args: Any, **options: Any) -> Any:
+            inside.set()
+            assert go_on.wait(60)
+            return super().step(*args, **options)
+
+    class Watched(EulerAncestralDiscreteScheduler):
+        def step(self, *args: Any, **options: Any) -> Any:
+            other_began.set()
+            return super().step(*args, **options)
+
+    Slow.__module__ = Watched.__module__ = module.__name__
+    tables: dict[str, SamplerTable] = {}
+
+    def compile_it(cls: type) -> None:
+        tables[cls.__name__] = compile_scheduler(cls(**SD15), 4)
+
+    slow, watched = (threading.Thread(target=compile_it, args=(cls,)) for cls in (Slow, Watched))
+    slow.start()
+    assert inside.wait(60)
+    watched.start()
+    assert not other_began.wait(0.3), "the second reading began while the first one's noise source was in place"
+    go_on.set()
+    slow.join()
+    watched.join()
+    assert module.randn_tensor is original
+    for table in tables.values():
+        assert np.array_equal(table.coefficients, expected.coefficients) and np.array_equal(table.draws, expected.draws)
+    assert tables.keys() == {"Slow", "Watched"}
+
+
+def test_the_noise_source_is_put_back_after_a_refusal() -> None:
+    module = sys.modules[DDIMScheduler.__module__]
+    original = module.randn_tensor
+
+    class Broken(DDIMScheduler):
+        def step(self, *args: Any, **options: Any) -> Any:
+            raise ValueError("no")
+
+    Broken.__module__ = module.__name__
+    with pytest.raises(CompileError, match="Broken refuses 5 steps: no"):
+        compile_scheduler(Broken(**SD15, clip_sample=False), 5)
+    assert module.randn_tensor is original
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_clean_latents_are_read_off_every_kind_of_output(kind: str) -> None:
+    """With an output that knows clean latents and noise, the table gives the clean latents back: what previews show."""
+    config = {**SD15, "prediction_type": kind}
+    table = sampler_table("ddim", config, 10)
+    alpha_bar = make_scheduler("ddim", config).alphas_cumprod.double().numpy()
+    clean, noise = np.linspace(-1, 1, 5), np.linspace(2, -2, 5)
+    for n, t in enumerate(table.timesteps):
+        signal, spread = np.sqrt(alpha_bar[int(t)]), np.sqrt(1 - alpha_bar[int(t)])
+        output = {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}[kind]
+        seen = signal * clean + spread * noise
+        assert np.allclose(table.denoised[n, 0] * seen + table.denoised[n, 1] * output, clean)

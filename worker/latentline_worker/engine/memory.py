@@ -1,4 +1,4 @@
-"""How much of the device's memory a lane needs, measured at warm-up, and how much of it there is."""
+"""How much memory a lane needs, measured at warm-up, and how much the device has."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from .request import LaneKey
 
 log = logging.getLogger(__name__)
 
-USABLE = 0.9  # of what is free after loading: allocators fragment, libraries take workspaces
-SLOT_SHARE = 0.25  # of what is usable, at most, for jobs that wait between steps; the rest is for the forward
-MARGIN = 1.25  # on measured activations: workspaces inside of kernels are not seen
+USABLE = 0.9  # of what is free after loading: allocators fragment, and libraries allocate workspaces
+SLOT_SHARE = 0.25  # of what is usable, at most, for images between steps; the rest is for the forward
+MARGIN = 1.25  # on measured activations: workspaces inside kernels are not measured
+ASSUMED_BYTES = 4 << 30  # free memory of a machine that does not report it
 
 
 class _PeakOnCpu(TorchDispatchMode):
-    """Sums the sizes of live operator outputs: the CPU has no allocator statistics."""
+    """Sums the sizes of live operator outputs: PyTorch keeps no allocator statistics for the CPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,7 +62,7 @@ class _PeakOnCpu(TorchDispatchMode):
 
 @contextmanager
 def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Bytes that the block needed at most beyond what was in use before it."""
+    """Peak of the bytes that the block allocated, beyond what was in use before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -72,21 +73,38 @@ def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
             yield lambda: mode.peak
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take: the GPU's, or the machine's within its control group."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that this process can still take: the GPU's, or the machine's within its control group.
+
+    Args:
+        device: whose memory.
+        root: of the file system from which the machine's figures are read.
+    """
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info()[0]
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    machine, group = _machine_bytes(root / "proc"), _group_bytes(root / "sys/fs/cgroup")
+    return machine if group is None else min(machine, group)
+
+
+def _machine_bytes(proc: Path) -> int:
+    """Memory that the kernel calls available; ``ASSUMED_BYTES`` where it does not say."""
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        # Pages of files are counted as used and given back on demand.
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return free if limit == "max" else min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+        fields = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 4 << 30 if "free" not in locals() else free
+        return ASSUMED_BYTES
+
+
+def _group_bytes(group: Path) -> int | None:
+    """What the control group (version 2) leaves of its limit; None without a limit."""
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        # Cached pages of files count as used, and the kernel frees them on demand.
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return None if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -98,20 +116,20 @@ class Footprint:
 
 
 class Memory:
-    """Sizes lanes to the memory there is.
+    """Decides how many images and rows of each size fit.
 
     Args:
         family: the loaded model.
-        limit_bytes: what the engine may use beside the weights; by default most of what is free after loading.
+        limit_bytes: what the engine may use beside the weights; by default ``USABLE`` of what is free after loading.
     """
 
     def __init__(self, family: Family, limit_bytes: int | None = None) -> None:
         self._family = family
         self.usable = limit_bytes if limit_bytes is not None else int(free_bytes(family.device) * USABLE)
-        self.footprint: Footprint | None = None  # until something is measured, nothing is refused
+        self.footprint: Footprint | None = None  # None before warm-up: activations then count as nothing
 
     def measure(self, key: LaneKey, denoise: Callable[[], object], decode: Callable[[], object]) -> None:
-        """Learn the footprint from one row's forward and one image's decode of a lane's shape."""
+        """Measure the footprint with one row's forward and one image's decode at a lane's shape."""
         with peak_bytes(self._family.device) as row:
             denoise()
         with peak_bytes(self._family.device) as image:
@@ -122,23 +140,23 @@ class Memory:
         )
 
     def row_bytes(self, key: LaneKey) -> int:
-        """Activations of one network row. In proportion to the latents: attention runs in memory-efficient kernels."""
+        """Activations of one network row. Proportional to the latents, because attention runs in memory-efficient kernels."""
         return int(self.footprint.row * key.num_latents) if self.footprint else 0
 
     def decode_bytes(self, key: LaneKey) -> int:
-        """Activations of decoding one image; one tile's where it is decoded in tiles."""
+        """Activations of decoding one image, or one tile where it is decoded in tiles."""
         if not self.footprint:
             return 0
         pixels = self._family.num_pixels(torch.empty(1, *key.latent_shape, device="meta"))
         return int(self.footprint.decode * key.num_latents * min(1.0, TILE_ABOVE_PIXELS / pixels))
 
     def slot_bytes(self, key: LaneKey, width: int) -> int:
-        """One image between steps: history in float32, and both text states of ``width`` in the network's type."""
+        """One image between steps: history in float32, and both prompt embeds, ``width`` wide, in the network's type."""
         history = (2 * MAX_ORDER + 1) * key.num_latents * 4
         return history + 2 * key.text_tokens * width * self._family.dtype.itemsize
 
     def num_slots(self, key: LaneKey, width: int) -> int:
-        """Images that may wait between steps."""
+        """Images that a lane may hold between steps."""
         return max(1, int(self.usable * SLOT_SHARE) // self.slot_bytes(key, width))
 
     def num_rows(self, key: LaneKey, most: int) -> int:
@@ -147,10 +165,10 @@ class Memory:
         return max(1, min(most, room // self.row_bytes(key))) if self.footprint else most
 
     def check(self, key: LaneKey, width: int, rows: int = 1) -> None:
-        """Refuse a lane that would not fit at ``rows`` rows: one, or those of the reproducible mode.
+        """Refuse a lane that would not fit with ``rows`` rows in a forward: one, or those of the reproducible mode.
 
         Raises:
-            OutOfMemory: names the bytes it would need and those there are.
+            OutOfMemory: the message names the bytes needed and the bytes usable.
         """
         needed = self.slot_bytes(key, width) + max(rows * self.row_bytes(key), self.decode_bytes(key))
         if needed > self.usable:

@@ -1,0 +1,274 @@
+"""Checkpoints: what their bytes are bound to, when they are taken, and what happens without memory for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.engines import FIXED_ROWS, drain, make_engine, once, run, snapshot, solo, work
+
+from latentline_worker.engine import checkpoint as module
+from latentline_worker.engine.checkpoint import FORMAT, SHARE, Checkpoint, CheckpointSchedule
+from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.lane import Lane
+from latentline_worker.engine.request import Request, Work
+from latentline_worker.models.sd import StableDiffusion
+
+
+class Job:
+    """What a checkpoint belongs to."""
+
+    def __init__(self, identity: list[object]) -> None:
+        self.identity = identity
+
+
+JOB = Job(["tiny", [4, 2, 2], 20, 2, [7, 8], 5.0])
+HISTORY = np.arange(2 * 4 * 16, dtype=np.float32).reshape(2, 4, 16) - 30.5
+
+
+EARLIER = (
+    "000000577b22666f726d6174223a20322c202273746570223a20332c20227368617065223a205b322c20322c20325d2c20226f66223a205b226d222c"
+    "205b312c20312c20325d2c20342c20312c205b312c20325d2c20352e305d7d00000000006f00000000000000120000800000500083e0c87801b33f60"
+    "efc06075c009000c6a02bb"
+)
+
+
+def data_of(step: int = 12) -> bytes:
+    data = Checkpoint(step, HISTORY).to_bytes(JOB)
+    assert data is not None
+    return data
+
+
+def rewritten(**changes: Any) -> bytes:
+    """The bytes with another head."""
+    data = data_of()
+    length = int.from_bytes(data[:4], "big")
+    head = json.dumps({**json.loads(data[4 : 4 + length]), **changes}).encode()
+    return len(head).to_bytes(4, "big") + head + data[4 + length :]
+
+
+def test_bytes_give_the_checkpoint_back_to_the_bit() -> None:
+    found = Checkpoint.from_bytes(data_of(), JOB)
+    assert found is not None
+    assert (found.step, found.history.dtype) == (12, np.float32)
+    assert np.array_equal(found.history, HISTORY)
+
+
+def test_bytes_written_by_earlier_workers_are_read() -> None:
+    """Fleets are upgraded worker by worker. These bytes were written by commit 24a4813: step 3 of a job of two images."""
+    written = bytes.fromhex(EARLIER)
+    found = Checkpoint.from_bytes(written, Job(["m", [1, 1, 2], 4, 1, [1, 2], 5.0]))
+    assert found is not None and found.step == 3
+    assert found.history.tolist() == [[[1.0, -2.0], [0.5, 3.25]], [[0.0, float(np.float32(1e-3))], [-7.0, 100.0]]]
+    assert found.to_bytes(Job(["m", [1, 1, 2], 4, 1, [1, 2], 5.0])) == written
+
+
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [(0, "large"), (1, [4, 2, 4]), (2, 21), (3, 1), (4, [7, 9]), (4, [7]), (5, 5.5)],
+    ids=["model", "shape", "steps", "order", "seed", "images", "guidance"],
+)
+def test_a_checkpoint_of_other_work_is_not_taken(place: int, other: object) -> None:
+    identity = list(JOB.identity)
+    identity[place] = other
+    assert Checkpoint.from_bytes(data_of(), Job(identity)) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        b"",
+        b"\x00",
+        b"\xff" * 40,
+        rewritten(format=FORMAT + 1),
+        rewritten(format=FORMAT - 1),
+        rewritten(shape=[2, 4, 17]),
+        rewritten(shape=None),
+        rewritten(step="twelve"),
+        data_of()[:-20],
+        data_of()[:30],
+        data_of()[: -len(data_of()) // 2],
+        data_of()[:-4] + b"\x00\x00\x00\x00",
+        (2).to_bytes(4, "big") + b"[]",
+        (4).to_bytes(4, "big") + b"null",
+    ],
+    ids=[
+        "nothing", "empty", "one byte", "noise", "later format", "earlier format", "other shape", "no shape", "no number",
+        "cut", "cut in the head", "cut in half", "wrong sum", "a list", "null",
+    ],
+)  # fmt: skip
+def test_bytes_that_cannot_be_used_give_no_checkpoint_and_no_error(data: bytes | None) -> None:
+    assert Checkpoint.from_bytes(data, JOB) is None
+
+
+def test_a_checkpoint_above_the_bound_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BYTES", HISTORY.nbytes)
+    assert Checkpoint(1, HISTORY).to_bytes(JOB) is not None
+    monkeypatch.setattr(module, "MAX_BYTES", HISTORY.nbytes - 1)
+    assert Checkpoint(1, HISTORY).to_bytes(JOB) is None
+
+
+def test_the_works_identity_is_what_a_history_depends_on(family: StableDiffusion) -> None:
+    one = work(family, "a cat", "dpmpp_2m", 7, 3.0, (4, 5))
+    assert one.identity == ["tiny", [4, 16, 16], 7, 2, [4, 5], 3.0]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    fake = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    return fake
+
+
+def first_due(schedule: CheckpointSchedule, clock: SimpleNamespace, num_jobs: int) -> float:
+    """Seconds after the last checkpoint, in tenths, from which the next is due."""
+    for tenths in range(10_000):
+        clock.now = 100.0 + tenths / 10
+        if schedule.due(100.0, num_jobs):
+            return tenths / 10
+    raise AssertionError("never")
+
+
+def test_checkpoints_that_cost_nothing_are_due_after_the_interval(clock: SimpleNamespace) -> None:
+    assert first_due(CheckpointSchedule(2.0), clock, 50) == 2.0
+
+
+def test_checkpoints_that_cost_much_are_due_when_their_share_of_the_time_allows(clock: SimpleNamespace) -> None:
+    """The cost of one checkpoint of every job is at most ``SHARE`` of the time between two."""
+    schedule = CheckpointSchedule(2.0)
+    for _ in range(100):
+        schedule.record_taken(0.01)
+        schedule.record_written(0.03)
+    assert first_due(schedule, clock, 5) == pytest.approx(5 * 0.04 / SHARE, abs=0.15)
+    assert first_due(schedule, clock, 10) == pytest.approx(10 * 0.04 / SHARE, abs=0.15)
+    assert schedule.num_taken == 100
+    assert schedule.total_s == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("told", ["record_taken", "record_written"])
+def test_both_costs_count_and_one_disturbed_time_counts_a_fifth(clock: SimpleNamespace, told: str) -> None:
+    schedule = CheckpointSchedule(0.0)
+    getattr(schedule, told)(0.1)
+    assert first_due(schedule, clock, 1) == pytest.approx(0.02 / SHARE, abs=0.15)
+
+
+@once
+def test_the_engine_tells_the_schedule_what_checkpoints_cost(family: StableDiffusion) -> None:
+    engine = make_engine(family, checkpoint_s=0.0)
+    run(engine, work(family, steps=1))  # the one after the last step is taken whatever is due
+    schedule = engine.checkpoint_schedule
+    assert schedule is not None
+    assert schedule.num_taken == 1 and schedule.total_s > 0 and schedule.taken_s == pytest.approx(0.2 * schedule.total_s)
+
+
+def always_due(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.checkpoint_schedule, "due", lambda *_: True)
+
+
+@once
+def test_after_denoising_there_is_a_checkpoint_of_the_final_latents(family: StableDiffusion) -> None:
+    engine = make_engine(family, checkpoint_s=3600.0, fixed_rows=FIXED_ROWS)
+    one = work(family, "a", "euler_ancestral", steps=4, seeds=(1, 2))
+    (request,) = run(engine, one)
+    checkpoint = request.checkpoint
+    assert checkpoint is not None and checkpoint.step == 4
+    assert np.array_equal(checkpoint.history[:, 0], request.result(0).flatten(1).numpy())
+
+
+@once
+def test_a_job_whose_denoising_was_complete_is_decoded_and_not_denoised_again(family: StableDiffusion) -> None:
+    one = work(family, "a", "euler_ancestral", steps=4, seeds=(1, 2), decode=True)
+    engine = make_engine(family, checkpoint_s=3600.0, fixed_rows=FIXED_ROWS)
+    (request,) = run(engine, one)
+    assert request.checkpoint is not None
+    resume = Checkpoint.from_bytes(request.checkpoint.to_bytes(one), one)
+    engine = make_engine(family, fixed_rows=FIXED_ROWS)
+    (resumed,) = run(engine, dataclasses.replace(one, resume=resume))
+    assert engine.num_rows == 0, "the network was called"
+    assert torch.equal(resumed.result(0), request.result(0))
+    assert {"joined", "denoised", "decoded"} <= resumed.times.keys()
+
+
+@once
+def test_a_checkpoint_shows_its_step_and_later_steps_do_not_change_it(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(family, checkpoint_s=0.0)
+    always_due(engine, monkeypatch)
+    request = engine.submit(work(family, "a", "ddpm", steps=8, seeds=(1, 2)))
+    for step in range(1, 6):
+        engine.step()
+        checkpoint = request.checkpoint
+        assert checkpoint is not None and checkpoint.step == step
+        assert np.array_equal(checkpoint.history, snapshot(engine, request).history)
+    kept = checkpoint.history.copy()
+    engine.step()
+    assert np.array_equal(checkpoint.history, kept)
+
+
+def no_memory(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("out of memory (simulated)")
+
+
+@once
+def test_a_checkpoint_for_which_there_is_no_memory_is_skipped(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = work(family, "a", "ddpm", steps=5, decode=True)
+    engine = make_engine(family, checkpoint_s=0.0)
+    always_due(engine, monkeypatch)
+    request = engine.submit(one)
+    engine.step()
+    before = request.checkpoint
+    assert before is not None and before.step == 1
+    began = request.checkpoint_at
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(Lane, "snapshot", no_memory)
+        drain(engine)  # also the one after the last step
+    assert torch.equal(request.result(0), solo(family, one))
+    assert request.checkpoint is before, "the one before is kept"
+    assert request.checkpoint_at > began, "the next try is as far away as after any checkpoint"
+    assert "job a: no checkpoint (OutOfMemoryError)" in caplog.text
+
+
+@once
+def test_a_shutdown_without_memory_for_checkpoints_keeps_the_ones_before(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(family, checkpoint_s=0.0)
+    always_due(engine, monkeypatch)
+    requests: list[Request] = [engine.submit(work(family, seeds=(i,), steps=9)) for i in range(2)]
+    engine.step()
+    monkeypatch.setattr(Lane, "snapshot", no_memory)
+    engine.step()
+    engine.stop()
+    engine.start()
+    engine.stop()
+    for request in requests:
+        with pytest.raises(Exception, match="shutdown"):
+            request.result(0)
+        assert request.checkpoint is not None and request.checkpoint.step == 1
+
+
+@once
+def test_a_shutdown_checkpoints_every_image_of_every_job(family: StableDiffusion) -> None:
+    """Resumed elsewhere, each job ends as it would have here."""
+    works: list[Work] = [work(family, f"thing {i}", "euler_ancestral", 9 + i, seeds=(i, i + 10)) for i in range(3)]
+    engine = make_engine(family, fixed_rows=FIXED_ROWS)
+    requests = [engine.submit(one) for one in works]
+    for _ in range(6):  # texts are encoded one a step, so the jobs stand at different steps
+        engine.step()
+    engine.stop()
+    engine.start()
+    engine.stop()
+    assert len({request.step for request in requests}) > 1
+    for one, request in zip(works, requests, strict=True):
+        resume = None
+        if request.step:
+            assert request.checkpoint is not None and request.checkpoint.step == request.step
+            resume = Checkpoint.from_bytes(request.checkpoint.to_bytes(one), one)
+        (resumed,) = run(make_engine(family, fixed_rows=FIXED_ROWS), dataclasses.replace(one, resume=resume))
+        assert torch.equal(resumed.result(0), solo(family, one, fixed_rows=FIXED_ROWS))
