@@ -32,13 +32,13 @@ PIP_CONFIG = "/etc/pip.conf"
 def refuse_unless_possible(work: Path) -> None:
     """Raise, in one sentence, when this machine cannot build this way."""
     if missing := [program for program in PROGRAMS if not shutil.which(program)]:
-        what = " and ".join(missing)
-        raise CheckError(f"no container engine answers and {what} is missing: on Debian, apt-get install buildah debootstrap")
+        what = ", ".join(missing)
+        raise CheckError(f"no container engine answers, and without one {what} must be there: apt-get install buildah debootstrap")
     if os.geteuid() != 0:
         raise CheckError("building with buildah and debootstrap needs root: run this as root, or start docker or podman")
     free_gb = shutil.disk_usage(work).free / 1e9
     if free_gb < NEEDED_GB:
-        raise CheckError(f"building needs {NEEDED_GB:g} GB free in {work} and there are {free_gb:.1f}: free some or set TMPDIR")
+        raise CheckError(f"building needs {NEEDED_GB:g} GB free in {work.parent} and there are {free_gb:.1f}: free some or set TMPDIR")
 
 
 def storage_driver(work: Path) -> str:

@@ -6,14 +6,14 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from .deploy import PORT, Deploy
-from .engine import Container, Engine
+from .engine import Container, Engine, RunSpec
 from .errors import CheckError
 from .services import Services
 
@@ -41,6 +41,23 @@ print(json.dumps({
     "torch": [d.version for d in m.distributions() if d.metadata["Name"] == "torch"],
 }))
 """
+
+
+def problems(seen: Mapping[str, Any], spec: RunSpec, user: str) -> list[str]:
+    """What of :data:`LOOK`'s answer is not as the image and ``deploy/`` say."""
+    number = user.partition(":")[0]
+    rules = {
+        "it runs as root": "0" in seen["user"],
+        f"it runs as {seen['user'][0]} and the image says {number}": set(seen["user"]) != {number},
+        "it has capabilities": spec.drop_capabilities and seen["capabilities"] != 0,
+        "it may gain privileges": spec.no_new_privileges and not seen["no_new_privileges"],
+        "its root can be written": spec.read_only and not seen["read_only"],
+        f"it holds compilers: {seen['compilers']}": seen["compilers"],
+        f"it holds pip's cache: {seen['caches']}": seen["caches"],
+        f"it holds tests of packages: {seen['tests'][:3]}": seen["tests"] and seen["torch"],  # a few in the API's do not matter
+        f"it holds torch more than once: {seen['torch']}": len(seen["torch"]) > 1,
+    }
+    return [text for text, broken in rules.items() if broken]
 
 
 @dataclass
@@ -120,20 +137,10 @@ class Trial:
         result = self._running[name].execute(["python", "-c", LOOK])
         if result.returncode:
             raise CheckError(f"looking inside of {name} failed: {result.stderr.strip()}")
-        seen = json.loads(result.stdout)
         spec = self.deploy.spec(name)
-        user = self.engine.config(spec.image).user.partition(":")[0]
-        wrong = [
-            *(["it does not run as the image's user"] * (set(seen["user"]) != {user} or user == "0")),
-            *(["it has capabilities"] * (spec.drop_capabilities and seen["capabilities"] != 0)),
-            *(["it may gain privileges"] * (spec.no_new_privileges and not seen["no_new_privileges"])),
-            *(["its root can be written"] * (spec.read_only and not seen["read_only"])),
-            *(f"it holds {thing}: {', '.join(seen[thing])}" for thing in ("compilers", "caches") if seen[thing]),
-        ]
-        if name == "worker":
-            wrong += [f"it holds torch {len(seen['torch'])} times"] * (len(seen["torch"]) != 1)
-            wrong += [f"it holds tests: {', '.join(seen['tests'][:3])}"] * bool(seen["tests"])
-            self.figures["torch"] = seen["torch"]
+        seen = json.loads(result.stdout)
+        self.figures |= {"torch": seen["torch"]} if seen["torch"] else {}
+        wrong = problems(seen, spec, self.engine.config(spec.image).user)
         if wrong:
             raise CheckError(f"{name}: {'; '.join(wrong)}")
 
@@ -193,7 +200,7 @@ class Trial:
 
     # Ends.
 
-    def stop(self, name: str) -> float:
+    def stop(self, name: str) -> None:
         """As on an update: the stop signal, and the time that deploy/ gives."""
         grace_s = self.deploy.grace_s(name)
         container = self._running.pop(name)
@@ -204,7 +211,6 @@ class Trial:
             raise CheckError(f"{name} ended with status {ended.status} after its stop signal:\n{container.log()[-3000:]}")
         self.figures[f"stop_{name}_s"] = round(ended.took_s, 1)
         self.say(f"{name} ended with status {ended.status} in {ended.took_s:.1f} s of the {grace_s:g} s that it has")
-        return ended.took_s
 
     def stop_in_flight(self) -> None:
         """The worker is told to stop while jobs denoise; then everything stops, the broker restarts, everything starts again."""
@@ -220,7 +226,7 @@ class Trial:
         self.stop("api")
         self.stop("callbacks")
         # The broker writes its log of refusals nowhere: read it before it goes.
-        self.refuse_refusals()
+        self.check_refusals()
         self.services.broker.restart()
         # The deliverer comes last: it has to find what ended without it.
         for name in ("worker", "api"):
@@ -233,11 +239,11 @@ class Trial:
         self.told(ids)
         self.say("all of them succeeded after a restart of everything, and were told once")
 
-    def refuse_refusals(self) -> None:
+    def check_refusals(self) -> None:
         if refused := self.services.broker.refused():
             raise CheckError(f"the broker's rules refused what a role needs: {'; '.join(refused)}")
 
     def rules_in_force(self) -> None:
-        self.refuse_refusals()
+        self.check_refusals()
         self.services.broker.check_rules()
         self.say("the broker's rules refused nothing that was needed, and what they should")

@@ -13,8 +13,9 @@ sys.path.insert(0, str(ROOT / "docker"))
 
 from imagecheck import base, buildah, docker, pip_access  # noqa: E402
 from imagecheck.deploy import Deploy, interpolate  # noqa: E402
-from imagecheck.engine import ImageConfig  # noqa: E402
+from imagecheck.engine import ImageConfig, RunSpec  # noqa: E402
 from imagecheck.errors import CheckError  # noqa: E402
+from imagecheck.trial import problems  # noqa: E402
 
 VARIABLES = {
     **{f"VALKEY_{role}_PASSWORD": "p" for role in ("PRODUCER", "WORKER", "CALLBACKS")},
@@ -125,6 +126,32 @@ def test_an_image_that_lost_its_health_check_is_seen() -> None:
     assert (found.user, found.environment, found.command, found.health) == ("10001:10001", {"A": "b=c"}, (), ())
     with pytest.raises(CheckError, match="CMD-SHELL"):
         ImageConfig.of({"Healthcheck": {"Test": ["CMD-SHELL", "true"]}})
+
+
+SEEN = {
+    "user": ["10001"] * 4, "capabilities": 0, "no_new_privileges": 1, "read_only": True,
+    "compilers": [], "caches": [], "tests": [], "torch": ["2.13.0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"user": ["0"] * 4}, "root"),
+        ({"user": ["1000"] * 4}, "1000"),
+        ({"capabilities": 1}, "capabilities"),
+        ({"no_new_privileges": 0}, "privileges"),
+        ({"read_only": False}, "written"),
+        ({"compilers": ["gcc"]}, "gcc"),
+        ({"caches": ["/root/.cache"]}, "cache"),
+        ({"tests": ["/site/numpy/tests"]}, "tests"),
+        ({"torch": ["2.13.0", "2.12.0"]}, "more than once"),
+    ],
+)
+def test_what_is_seen_inside_is_held_against_deploy(change: Mapping[str, object], says: str | None) -> None:
+    found = problems(SEEN | dict(change), RunSpec("worker", "image"), "10001:10001")
+    assert found == [] if says is None else any(says in text for text in found)
 
 
 # Machines that cannot build: one sentence each.
