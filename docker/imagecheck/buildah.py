@@ -157,11 +157,10 @@ class Buildah:
             sandbox.kill()
         for container, _ in self._roots.values():
             subprocess.run([str(part) for part in self._command("rm", container)], capture_output=True)
-        for folder in reversed(_mounted_below(self._work)):
-            subprocess.run(["umount", "--lazy", folder], capture_output=True)
 
 
-def _mounted_below(folder: Path) -> Sequence[str]:
-    """Mount points inside of a folder, in the order in which they were mounted."""
-    points = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    return [point for point in points if point.startswith(f"{folder}/")]
+def unmount_below(folder: Path) -> None:
+    """Whatever is mounted inside of a folder, last first: it is about to be removed."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed([point for point in points if point.startswith(f"{folder}/")]):
+        subprocess.run(["umount", "--lazy", point], capture_output=True)

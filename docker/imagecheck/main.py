@@ -24,7 +24,7 @@ from latentline.errors import ConfigurationError
 
 from . import bill, docker
 from .base import image_name
-from .buildah import CLONE_NEWNET, Buildah, bring_up_loopback, own_namespace
+from .buildah import CLONE_NEWNET, Buildah, bring_up_loopback, own_namespace, unmount_below
 from .deploy import PORT, Deploy, dockerfiles
 from .engine import Engine
 from .errors import CheckError
@@ -40,9 +40,10 @@ def say(text: str) -> None:
     print(f"[{datetime.now(UTC):%H:%M:%S}] {text}", flush=True)
 
 
-def choose(work: Path) -> Engine:
+def choose(work: Path, wanted: str | None) -> Engine:
     pip = machine_pip()
-    if program := docker.find():
+    program = wanted or docker.find() or "buildah"
+    if program != "buildah":
         return docker.Docker(program, work, pip)
     return Buildah(work, pip, sorted(set(map(image_name, DOCKERFILES.values()))))
 
@@ -78,10 +79,10 @@ def make_room(engine: Engine) -> None:
             raise CheckError(f"port {PORT} of this machine is in use: the API's container needs it") from None
 
 
-def check(work: Path, out: Path) -> None:
+def check(work: Path, out: Path, wanted: str | None) -> None:
     started = time.monotonic()
     figures: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": platform.machine(), "cores": os.cpu_count()}
-    engine = choose(work)
+    engine = choose(work, wanted)
     services = None
     try:
         figures |= {"engine": engine.name, "base_s": round(time.monotonic() - started)}
@@ -104,6 +105,7 @@ def check(work: Path, out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("docker", "podman", "buildah"), help="default: the first of these that answers")
     parser.add_argument("--out", type=Path, default=ROOT / "out/images", help="folder for what is written (default: out/images)")
     parser.add_argument("--work", type=Path, help="folder that keeps base image and layers for the next run (default: none is kept)")
     options = parser.parse_args()
@@ -114,7 +116,7 @@ def main() -> int:
         work = work or Path(tempfile.mkdtemp(prefix="latentline-images-", dir=os.environ.get("TMPDIR", "/var/tmp")))
         work.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work / "services", ignore_errors=True)
-        check(work.resolve(), options.out.resolve())
+        check(work.resolve(), options.out.resolve(), options.engine)
     except (CheckError, ConfigurationError, OSError) as error:
         print(f"docker/check: {error}", file=sys.stderr)
         return 1
@@ -122,5 +124,6 @@ def main() -> int:
         return 130
     finally:
         if work and not options.work:
+            unmount_below(work)
             shutil.rmtree(work, ignore_errors=True)
     return 0
