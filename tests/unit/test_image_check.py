@@ -1,5 +1,6 @@
 """``docker/check``: what it reads of pip and of ``deploy/``, and how it refuses a machine that cannot build."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docker"))
 
-from imagecheck import base, buildah, docker, pip_access  # noqa: E402
+from imagecheck import base, buildah, commands, docker, pip_access  # noqa: E402
 from imagecheck.deploy import Deploy, interpolate  # noqa: E402
 from imagecheck.engine import ImageConfig, RunSpec  # noqa: E402
 from imagecheck.errors import CheckError  # noqa: E402
@@ -126,6 +127,44 @@ def test_an_image_that_lost_its_health_check_is_seen() -> None:
     assert (found.user, found.environment, found.command, found.health) == ("10001:10001", {"A": "b=c"}, (), ())
     with pytest.raises(CheckError, match="CMD-SHELL"):
         ImageConfig.of({"Healthcheck": {"Test": ["CMD-SHELL", "true"]}})
+
+
+@pytest.mark.parametrize(
+    ("driver", "history", "expected"),
+    [
+        ("overlay", [("debootstrap", False), ("ENV A=b", True), ("RUN x", False)], [("debootstrap", 200), ("RUN x", 30)]),
+        ("vfs", [("debootstrap", False), ("RUN x", False), ("RUN y", False)], [("the base image", 200), ("all instructions", 30)]),
+    ],
+    ids=["a layer for each instruction", "one layer for all"],
+)
+def test_layers_are_weighed_from_the_base_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str, history: list[tuple[str, bool]], expected: list[tuple[str, int]]
+) -> None:
+    def put(kind: str, content: object) -> None:
+        path = tmp_path / f"storage/{driver}-{kind}/{kind}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
+
+    put("layers", [{"id": "top", "parent": "base", "diff-size": 30}, {"id": "other"}, {"id": "base", "diff-size": 200}])
+    put("images", [{"id": "unnamed", "layer": "other"}, {"names": ["localhost/image:1"], "layer": "top"}])
+    engine = buildah.Buildah.__new__(buildah.Buildah)  # its constructor needs root
+    monkeypatch.setattr(engine, "_work", tmp_path, raising=False)
+    monkeypatch.setattr(engine, "_driver", driver, raising=False)
+    entries = [{"created_by": instruction, "empty_layer": empty} for instruction, empty in history]
+    monkeypatch.setattr(engine, "_inspect", lambda _: {"history": entries})
+    assert [(layer.instruction, layer.num_bytes) for layer in engine.layers("image:1")] == expected
+
+
+def test_a_command_that_fails_says_its_last_line() -> None:
+    assert commands.output(["sh", "-c", "echo out"]) == "out\n"
+    with pytest.raises(CheckError, match=r"^sh ended with status 3: no space left$"):
+        commands.output(["sh", "-c", "echo first; echo no space left >&2; exit 3"])
+
+
+def test_a_long_command_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match=r"(?s)^building failed with status 1:.*line 40$") as refused:
+        commands.logged("building", ["sh", "-c", "seq -f 'line %g' 40; exit 1"], tmp_path / "log")
+    assert len(str(refused.value).splitlines()) == commands.TAIL_LINES + 1
 
 
 SEEN = {
