@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := worker,api,embedded,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt bench faults docker-lint clean
+.PHONY: help demo test lint fmt bench faults docker-lint images clean
 
 help: ## What there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -23,6 +23,7 @@ lint: $(STAMP) docker-lint ## Style, format, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy docker/imagecheck
 	$(BIN)/lint-imports --no-cache
 
 fmt: $(STAMP) ## Format and fix what can be fixed
@@ -38,6 +39,9 @@ faults: $(STAMP) ## Break everything that can break, at full counts (an hour); w
 
 docker-lint: $(STAMP) ## Check the Dockerfiles
 	$(BIN)/hadolint docker/Dockerfile.api docker/Dockerfile.worker
+
+images: $(STAMP) ## Build both images, run them as deploy/ says, weigh them; with docker or podman, or as root with buildah
+	$(BIN)/python docker/check
 
 clean: ## Remove the environment and everything generated
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache
