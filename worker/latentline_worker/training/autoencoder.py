@@ -22,6 +22,7 @@ from .sources import Source
 
 NUM_MEASURED = 256  # held-out pictures for the PSNR
 NUM_SHOWN = 24
+CPU = torch.device("cpu")
 
 
 def make_model(arguments: dict[str, Any], seed: int) -> torch.nn.Module:
@@ -53,11 +54,11 @@ def psnr_db(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class AutoencoderTask:
     """Autoencoder training as the loop takes it."""
 
-    def __init__(self, recipe: AutoencoderRecipe, source: Source, model: torch.nn.Module | None = None) -> None:
-        self.recipe, self.source = recipe, source
+    def __init__(self, recipe: AutoencoderRecipe, source: Source, model: torch.nn.Module | None = None, device: torch.device = CPU) -> None:
+        self.recipe, self.source, self.device = recipe, source, device
         made = model if model is not None else make_model(recipe.model, recipe.schedule.seed)
         # On a CPU this layout is a third faster for convolutions of this kind.
-        self.model: Any = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: Any = made.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.variational = recipe.model["class"] == "AutoencoderKL"
 
     def loss(self, step: int, rank: int) -> torch.Tensor:
@@ -68,14 +69,16 @@ class AutoencoderTask:
         slack = recipe.size_px - recipe.crop_px
         corners = [(rng.randint(0, slack), rng.randint(0, slack)) for _ in images]
         x = to_tensor([image.crop((a, b, a + recipe.crop_px, b + recipe.crop_px)) for image, (a, b) in zip(images, corners, strict=True)])
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(self.device, memory_format=torch.channels_last)
         if self.variational:
             posterior = self.model.encode(x).latent_dist
-            z = posterior.sample(torch_random(seed, step, rank, "posterior"))
+            z = posterior.mean + posterior.std * torch.randn(
+                posterior.mean.shape, generator=torch_random(seed, step, rank, "posterior")
+            ).to(x)
             extra: torch.Tensor = recipe.kl_weight * posterior.kl().mean()
         else:
             z = self.model.encode(x).latents
-            extra = torch.zeros(())
+            extra = z.new_zeros(())
         loss = reconstruction_loss(self.model.decode(z).sample, x) + recipe.moment_weight * moment_penalty(z) + extra
         return loss
 
@@ -101,12 +104,12 @@ class AutoencoderTask:
         return {"scaling_factor": self.model.config.scaling_factor, **self.sample(folder, self.recipe.schedule.steps)}
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, 3, size, size) in -1..1 -> latents (n, channels, size / f, size / f), in small batches."""
-        return torch.cat([encode(self.model, part) for part in x.split(32)])
+        """(n, 3, size, size) in -1..1 -> latents (n, channels, size / f, size / f), in small batches, back on the CPU."""
+        return torch.cat([encode(self.model, part.to(self.device)).cpu() for part in x.split(32)])
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """The way back."""
-        return torch.cat([self.model.decode(part).sample for part in z.split(32)])
+        return torch.cat([self.model.decode(part.to(self.device)).sample.cpu() for part in z.split(32)])
 
 
 def encode(model: Any, x: torch.Tensor) -> torch.Tensor:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import diffusers
 import torch
 
 from latentline.errors import ModelError
 
-from . import memory, recipe
-from .autoencoder import AutoencoderTask, make_model, reconstruction_loss
+from . import fits, recipe
+from .autoencoder import AutoencoderTask
 from .build import build
 from .denoiser import DenoiserTask
 from .errors import TrainingError
@@ -23,7 +24,8 @@ from .folders import FolderData
 from .latents import LatentCache
 from .loop import Task, Training
 from .manifest import MANIFEST, find_leaks
-from .recipe import AutoencoderRecipe, DenoiserRecipe
+from .progress import progress
+from .recipe import AUTOENCODERS, AutoencoderRecipe, DenoiserRecipe
 from .sources import BuiltData, Source
 
 Say = Callable[[str], None]
@@ -49,38 +51,76 @@ def check(folder: Path, compositions: int, say: Say) -> None:
     say(f"{len(trained)} compositions of {source.num_items} pictures: nothing that is held out is among them")
 
 
-def autoencoder(recipe_name: str, folder: Path, out: Path, init: Path | None, start_step: int, threads: int | None, say: Say) -> bool:
+@dataclass(frozen=True)
+class Run:
+    """Where and how a training runs; none of it changes what is learned, but for weights to begin with.
+
+    Args:
+        out: folder of state, log, samples and model.
+        init: weights in diffusers format to begin with where ``out`` holds no state.
+        start_step: with ``init``, the place in the schedule where these weights stand.
+        threads: of torch; its own choice when not given.
+        device: of torch; a GPU where there is one when not given.
+    """
+
+    out: Path
+    init: Path | None = None
+    start_step: int = 0
+    threads: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.start_step and self.init is None:
+            raise TrainingError("--start-step needs --init: the weights that stand at that step")
+
+    def prepare(self) -> torch.device:
+        """Set the number of threads and find the device.
+
+        Raises:
+            TrainingError: torch has no such device.
+        """
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # CPU builds of torch answer with an AssertionError
+            raise TrainingError(f"device {self.device}: {str(error).splitlines()[0]}") from error
+        return device
+
+
+def autoencoder(recipe_name: str, folder: Path, run: Run, say: Say) -> bool:
     """Train an autoencoder; False where it was stopped before its end."""
     made = _recipe(recipe_name, AutoencoderRecipe)
-    with _threads(threads):
-        _check_autoencoder_memory(made)
-        model = _load(init, made.model["class"]) if init else None
-        return _run(AutoencoderTask(made, _source(folder, made.size_px, say, False), model), out, start_step, say)
+    device = run.prepare()
+    fits.check_autoencoder(made, device)
+    model = _load(run.init, made.model["class"]) if run.init else None
+    return _train(AutoencoderTask(made, _source(folder, made.size_px, say, False), model, device), run, say)
 
 
-def denoiser(
-    recipe_name: str, folder: Path, autoencoder_folder: Path, out: Path, init: Path | None, start_step: int, threads: int | None, say: Say
-) -> bool:
+def denoiser(recipe_name: str, folder: Path, autoencoder_folder: Path, run: Run, say: Say) -> bool:
     """Train a denoiser on an autoencoder's latents; False where it was stopped before its end."""
     made = _recipe(recipe_name, DenoiserRecipe)
-    with _threads(threads):
-        vae = _load(autoencoder_folder, _class_name(autoencoder_folder))
-        source = _source(folder, made.size_px, say, True)
-        cache = LatentCache(out, source, vae, f"{_data_key(folder)}/{made.size_px}", say)
-        _check_denoiser(made, cache, source)
-        model = _load(init, made.model["class"]) if init else None
-        return _run(DenoiserTask(made, cache, model), out, start_step, say)
+    device = run.prepare()
+    vae = _load(autoencoder_folder, _class_name(autoencoder_folder))
+    source = _source(folder, made.size_px, say, True)
+    cache = LatentCache(run.out, source, vae, f"{_data_key(folder)}/{made.size_px}", say, device)
+    fits.check_denoiser(made, cache, device)
+    model = _load(run.init, made.model["class"]) if run.init else None
+    return _train(DenoiserTask(made, cache, model, device), run, say)
 
 
-def _run(task: Task, out: Path, start_step: int, say: Say) -> bool:
-    training = Training(task, out, say)
-    if training.resume():
-        say(f"going on at step {training.step} of {training.schedule.steps}")
-    elif start_step:
-        training.begin_at(start_step)
-    training.stop_on_signals()
-    done = training.run()
-    say(f"the model is in {out}" if done else f"stopped at step {training.step}: the same command goes on from there")
+def _train(task: Task, run: Run, say: Say) -> bool:
+    total = task.recipe.schedule.steps
+    with progress(total) as on_step:
+        training = Training(task, run.out, say, on_step)
+        if training.resume():
+            say(f"going on at step {training.step} of {total}" + (f"; {run.init} is not read" if run.init else ""))
+        elif run.start_step:
+            training.begin_at(run.start_step)
+        with training.stop_on_signals():
+            done = training.run()
+    say(f"the model is in {run.out}" if done else f"stopped at step {training.step}: the same command goes on from there")
     return done
 
 
@@ -113,9 +153,11 @@ def _data_key(folder: Path) -> str:
 def _class_name(folder: Path) -> str:
     """The class of an autoencoder folder, read from its configuration."""
     try:
-        name = diffusers.ConfigMixin.load_config(folder)["_class_name"]
+        name = json.loads((folder / "config.json").read_text())["_class_name"]
     except (OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{folder}: no autoencoder in diffusers format: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder}: no autoencoder in diffusers format: {error!r}") from error
+    if name not in AUTOENCODERS:
+        raise ModelError(f"{folder}: {name} cannot be used; allowed: {', '.join(AUTOENCODERS)}")
     return str(name)
 
 
@@ -126,51 +168,3 @@ def _load(folder: Path, class_name: str) -> torch.nn.Module:
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder}: no {class_name} in diffusers format: {str(error).splitlines()[0]}") from error
     return model
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _check_autoencoder_memory(made: AutoencoderRecipe) -> None:
-    shape = (made.schedule.batch, 3, made.crop_px, made.crop_px)
-
-    def run() -> torch.Tensor:
-        model: Any = make_model(made.model, 0)
-        x = torch.zeros(shape)
-        encoded = model.encode(x)
-        return reconstruction_loss(model.decode(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()).sample, x)
-
-    with torch.device("meta"):
-        weights = memory.weights_bytes(make_model(made.model, 0), made.schedule.ema_decay > 0)
-    memory.check(weights + memory.activation_bytes(run), "the autoencoder's training", memory.free_bytes())
-
-
-def _check_denoiser(made: DenoiserRecipe, cache: LatentCache, source: Source) -> None:
-    """The model takes this autoencoder's latents and this text encoder's states, and it fits into memory."""
-    z = cache.encode(torch.zeros(1, 3, made.size_px, made.size_px))
-    batch, tokens, width = made.schedule.batch, *cache.empty.shape
-
-    def run() -> torch.Tensor:
-        model: Any = make_model(made.model, 0)
-        loss: torch.Tensor = model(torch.zeros(batch, *z.shape[1:]), torch.zeros(batch), torch.zeros(batch, tokens, width)).sample.sum()
-        return loss
-
-    with torch.device("meta"):
-        model: Any = make_model(made.model, 0)
-    config = model.config
-    if (config.in_channels, config.out_channels, config.sample_size) != (z.shape[1], z.shape[1], z.shape[2]):
-        raise TrainingError(
-            f"model: in_channels, out_channels and sample_size must be {z.shape[1]}, {z.shape[1]}, {z.shape[2]} for this autoencoder"
-        )
-    if config.cross_attention_dim != width:
-        raise TrainingError(f"model.cross_attention_dim: got {config.cross_attention_dim}; the text encoder's states have {width}")
-    needed = memory.weights_bytes(model, made.schedule.ema_decay > 0) + memory.activation_bytes(run)
-    needed += source.num_items * made.compositions * z[0].numel() * 2
-    memory.check(needed, "the denoiser's training", memory.free_bytes())

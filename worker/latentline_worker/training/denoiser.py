@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .autoencoder import make_model
+from .autoencoder import CPU, make_model
 from .latents import LatentCache
 from .objectives import draw_times, make_scheduler, noised
 from .recipe import DenoiserRecipe
@@ -32,9 +32,12 @@ class DenoiserTask:
         cache: latents and caption states of the training data.
     """
 
-    def __init__(self, recipe: DenoiserRecipe, cache: LatentCache, model: torch.nn.Module | None = None) -> None:
-        self.recipe, self.cache = recipe, cache
-        self.model: Any = model if model is not None else make_model(recipe.model, recipe.schedule.seed)
+    def __init__(
+        self, recipe: DenoiserRecipe, cache: LatentCache, model: torch.nn.Module | None = None, device: torch.device = CPU
+    ) -> None:
+        self.recipe, self.cache, self.device = recipe, cache, device
+        made = model if model is not None else make_model(recipe.model, recipe.schedule.seed)
+        self.model: Any = made.to(device)
         self.held_out: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def loss(self, step: int, rank: int) -> torch.Tensor:
@@ -52,18 +55,18 @@ class DenoiserTask:
         # Times of the last part's density, so that the figures of a whole training can be compared.
         loss = self._error(x0, text, self.recipe.schedule.steps - 1, torch_random(0, 0, 0, "held-out noise"))
         z = self.draw(text[:NUM_SHOWN])
-        pixels = self.cache.autoencoder.decode(z / self.cache.scale).sample
+        pixels = self.cache.decode(z)
         save_sheet(folder / "samples" / f"step-{step:06}.png", to_images(pixels), columns=8)
         return {"held_out_loss": float(loss)}
 
     def draw(self, text: torch.Tensor, steps: int = SHEET_STEPS, guidance: float = SHEET_GUIDANCE) -> torch.Tensor:
-        """Scaled latents for text states (n, tokens, width), by guided sampling from fixed noise."""
+        """Scaled latents on the CPU for text states (n, tokens, width), by guided sampling from fixed noise."""
         scheduler = make_scheduler(self.recipe.prediction)
         scheduler.set_timesteps(steps)
         z = torch.randn(len(text), *self._shape(), generator=torch_random(0, 0, 0, "sheet"))
         both = torch.cat([self.cache.empty.expand_as(text), text])
         for t in scheduler.timesteps:
-            without, with_text = self.model(torch.cat([z, z]), t, both).sample.chunk(2)
+            without, with_text = self.model(torch.cat([z, z]).to(self.device), t, both.to(self.device)).sample.cpu().chunk(2)
             z = scheduler.step(without + guidance * (with_text - without), t, z).prev_sample
         return z
 
@@ -77,7 +80,8 @@ class DenoiserTask:
         u = draw_times(self.recipe, step, len(x0), generator)
         e = torch.randn(x0.shape, generator=generator)
         x, t, target = noised(self.recipe.prediction, x0, e, u)
-        return F.mse_loss(self.model(x, t, text).sample.float(), target)
+        predicted = self.model(x.to(self.device), t.to(self.device), text.to(self.device)).sample
+        return F.mse_loss(predicted.float(), target.to(self.device))
 
     def _shape(self) -> tuple[int, int, int]:
         config = self.model.config

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .autoencoder import encode
+from .autoencoder import CPU, encode
 from .errors import TrainingError
 from .seeds import python_random
 from .sheets import to_tensor
@@ -33,18 +33,27 @@ class LatentCache:
         key: names data, size and whatever else decides what is in a shard.
     """
 
-    def __init__(self, folder: Path, source: Source, autoencoder: Any, key: str, say: Callable[[str], None]) -> None:
-        self.source, self.autoencoder, self.say = source, autoencoder.eval(), say
+    def __init__(
+        self, folder: Path, source: Source, autoencoder: Any, key: str, say: Callable[[str], None], device: torch.device = CPU
+    ) -> None:
+        self.source, self.say, self.device = source, say, device
         self.folder = folder / f"latents-{_fingerprint(autoencoder, key)}"
+        self.autoencoder = autoencoder.eval().to(device)
         self.scale: float = autoencoder.config.scaling_factor
         self.shards: list[tuple[torch.Tensor, np.ndarray[Any, Any]]] = []
-        self.tokenizer, self.encoder = load_minilm()
+        self.tokenizer, encoder = load_minilm()
+        self.encoder = encoder.to(device)
         self.empty = encode_texts(self.tokenizer, self.encoder, [""])[0]
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n, 3, size, size) in -1..1 -> scaled latents (n, channels, size / f, size / f)."""
-        return torch.cat([encode(self.autoencoder, part) for part in pixels.split(CHUNK)]) * self.scale
+        return torch.cat([encode(self.autoencoder, part.to(self.device)).cpu() for part in pixels.split(CHUNK)]) * self.scale
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """The way back, on the CPU."""
+        return torch.cat([self.autoencoder.decode(part.to(self.device) / self.scale).sample.cpu() for part in z.split(CHUNK)])
 
     def states(self, captions: list[str]) -> torch.Tensor:
         """(n, tokens, width) text states."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from .optimisers import Optimisers, rate_share
 from .recipe import Schedule
 
 SAVE_EVERY_S = 300  # what a kill costs at most; saving takes well under a second
+
+OnStep = Callable[[int, float], None]
 
 
 class Task(Protocol):
@@ -49,13 +52,17 @@ class Training:
 
     Args:
         folder: holds the state, the log, the samples and, at the end, the model.
+        on_step: called after each step with the number of steps done and the loss.
         rank: number of this process among those that train together.
     """
 
-    def __init__(self, task: Task, folder: Path, say: Callable[[str], None], rank: int = 0) -> None:
-        self.task, self.folder, self.say, self.rank = task, folder, say, rank
+    def __init__(
+        self, task: Task, folder: Path, say: Callable[[str], None], on_step: OnStep = lambda step, loss: None, rank: int = 0
+    ) -> None:
+        self.task, self.folder, self.say, self.on_step, self.rank = task, folder, say, on_step, rank
         self.schedule: Schedule = task.recipe.schedule
         self.optimisers = Optimisers(task.model, self.schedule)
+        self.device: torch.device = next(task.model.parameters()).device
         self.ema = EMAModel(task.model.parameters(), decay=self.schedule.ema_decay) if self.schedule.ema_decay else None
         self.step = 0
         self.start = 0  # where the optimisers were fresh
@@ -70,7 +77,9 @@ class Training:
         self.optimisers.load_state_dict(found["optimisers"])
         if self.ema:
             self.ema.load_state_dict(found["ema"])
+            self.ema.to(self.device)
         self.step, self.start = found["step"], found["start"]
+        self._trim_log()
         if found["threads"] != torch.get_num_threads():
             self.say(f"the state was made with {found['threads']} threads: with another number, weights differ in their last bits")
         return True
@@ -108,6 +117,7 @@ class Training:
         while self.step < self.schedule.steps:
             losses.append(self._one_step())
             self.step += 1
+            self.on_step(self.step, losses[-1])
             if self.step % self.schedule.log_every_steps == 0:
                 now = time.monotonic()
                 per_s = (self.step - last_logged) * self.schedule.batch / (now - logged_at)
@@ -127,14 +137,20 @@ class Training:
             self._log(self._averaged(lambda folder, _: self.task.finish(folder)))
         return True
 
-    def stop_on_signals(self) -> None:
-        """SIGTERM and SIGINT end the run at the next step, saved."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stopping.set())
+    @contextlib.contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """Within it, SIGTERM and SIGINT end the run at the next step, saved. For the main thread alone."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, lambda *_: self.stopping.set()) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
     def _one_step(self) -> float:
         self.task.model.train()
-        with torch.autocast("cpu" if not torch.cuda.is_available() else "cuda", torch.bfloat16, enabled=self.schedule.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bf16"):
             loss = self.task.loss(self.step, self.rank)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -169,3 +185,12 @@ class Training:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.say(f"step {self.step}/{self.schedule.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+    def _trim_log(self) -> None:
+        """Drop what was logged after the saved state: those steps are done again."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            kept = [
+                line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= self.step
+            ]
+            path.write_text("".join(kept))

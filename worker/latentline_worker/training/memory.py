@@ -37,8 +37,10 @@ def activation_bytes(run: Callable[[], torch.Tensor]) -> int:
     return sum(kept.values())
 
 
-def free_bytes() -> int | None:
-    """Memory that this process could still take, or None where the system does not say."""
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that this process could still take, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

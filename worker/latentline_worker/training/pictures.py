@@ -82,14 +82,14 @@ def _boxes(composition: Composition, rng: random.Random) -> list[tuple[float, fl
         centres = [{"left": (0.26, 0.5), "right": (0.74, 0.5), "top": (0.5, 0.26), "bottom": (0.5, 0.74)}[composition.place or "left"]]
         jitter = 0.04
     elif composition.layout == "pair":
-        side = rng.uniform(0.42, 0.48)
+        side = rng.uniform(0.38, 0.43)
         first, second = {"left of": ((0.26, 0.5), (0.74, 0.5)), "above": ((0.5, 0.26), (0.5, 0.74))}.get(
             {"right of": "left of", "below": "above"}.get(composition.place or "", composition.place or ""), ((0.26, 0.5), (0.74, 0.5))
         )
         centres = [second, first] if composition.place in ("right of", "below") else [first, second]
         jitter = 0.02
     else:
-        side = rng.uniform(0.38, 0.46)
+        side = rng.uniform(0.36, 0.42)
         centres = {
             2: [(0.26, 0.5), (0.74, 0.5)],
             3: [(0.5, 0.27), (0.26, 0.73), (0.74, 0.73)],

@@ -13,6 +13,7 @@ from .errors import TrainingError
 
 R = TypeVar("R")
 PREDICTIONS = ("flow", "v_prediction", "epsilon")
+AUTOENCODERS = ("AutoencoderTiny", "AutoencoderKL")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -75,7 +76,7 @@ class AutoencoderRecipe:
     def check(self) -> None:
         """Raises: TrainingError: a value makes no sense; the message names it."""
         self.schedule.check()
-        check_model(self.model, ("AutoencoderTiny", "AutoencoderKL"))
+        check_model(self.model, AUTOENCODERS)
         at_least(self, size_px=16, crop_px=16, moment_weight=0.0, kl_weight=0.0)
         if self.crop_px > self.size_px:
             raise TrainingError(f"crop_px: got {self.crop_px}; allowed: at most size_px, {self.size_px}")
