@@ -6,6 +6,7 @@ A real broker, the worker's own heartbeat, the bundled model. Rounds with and wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -24,7 +25,7 @@ from latentline.records import Records
 from latentline_worker.embedded.broker import Broker
 from latentline_worker.engine.checkpoint import SHARE
 from latentline_worker.engine.engine import Engine
-from latentline_worker.generate.leases import Heartbeat
+from latentline_worker.generate.leases import Leases
 from latentline_worker.models import bundled_model
 from latentline_worker.models.base import Family
 
@@ -75,29 +76,30 @@ def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoin
     """All jobs at once on a fresh engine; how long they took, and what checkpoints took of it."""
     engine = Engine(family, checkpoint_s=checkpoint_s)
     engine.warm_up()
-    heartbeat = Heartbeat(store, LEASE_S, tend=lambda: None, pace=engine.pace)
+    leases = Leases(store, LEASE_S, checkpoint_schedule=engine.checkpoint_schedule)
     client = connect(url)
     accepted = records.run(client, records.submit([JobRequest.parse({"prompt": job.prompt}) for job in jobs], 600))
     claims = [store.claim(record.id, "benchmark", LEASE_S) for record in accepted]
-    requests = []
+    requests, held = [], contextlib.ExitStack()
     started = time.perf_counter()
     for claim, job in zip(claims, jobs, strict=True):
         assert claim is not None  # nobody else is there
-        tracked = heartbeat.track(claim)
+        leased = held.enter_context(leases.hold(claim))
         requests.append(engine.submit(to_work(family, job, family.info.default_width)))
-        tracked.attach(requests[-1])
-    heartbeat.start()
+        leased.attach(requests[-1])
+    leases.start()
     engine.start()
     for request in requests:
         request.result()
     took_s = time.perf_counter() - started
-    heartbeat.stop()
+    leases.stop()
+    held.close()
     engine.stop()
     client.close()
-    pace = engine.pace
-    if pace is None:
+    schedule = engine.checkpoint_schedule
+    if schedule is None:
         return {"took_s": took_s}
-    return {"took_s": took_s, "share": pace.total_s / took_s, "between_s": took_s * len(jobs) / max(1, pace.num_taken)}
+    return {"took_s": took_s, "share": schedule.total_s / took_s, "between_s": took_s * len(jobs) / max(1, schedule.num_taken)}
 
 
 if __name__ == "__main__":

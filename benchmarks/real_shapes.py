@@ -21,11 +21,11 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 # Multiply-adds counted as two, attention included: TFLOP of one network row.
 TFLOP_PER_ROW = {"sd15": 0.80, "sdxl": 6.76}
 SHAPES = {"sd15": (512, 50), "sdxl": (1024, 30)}  # side in pixels, steps
-TEXT = {"sd15": (77, 768), "sdxl": (77, 2048)}  # tokens, width of the cross-attention states
+TEXT = {"sd15": (77, 768), "sdxl": (77, 2048)}  # tokens, width of the prompt embeds
 
 
 class RandomModel:
-    """A U-Net and VAE of real size with random weights and random text states: enough to measure, nothing to look at."""
+    """A U-Net and VAE of real size with random weights and random prompt embeds: enough to measure speed."""
 
     def __init__(self, name: str) -> None:
         self.device, self.dtype = torch.device("cuda"), torch.bfloat16
@@ -56,15 +56,15 @@ class RandomModel:
     def count_tokens(self, text: str) -> tuple[int, int]:
         return 1, 77
 
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         more = {}
         if self.name == "sdxl":  # pooled text and the six size numbers
             more["added_cond_kwargs"] = {
-                "text_embeds": states[:, 0, :1280],
+                "text_embeds": prompt_embeds[:, 0, :1280],
                 "time_ids": torch.full((len(latents), 6), 1024.0, device=self.device, dtype=self.dtype),
             }
         x = latents.to(self.dtype, memory_format=torch.channels_last)
-        out: torch.Tensor = self.unet(x, timesteps, encoder_hidden_states=states, return_dict=False, **more)[0]
+        out: torch.Tensor = self.unet(x, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False, **more)[0]
         return out
 
     def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
@@ -108,7 +108,7 @@ def one_by_one(model: RandomModel, images: int, steps: int) -> float:
     """Images a second the way a pipeline runs them: one guided job at a time, scheduler stepped on the host, then decoded."""
     side, _ = SHAPES[model.name]
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
-    states = model.encode(["", "a cat"])
+    prompt_embeds = model.encode(["", "a cat"])
     started = time.perf_counter()
     with torch.inference_mode():
         for _ in range(images):
@@ -116,7 +116,7 @@ def one_by_one(model: RandomModel, images: int, steps: int) -> float:
             x = torch.randn(1, *model.latent_shape(side, side), device="cuda")
             for t in scheduler.timesteps:
                 both = scheduler.scale_model_input(torch.cat([x, x]), t)
-                m = model.denoise(both, t.expand(2), states).float()
+                m = model.denoise(both, t.expand(2), prompt_embeds).float()
                 m_uncond, m_cond = m.chunk(2)
                 x = scheduler.step(m_uncond + 5.0 * (m_cond - m_uncond), t, x).prev_sample
             model.decode(x, tiled=False).cpu()

@@ -129,14 +129,14 @@ def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Outcome:
 def bare_network(engine: Engine, batch_rows: Counter[int], side_px: int, repeats: int = 5) -> float:
     """Seconds that the network alone takes for these calls: the floor under the engine's time."""
     family = engine.family
-    states = family.encode([""])[0]
+    prompt_embeds = family.encode([""])[0]
     shape = family.latent_shape(side_px, side_px)
     total = 0.0
     with torch.inference_mode():
         for rows, count in sorted(batch_rows.items()):
             if rows:
                 x, t = torch.randn(rows, *shape, device=family.device), torch.full((rows,), 500.0, device=family.device)
-                total += count * _seconds(lambda x=x, t=t, rows=rows: engine.network(x, t, states.expand(rows, -1, -1)), repeats)
+                total += count * _seconds(lambda x=x, t=t, rows=rows: engine.network(x, t, prompt_embeds.expand(rows, -1, -1)), repeats)
     return total
 
 

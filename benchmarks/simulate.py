@@ -176,11 +176,11 @@ def measure_costs() -> dict[int, float]:
     engine = Engine(bundled_model.load(torch.device("cpu"), torch.float32))
     engine.warm_up()
     shape = engine.family.latent_shape(engine.family.info.default_width, engine.family.info.default_height)
-    states = engine.family.encode([""])
+    prompt_embeds = engine.family.encode([""])
     points = {}
     with torch.inference_mode():
         for rows in MEASURED_ROWS:
-            x, t, s = torch.randn(rows, *shape), torch.full((rows,), 500.0), states.expand(rows, -1, -1)
+            x, t, s = torch.randn(rows, *shape), torch.full((rows,), 500.0), prompt_embeds.expand(rows, -1, -1)
             times = []
             for _ in range(25):
                 started = time.perf_counter()

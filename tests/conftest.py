@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before anything imports torch, and inherited by every process that a test starts. The models of the tests are so small that
+# a second OpenMP thread gains nothing, and while its core is busy with another process the first one spins and waits for it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import socket
 import subprocess
 import time

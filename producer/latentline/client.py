@@ -1,47 +1,44 @@
-"""What applications use: submit jobs, follow them, fetch their pictures' URLs.
+"""What applications use: submit jobs, follow them, get the URLs of their images.
 
-:class:`Client` and :class:`AsyncClient` share every operation (generators, see :mod:`latentline.records`); each only
-drives them.
+:class:`Client` and :class:`AsyncClient` share every operation (generators, see :mod:`latentline.records`) and differ in how
+they run them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Self
 
 from . import records
 from .connection import connect, connect_async
-from .errors import InvalidRequest, JobFailed, WaitTimeout
+from .errors import InvalidRequest, JobFailed, LatentlineError, WaitTimeout
 from .images import Images
-from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, Status
-from .records import Operation, arun, run
+from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, Status, Submission
+from .records import Fleet, Operation, arun, run
 from .settings import Settings
 
 POLL_MS = 1000  # how long one read of an event stream waits; below every socket timeout
 SUBMIT_CHUNK = 500  # jobs of one pipeline
 
+Outcome = JobRecord | LatentlineError
+"""What became of one of many submissions: the accepted record, or why there is none."""
+
 
 class _Operations:
-    """What both clients do, without the driving."""
+    """The operations of both clients."""
 
     def __init__(self, settings: Settings | None) -> None:
         self.settings = settings or Settings()
         self.images = Images(self.settings)
 
-    def _submit(self, requests: Sequence[JobRequest]) -> Operation[list[JobRecord]]:
-        known = yield from records.models()
-        ready = [_fit(request, known) for request in requests]
-        made: list[JobRecord] = []
-        for start in range(0, len(ready), SUBMIT_CHUNK):
-            made += yield from records.submit(
-                ready[start : start + SUBMIT_CHUNK],
-                self.settings.retention_s,
-                tenant_cap=self.settings.tenant_cap,
-                durable=self.settings.durable,
-            )
-        return [self._with_urls(record) for record in made]
+    def _write(self, chunk: Sequence[Submission]) -> Operation[list[Outcome]]:
+        outcomes = yield from records.submit(
+            chunk, self.settings.retention_s, tenant_cap=self.settings.tenant_cap, durable=self.settings.durable
+        )
+        return [one if isinstance(one, LatentlineError) else self._with_urls(one) for one in outcomes]
 
     def _get(self, job_id: str) -> Operation[JobRecord]:
         return self._with_urls((yield from records.get(job_id)))
@@ -50,11 +47,9 @@ class _Operations:
         return self._with_urls((yield from records.cancel(job_id, self.settings.retention_s)))
 
     def _list(self, status: Status | str | None, cursor: str | None, limit: int) -> Operation[tuple[list[JobRecord], str | None]]:
-        try:
-            wanted = Status(status) if status else None
-        except ValueError:
-            raise InvalidRequest("status", status, "one of " + ", ".join(Status)) from None
-        page, following = yield from records.list_jobs(wanted, cursor, limit)
+        if status and status not in list(Status):
+            raise InvalidRequest("status", status, "one of " + ", ".join(Status))
+        page, following = yield from records.list_jobs(Status(status) if status else None, cursor, limit)
         return [self._with_urls(record) for record in page], following
 
     def _with_urls(self, record: JobRecord) -> JobRecord:
@@ -64,15 +59,34 @@ class _Operations:
         return record.model_copy(update={"images": signed})
 
 
-def _fit(request: JobRequest, known: dict[str, ModelInfo]) -> JobRequest:
-    """The request with its model's own size where it names none; refused where the model cannot do it."""
-    info = known.get(request.model)
-    if info is None:
-        allowed = f"one of: {', '.join(known)}" if known else "a model that a worker serves (none has announced one yet)"
-        raise InvalidRequest("model", request.model, allowed)
-    width, height = info.size_of(request)
-    # The record then says what is made, whatever a later version of the model takes as its default.
-    return request.model_copy(update={"width": width, "height": height})
+def _accept(requests: Sequence[JobRequest], fleet: Fleet) -> list[Submission | LatentlineError]:
+    accepted: list[Submission | LatentlineError] = []
+    for request in requests:
+        try:
+            accepted.append(fleet.accept(request))
+        except LatentlineError as error:
+            accepted.append(error)
+    return accepted
+
+
+def _chunks(accepted: Sequence[Submission | LatentlineError]) -> Iterator[list[Submission]]:
+    ready = [one for one in accepted if isinstance(one, Submission)]
+    for start in range(0, len(ready), SUBMIT_CHUNK):
+        yield ready[start : start + SUBMIT_CHUNK]
+
+
+def _outcomes(
+    accepted: Sequence[Submission | LatentlineError], written: Sequence[Outcome], failure: LatentlineError | None
+) -> list[Outcome]:
+    """What was refused and what was written, in the order of the requests; ``failure`` for those without an answer."""
+    rest = itertools.chain(written, itertools.repeat(failure) if failure else ())
+    return [next(rest) if isinstance(one, Submission) else one for one in accepted]
+
+
+def _record(outcome: Outcome) -> JobRecord:
+    if isinstance(outcome, LatentlineError):
+        raise outcome
+    return outcome
 
 
 def _finish(record: JobRecord, check: bool) -> JobRecord:
@@ -91,7 +105,7 @@ def _request(request: JobRequest | None, fields: dict[str, Any]) -> JobRequest:
 
 
 class Client(_Operations):
-    """Blocking client. Raises :class:`~latentline.errors.LatentlineError` and nothing else on purpose."""
+    """Blocking client. Every error that it raises on purpose is a :class:`~latentline.errors.LatentlineError`."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__(settings)
@@ -99,18 +113,35 @@ class Client(_Operations):
 
     def submit(self, request: JobRequest | None = None, **fields: Any) -> JobRecord:
         """Enqueue one job, given as a request or as its fields."""
-        return self.submit_many([_request(request, fields)])[0]
+        return _record(self.submit_many([_request(request, fields)])[0])
 
-    def submit_many(self, requests: Sequence[JobRequest]) -> list[JobRecord]:
-        """Enqueue many jobs in few round trips, in order."""
-        self.images.check()  # a store that is down fails the submit, not the job after all its work
-        return run(self._redis, self._submit(requests))
+    def submit_many(self, requests: Sequence[JobRequest]) -> Sequence[Outcome]:
+        """Enqueue many jobs in few round trips, in order.
+
+        Returns:
+            for each request, in order, the accepted record or the error with which it was refused. Jobs whose outcome is
+            BrokerUnavailable may have been accepted: the answer was lost.
+
+        Raises:
+            ServiceUnavailable: the object store or the broker does not answer, and nothing was submitted.
+        """
+        self.images.check()  # refused now, and not after all the work when the images cannot be stored
+        accepted = _accept(requests, run(self._redis, records.fleet()))
+        written: list[Outcome] = []
+        failure: LatentlineError | None = None
+        for chunk in _chunks(accepted):
+            try:
+                written += run(self._redis, self._write(chunk))
+            except LatentlineError as error:
+                failure = error
+                break  # a broker that fails would take seconds to fail again for each chunk
+        return _outcomes(accepted, written, failure)
 
     def get(self, job_id: str) -> JobRecord:
         return run(self._redis, self._get(job_id))
 
     def list(self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50) -> tuple[list[JobRecord], str | None]:
-        """A page, newest first, and the next page's cursor."""
+        """A page of records, newest first, and the cursor of the next page."""
         return run(self._redis, self._list(status, cursor, limit))
 
     def cancel(self, job_id: str) -> JobRecord:
@@ -148,7 +179,7 @@ class Client(_Operations):
                 return _finish(self.get(job_id), check)
             last = found[-1].id if found else last
             if deadline is not None and time.monotonic() >= deadline:
-                raise WaitTimeout(f"job {job_id} has not ended within {timeout_s:g} s; it goes on")
+                raise WaitTimeout(f"job {job_id} has not ended within {timeout_s:g} s; the job goes on")
 
     def close(self) -> None:
         self._redis.close()
@@ -169,12 +200,21 @@ class AsyncClient(_Operations):
 
     async def submit(self, request: JobRequest | None = None, **fields: Any) -> JobRecord:
         """Enqueue one job, given as a request or as its fields."""
-        return (await self.submit_many([_request(request, fields)]))[0]
+        return _record((await self.submit_many([_request(request, fields)]))[0])
 
-    async def submit_many(self, requests: Sequence[JobRequest]) -> list[JobRecord]:
-        """Enqueue many jobs in few round trips, in order."""
+    async def submit_many(self, requests: Sequence[JobRequest]) -> Sequence[Outcome]:
+        """Enqueue many jobs in few round trips, in order; returns and raises as :meth:`Client.submit_many`."""
         await self.check_store()
-        return await arun(self._redis, self._submit(requests))
+        accepted = _accept(requests, await arun(self._redis, records.fleet()))
+        written: list[Outcome] = []
+        failure: LatentlineError | None = None
+        for chunk in _chunks(accepted):
+            try:
+                written += await arun(self._redis, self._write(chunk))
+            except LatentlineError as error:
+                failure = error
+                break  # a broker that fails would take seconds to fail again for each chunk
+        return _outcomes(accepted, written, failure)
 
     async def check_store(self) -> None:
         """Raise StoreUnavailable when the object store does not answer (boto3 blocks, hence the thread)."""
@@ -186,7 +226,7 @@ class AsyncClient(_Operations):
     async def list(
         self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50
     ) -> tuple[list[JobRecord], str | None]:
-        """A page, newest first, and the next page's cursor."""
+        """A page of records, newest first, and the cursor of the next page."""
         return await arun(self._redis, self._list(status, cursor, limit))
 
     async def cancel(self, job_id: str) -> JobRecord:
@@ -219,7 +259,7 @@ class AsyncClient(_Operations):
                 async for _ in self.events(job_id):
                     pass
         except TimeoutError:
-            raise WaitTimeout(f"job {job_id} has not ended within {timeout_s:g} s; it goes on") from None
+            raise WaitTimeout(f"job {job_id} has not ended within {timeout_s:g} s; the job goes on") from None
         return _finish(await self.get(job_id), check)
 
     async def close(self) -> None:

@@ -6,10 +6,11 @@
     ├── InvalidRequest                 invalid_request, 422      a field, its value and what is allowed
     ├── JobNotFound                    job_not_found, 404
     ├── IdempotencyConflict            idempotency_conflict, 409 same key, another body
-    ├── TenantQuotaExceeded            tenant_quota_exceeded, 429 too much of one tenant waits; come back later
+    ├── TenantQuotaExceeded            tenant_quota_exceeded, 429 the tenant has too much work queued; try again later
     ├── ServiceUnavailable             503
     │   ├── BrokerUnavailable          broker_unavailable        Redis does not answer
-    │   └── StoreUnavailable           store_unavailable         the object store does not answer
+    │   ├── StoreUnavailable           store_unavailable         the object store does not answer
+    │   └── NoWorker                   no_worker                 no worker of the model has been heard of lately
     ├── ConfigurationError             configuration_error, 500  a setting is wrong, or an extra is missing
     │   └── MissingExtra               missing_extra, 500        names the pip install that brings it
     ├── ModelError                     model_error, 500          a model folder is broken; names the file
@@ -31,6 +32,8 @@ class LatentlineError(Exception):
 
     code = "error"
     http_status = 500
+    retry_after_s: int | None = None
+    """Seconds after which the same call may succeed, where that is known."""
 
     @property
     def message(self) -> str:
@@ -87,6 +90,11 @@ class BrokerUnavailable(ServiceUnavailable):
 
 class StoreUnavailable(ServiceUnavailable):
     code = "store_unavailable"
+
+
+class NoWorker(ServiceUnavailable):
+    code = "no_worker"
+    retry_after_s = 5
 
 
 class ConfigurationError(LatentlineError):

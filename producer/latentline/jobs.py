@@ -1,46 +1,62 @@
-"""The contract: what a job request, a job record and a job event are, and every limit on them.
+"""The contract as it is stored: requests, records and events, and how a submitted request becomes a stored one.
 
-All messages are frozen and versioned. A request that breaks a limit raises
-:class:`latentline.errors.InvalidRequest`, which names the field, the value and what is allowed.
+Strict at submission (:mod:`latentline.requests`), tolerant in storage: readers ignore fields that they do not know and keep
+unknown enum values as text, because processes of several versions share one broker during an upgrade. Writers leave out
+defaults, so a default of a stored field never changes. An addition raises the *level* of the requests that use it (see
+:data:`latentline.models.ADDED`) and not ``version``; a reader refuses a version that it does not know.
+
 The state machine is drawn in ``docs/job-states.md``.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import secrets
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal, Self, get_args
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field
 
-from .errors import InvalidRequest
+from .models import LEVEL, SCHEDULERS, UNANNOUNCED, Announcement, ModelInfo, level_of
+from .requests import (
+    MAX_BODY_BYTES,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_KEY_CHARS,
+    MAX_METADATA_BYTES,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    MAX_SIZE_PX,
+    MAX_STEPS,
+    MIN_SIZE_PX,
+    SCHEMA_VERSION,
+    SIZE_MULTIPLE_PX,
+    Callback,
+    JobRequest,
+    Message,
+    Output,
+)
 
-SCHEMA_VERSION: Final = 1
-
-# Limits of a request. A worker's own model may allow less (its record in `models` says so).
-MAX_PROMPT_CHARS = 2000
-MIN_SIZE_PX = 64
-MAX_SIZE_PX = 2048
-SIZE_MULTIPLE_PX = 8  # the VAE's reduction: latents must come out whole
-MAX_STEPS = 150
-MAX_GUIDANCE = 30.0
-MAX_IMAGES = 8
-MAX_SEED = 2**32 - 1  # the last image's seed is seed + num_images - 1, and stays below 2**32
-MAX_METADATA_BYTES = 4096
-MAX_KEY_CHARS = 200
-MAX_BODY_BYTES = 64 * 1024  # of a submission over HTTP
-
-SchedulerName = Literal[
-    "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_karras",
-    "dpmpp_3m", "dpmpp_2s", "deis", "unipc", "sa_solver", "lcm", "tcd",
+__all__ = [
+    "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES", "MAX_PROMPT_CHARS",
+    "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX", "Announcement",
+    "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo", "Output", "Phase",
+    "ResolvedRequest", "Status", "StoredCallback", "StoredOutput", "Submission", "resolve",
 ]  # fmt: skip
-SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 
 
-class Status(StrEnum):
+class _OpenEnum(StrEnum):
+    """An enum whose unknown values are kept as text: they come from a newer version."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> _OpenEnum | None:
+        if not isinstance(value, str):
+            return None
+        member = str.__new__(cls, value)
+        member._name_, member._value_ = value, value
+        return member
+
+
+class Status(_OpenEnum):
     """Where a job stands; see ``docs/job-states.md``."""
 
     QUEUED = "queued"
@@ -51,10 +67,10 @@ class Status(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        return self not in (Status.QUEUED, Status.RUNNING)
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
-class Phase(StrEnum):
+class Phase(_OpenEnum):
     """What a running job is doing."""
 
     ENCODING = "encoding"
@@ -63,125 +79,50 @@ class Phase(StrEnum):
     UPLOADING = "uploading"
 
 
-class Message(BaseModel):
-    """Base of all messages: frozen, unknown fields refused."""
+class StoredOutput(Message):
+    """:class:`latentline.requests.Output` as it is stored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Output(Message):
-    """How images are encoded. ``quality`` (1 to 100) counts for webp and jpeg."""
-
-    format: Literal["png", "webp", "jpeg"] = "png"
-    quality: Annotated[int, Field(strict=True, ge=1, le=100)] = 90
+    format: str = "png"
+    quality: int = 90
 
     @property
     def content_type(self) -> str:
         return f"image/{self.format}"
 
 
-CallbackEvent = Literal["job.running", "job.succeeded", "job.failed", "job.cancelled"]
+class StoredCallback(Message):
+    """:class:`latentline.requests.Callback` as it is stored."""
+
+    url: str
+    events: tuple[str, ...] = ("job.succeeded", "job.failed", "job.cancelled")
 
 
-class Callback(Message):
-    """Where status callbacks go (POST, signed as in Standard Webhooks) and for which events."""
+class ResolvedRequest(Message):
+    """A request as a record holds it: what the client left to the model is filled in. The limits were checked at submission."""
 
-    url: Annotated[str, Field(max_length=2000)]
-    events: tuple[CallbackEvent, ...] = ("job.succeeded", "job.failed", "job.cancelled")
+    version: Literal[1]
+    model: str
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    seed: int
+    num_images: int = 1
+    output: StoredOutput = StoredOutput()
+    callback: StoredCallback | None = None
+    priority: int = 5
+    deadline_s: float | None = None
+    preview_every: int = 0
+    tenant: str = "default"
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    idempotency_key: str | None = None
 
-    @field_validator("url")
-    @classmethod
-    def _http_only(cls, url: str) -> str:
-        try:
-            parts = urlsplit(url)
-            # Reading the port is what makes urlsplit check it.
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            usable = False
-        if not usable or parts.username or parts.password:
-            raise ValueError("an http:// or https:// URL with a host and without credentials")
-        return url
-
-
-class JobRequest(Message):
-    """One prompt job. ``seed`` is drawn at submission when absent; image ``i`` uses ``seed + i``."""
-
-    version: Literal[1] = SCHEMA_VERSION
-    model: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] = "latentline-emoji"
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
-    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""
-    width: Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multiple_of=SIZE_MULTIPLE_PX)] | None = None
-    height: Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multiple_of=SIZE_MULTIPLE_PX)] | None = None
-    num_inference_steps: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] = 20
-    guidance_scale: Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE)] = 5.0
-    scheduler: SchedulerName = "dpmpp_2m"
-    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(2**31))
-    num_images: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES)] = 1
-    output: Output = Output()
-    callback: Callback | None = None
-    priority: Annotated[int, Field(strict=True, ge=0, le=9)] = 5
-    """0 is served first, 9 last, as Celery's Redis transport does."""
-    deadline_s: Annotated[float, Field(gt=0, le=7 * 86400)] | None = None
-    """Seconds after submission at which the job fails with ``deadline_exceeded`` unless it has ended."""
-    preview_every: Annotated[int, Field(strict=True, ge=0, le=MAX_STEPS)] = 0
-    """Network calls between ``job.preview`` events, each with a small picture of the unfinished images; 0 for none."""
-    tenant: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")] = "default"
-    metadata: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _not_blank(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError(f"1 to {MAX_PROMPT_CHARS} characters, not all of them blank")
-        return prompt
-
-    @field_validator("prompt", "negative_prompt", "idempotency_key")
-    @classmethod
-    def _encodable(cls, text: str | None) -> str | None:
-        if text is None:
-            return None
-        if "\x00" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
-            raise ValueError("text without NUL characters and lone surrogates")
-        return text
-
-    @field_validator("metadata")
-    @classmethod
-    def _small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        if any(isinstance(v, float) and not math.isfinite(v) for v in metadata.values()):
-            raise ValueError("finite numbers")
-        # Written out as it is, so that a lone surrogate is found here (UnicodeEncodeError is a ValueError).
-        if len(json.dumps(metadata, ensure_ascii=False).encode()) > MAX_METADATA_BYTES:
-            raise ValueError(f"at most {MAX_METADATA_BYTES} bytes as JSON")
-        return metadata
-
-    @model_validator(mode="after")
-    def _last_seed_in_range(self) -> Self:
-        if self.seed + self.num_images - 1 > MAX_SEED:
-            raise ValueError(f"seed + num_images - 1 at most {MAX_SEED}")
-        return self
-
-    @classmethod
-    def parse(cls, data: Any) -> JobRequest:
-        """Validate a mapping (or keyword arguments as one).
-
-        Raises:
-            InvalidRequest: for the first field that is not acceptable.
-        """
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise invalid_request(error) from None
-
-    @property
-    def cost(self) -> int:
-        """Network rows that denoising takes: steps x images, twice with guidance."""
-        return self.num_inference_steps * self.num_images * (2 if self.guidance_scale > 1 else 1)
-
-    def fingerprint(self) -> str:
-        """What must be equal for two submissions under one idempotency key to be the same."""
-        data = self.model_dump(mode="json", exclude={"idempotency_key"}, exclude_unset=True)
-        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+    def to_json(self) -> str:
+        """As it is stored: without defaults. Fields that the model may decide have none, so they are always there."""
+        return self.model_dump_json(exclude_defaults=True)
 
 
 class ImageRef(Message):
@@ -208,7 +149,7 @@ class JobRecord(Message):
     """The truth about one job. Times are Unix seconds on the Redis server's clock."""
 
     id: str
-    request: JobRequest
+    request: ResolvedRequest
     status: Status
     phase: Phase | None = None
     step: int = 0
@@ -228,10 +169,14 @@ class JobRecord(Message):
 
 
 class JobEvent(Message):
-    """One entry of a job's event stream; ``id`` is the Redis stream id that ``Last-Event-ID`` resumes from."""
+    """One entry of a job's event stream; ``id`` is the Redis stream id that ``Last-Event-ID`` resumes from.
+
+    Types: job.queued, job.running, job.progress, job.preview, job.succeeded, job.failed, job.cancelled; newer workers may
+    write others.
+    """
 
     id: str
-    type: Literal["job.queued", "job.running", "job.progress", "job.preview", "job.succeeded", "job.failed", "job.cancelled"]
+    type: str
     job_id: str
     at: float
     data: dict[str, Any] = Field(default_factory=dict)
@@ -241,34 +186,6 @@ class JobEvent(Message):
         return self.type in ("job.succeeded", "job.failed", "job.cancelled")
 
 
-class ModelInfo(Message):
-    """What a worker announces about a model that it serves."""
-
-    id: str
-    family: str
-    default_width: int
-    default_height: int
-    size_multiple: int = SIZE_MULTIPLE_PX
-    max_pixels: int
-    schedulers: tuple[str, ...] = SCHEDULERS
-
-    def size_of(self, request: JobRequest) -> tuple[int, int]:
-        """(width, height) that this model makes for a request.
-
-        Raises:
-            InvalidRequest: it does not make that size, or does not offer the scheduler.
-        """
-        width, height = request.width or self.default_width, request.height or self.default_height
-        for name, value in (("width", width), ("height", height)):
-            if value % self.size_multiple:
-                raise InvalidRequest(name, value, f"a multiple of {self.size_multiple} for model {self.id}")
-        if width * height > self.max_pixels:
-            raise InvalidRequest("width", width, f"width * height at most {self.max_pixels} for model {self.id}")
-        if request.scheduler not in self.schedulers:
-            raise InvalidRequest("scheduler", request.scheduler, f"one of: {', '.join(self.schedulers)}")
-        return width, height
-
-
 class Claim(Message):
     """A worker's hold on a job: the record, and the fencing token that only the newest holder has."""
 
@@ -276,35 +193,51 @@ class Claim(Message):
     token: int
 
 
-def invalid_request(error: ValidationError) -> InvalidRequest:
-    """The first problem of a pydantic error as a domain error that names field, value and what is allowed."""
-    first = error.errors(include_url=False)[0]
-    context = first.get("ctx", {})
-    kind = first["type"]
-    field = ".".join(str(part) for part in first["loc"]) or "request"
-    value = first.get("input")
-    known = sorted(JobRequest.model_fields)
-    phrases: dict[str, str] = {
-        "missing": "a value (the field is required)",
-        "extra_forbidden": "only the known fields: " + ", ".join(known),
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "greater_than": f"more than {context.get('gt')}",
-        "less_than_equal": f"at most {context.get('le')}",
-        "multiple_of": f"a multiple of {context.get('multiple_of')}",
-        "string_too_short": f"at least {context.get('min_length')} character(s)",
-        "string_too_long": f"at most {context.get('max_length')} characters",
-        "string_pattern_mismatch": f"text that matches {context.get('pattern')}",
-        "literal_error": f"one of {context.get('expected')}",
-        "model_attributes_type": "a JSON object",
-        "model_type": "a JSON object",
-        "dict_type": "a JSON object",
-    }
-    if kind == "missing":
-        value = None
-    if field.startswith("metadata."):  # a union's errors speak of its first branch only
-        field = ".".join(field.split(".")[:2])
-        phrases[kind] = "text, a finite number, true, false or null"
-    allowed = phrases.get(kind) or str(context.get("error") or first["msg"])
-    if kind == "value_error" and field == "request":
-        field, value = "seed", value.get("seed") if isinstance(value, dict) else None
-    return InvalidRequest(field, value, allowed)
+@dataclass(frozen=True)
+class Submission:
+    """A request as it is written to the broker, with what the broker needs to know of it."""
+
+    request: ResolvedRequest
+    cost: int
+    """Network rows that denoising takes: steps x images x rows per image."""
+    level: int
+    """The lowest level (:data:`latentline.models.LEVEL`) of a worker that can do it."""
+    level_field: str
+    """The field that asks for that level; empty at level 1."""
+    fingerprint: str
+    """What the client sent (:meth:`JobRequest.fingerprint`)."""
+    sized_fingerprint: str
+    """The same with the size resolved: what version 0.1.0 compares."""
+
+
+def resolve(request: JobRequest, info: ModelInfo | None = None) -> Submission:
+    """Fill in what the client left to the model.
+
+    Args:
+        info: what the model's workers announce; without it, the contract's own defaults, and the size stays open.
+
+    Raises:
+        InvalidRequest: the model does not make that size, or does not have the scheduler.
+    """
+    model = info or UNANNOUNCED
+    width, height = info.size_of(request) if info else (request.width, request.height)
+    chosen = {name: value for name, value in request.model_dump().items() if value is not None}
+    resolved = ResolvedRequest.model_validate(
+        {
+            "num_inference_steps": model.default_num_inference_steps,
+            "guidance_scale": model.default_guidance_scale,
+            "scheduler": model.first_scheduler,
+            **chosen,
+            "width": width,
+            "height": height,
+        }
+    )
+    level, field = level_of(resolved)
+    return Submission(
+        resolved,
+        cost=resolved.num_inference_steps * resolved.num_images * model.rows(resolved.guidance_scale),
+        level=level,
+        level_field=field,
+        fingerprint=request.fingerprint(),
+        sized_fingerprint=request.fingerprint(width=width, height=height),
+    )

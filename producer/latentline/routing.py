@@ -1,7 +1,7 @@
-"""Job -> queue name; task names; every Redis key in one place; the wake-up message.
+"""Names of queues, tasks and Redis keys, all in one place, and the wake-up message.
 
-A Celery message is only a wake-up that carries an id: the record is the truth. The message is built here,
-without Celery, so that a record and its wake-up are written in one atomic step and producers stay light.
+A Celery message only carries a job's id; the record is the truth. The message is built here without Celery, so that a
+record and its wake-up are written in one atomic step and producers need no Celery.
 """
 
 from __future__ import annotations
@@ -22,23 +22,32 @@ CALLBACK_UNACKED = f"{PREFIX}.unacked.callbacks"
 PRIORITY_STEPS = (0, 3, 6, 9)
 PRIORITY_SEPARATOR = "\x06\x16"
 
-# A model's jobs lie in this many queues, which its workers serve in turn: a tenant with a thousand jobs fills one of
-# them and holds up nobody in the others. Each step of priority has all of them, so BRPOP watches 4 x 8 lists.
+# A model's jobs are spread over this many queues, which its workers serve in turn: a tenant with a thousand jobs fills
+# one of them and does not delay those in the others. Each priority step has a list of each, so BRPOP watches 4 x 8 lists.
 NUM_SHARDS = 8
 
 
-def queue_name(model: str, shard: int = 0) -> str:
-    """The Celery queue of one shard of a model's jobs."""
-    return f"{PREFIX}.generate.{model}.{shard}"
+def queue_name(model: str, shard: int = 0, level: int = 1) -> str:
+    """The Celery queue of one shard of a model's jobs of one level.
+
+    Workers take wake-ups from the queues of their own level and below only, so a job that an older worker could not read
+    never reaches it. "@" is in no model's id, so no model's queue is another one's.
+    """
+    return f"{queue_prefix(model, level)}{shard}"
 
 
-def queue_names(model: str) -> list[str]:
-    """The queues from which workers that hold ``model`` take their wake-ups."""
-    return [queue_name(model, shard) for shard in range(NUM_SHARDS)]
+def queue_prefix(model: str, level: int = 1) -> str:
+    """What the names of a model's queues of one level begin with; the shard follows."""
+    return f"{PREFIX}.generate.{model}." if level == 1 else f"{PREFIX}.generate.{model}@{level}."
+
+
+def queue_names(model: str, level: int = 1) -> list[str]:
+    """The queues from which workers of this level that hold ``model`` take their wake-ups."""
+    return [queue_name(model, shard, one) for one in range(1, level + 1) for shard in range(NUM_SHARDS)]
 
 
 def priority_step(priority: int) -> int:
-    """The list into which a priority falls: jobs of one step are served first come, first served."""
+    """The step to which a priority is rounded down: jobs of one step are served in order of arrival."""
     return max(step for step in PRIORITY_STEPS if step <= priority)
 
 
@@ -84,7 +93,7 @@ def delayed_key() -> str:
 
 
 def expiring_key() -> str:
-    """Sorted set of ended jobs (``tenant/id``) by the time at which their images are to go."""
+    """Sorted set of ended jobs (``tenant/id``) by the time at which their images are deleted."""
     return f"{PREFIX}:expiring"
 
 
@@ -108,6 +117,11 @@ def idempotency_key(tenant: str, key: str) -> str:
     return f"{PREFIX}:idempotency:{tenant}:{key}"
 
 
+def messages_key() -> str:
+    """Integer: the number of the newest wake-up; it also numbers jobs in the order of their submission."""
+    return f"{PREFIX}:messages"
+
+
 def callback_key(callback_id: str) -> str:
     """Hash: one callback to be delivered, with its log."""
     return f"{PREFIX}:callback:{callback_id}"
@@ -129,7 +143,7 @@ def disabled_receivers_key() -> str:
 
 
 def dead_key() -> str:
-    """Hash: id -> a dead letter (JSON): a job that was given up, or a message that nobody can read."""
+    """Hash: id -> a dead letter (JSON): a job that failed for good, or an unreadable message."""
     return f"{PREFIX}:dead"
 
 
@@ -139,8 +153,21 @@ def dead_times_key() -> str:
 
 
 def models_key() -> str:
-    """Hash: model id -> ModelInfo of every model that some worker has served."""
+    """Hash: model id -> the first fields of the ModelInfo of every model that some worker has ever served.
+
+    Readers of version 0.1.0 know models from here alone. Nothing in it expires.
+    """
     return f"{PREFIX}:models"
+
+
+def announced_key() -> str:
+    """Hash: worker name -> what it announces of itself and its models."""
+    return f"{PREFIX}:announced"
+
+
+def announced_at_key() -> str:
+    """Sorted set of the workers in :func:`announced_key` by the time of their last announcement."""
+    return f"{PREFIX}:announced:at"
 
 
 def workers_key() -> str:
@@ -151,7 +178,7 @@ def workers_key() -> str:
 def wake_up(task: str, argument: str, queue: str, priority: int | str, message_id: str) -> str:
     """A Celery protocol 2 message in kombu's Redis envelope: ``task(argument)``.
 
-    Nothing in it is encoded, so that a script can fill a template of it: see :mod:`latentline.scripts`.
+    The body is plain JSON and not base64, so that a script can fill in a template of it: see :mod:`latentline.scripts`.
     """
     body = json.dumps([[argument], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
     return json.dumps(

@@ -1,4 +1,4 @@
-"""Test doubles: an application that submits jobs can be tested without a GPU, a worker or an object store.
+"""Test doubles: test an application that submits jobs without a GPU, a worker or an object store.
 
 ::
 
@@ -6,7 +6,7 @@
     worker = FakeWorker(redis, FakeImages())
     worker.announce()
     ...                 # the application submits, through the same Redis
-    worker.run_all()    # claims, beats and settles as a real worker does
+    worker.run_all()    # claims, sends heartbeats and settles as a real worker does
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import redis as redis_py
 
 from . import routing
 from .errors import StoreUnavailable
-from .jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
+from .jobs import LEVEL, Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
 from .records import Beat, Records, Verdict
 
 MODEL = ModelInfo(id="latentline-emoji", family="fake", default_width=64, default_height=64, max_pixels=256 * 256)
@@ -29,12 +29,12 @@ TINY_PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACkl
 
 
 class FakeImages:
-    """The object store of a test, in memory; has what :class:`latentline.images.Images` has."""
+    """An object store in memory, with the methods of :class:`latentline.images.Images`."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.down = False
-        """Set it, and the store answers as one that is unreachable."""
+        """While true, every call fails as with a store that is unreachable."""
 
     def put(self, key: str, data: bytes) -> None:
         self.check()
@@ -62,6 +62,7 @@ class FakeWorker:
         redis: the client on which the wake-ups are taken (``decode_responses=True``).
         images: where results go.
         fail_with: when set, each job fails with this error.
+        level: of the requests that it can read, see :data:`latentline.models.LEVEL`.
     """
 
     def __init__(
@@ -72,18 +73,20 @@ class FakeWorker:
         model: ModelInfo = MODEL,
         name: str = "fake@test",
         fail_with: JobError | None = None,
+        level: int = LEVEL,
     ) -> None:
         self.redis, self.images, self.model, self.name, self.fail_with = redis, images, model, name, fail_with
-        self.records = Records(redis)
+        self.level = level
+        self.records = Records(redis, level=level)
 
     def announce(self) -> None:
-        """Say that this worker is alive and serves its model; submissions are refused before."""
+        """Say that this worker is alive and serves its model; submissions are refused before, and a minute after the last time."""
         self.records.announce(self.name, self.model)
 
     def take(self) -> str | None:
-        """Take the next wake-up, as Celery would: the job id in it, or None when no job waits."""
+        """Take the next wake-up as Celery would: its job id, or None when no job waits."""
         for priority in routing.PRIORITY_STEPS:
-            for queue in routing.queue_names(self.model.id):
+            for queue in routing.queue_names(self.model.id, self.level):
                 message = self.redis.rpop(routing.queue_list(queue, priority))
                 if message is not None:
                     (job_id,), _, _ = json.loads(json.loads(str(message))["body"])
@@ -91,7 +94,7 @@ class FakeWorker:
         return None
 
     def run_all(self) -> list[JobRecord]:
-        """Do every waiting job, one after another, and return the records of those that this worker settled."""
+        """Run every waiting job in turn; the records of those that this worker settled."""
         settled = []
         while (job_id := self.take()) is not None:
             record = self.run(job_id)
@@ -100,12 +103,12 @@ class FakeWorker:
         return settled
 
     def run(self, job_id: str) -> JobRecord | None:
-        """Do one job from claim to settled record; None when there is nothing to do for it."""
+        """Run one job from claim to settled record; None when it is not to be run now."""
         claim = self.records.claim(job_id, self.name, lease_s=30)
         return None if claim is None else self.finish(claim)
 
     def finish(self, claim: Claim) -> JobRecord:
-        """Denoise (in name only), upload and settle a claimed job; a cancel or a deadline is obeyed between two steps."""
+        """Upload and settle a claimed job, with a heartbeat for each step; a cancel or a deadline takes effect between two steps."""
         record = claim.record
         for step in range(1, record.num_steps + 1):
             verdict = self.progress(claim, Phase.DENOISING, step)

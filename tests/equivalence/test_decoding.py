@@ -104,11 +104,13 @@ def test_a_decode_without_memory_is_tried_in_tiles(family: StableDiffusion, monk
 
 
 @once
-def test_a_decode_batch_without_memory_is_tried_one_by_one_before_tiles(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_batch_without_memory_is_tried_in_smaller_parts_before_tiles(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decodes = Decodes(family, monkeypatch)
     decodes.fails = lambda latents, tiled: torch.OutOfMemoryError("out of memory (simulated)") if len(latents) > 1 else None
     requests = run(make_engine(family), *[work(family, seeds=(i,), decode=True) for i in range(3)])
-    assert decodes.calls == [(3, False), (1, False), (1, False), (1, False)]
+    assert decodes.calls == [(3, False), (2, False), (1, False), (1, False), (1, False)]
     for i, request in enumerate(requests):
         assert (request.result(0).int() - solo(family, work(family, seeds=(i,), decode=True)).int()).abs().max() <= 1
 

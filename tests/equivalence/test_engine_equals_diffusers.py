@@ -111,12 +111,12 @@ def test_unguided_job_equals_plain_pipeline(pipeline: StableDiffusionPipeline, f
     assert (latents - expected).abs().max() <= RELATIVE * expected.abs().max()
 
 
-def test_text_states_equal_the_pipelines(pipeline: StableDiffusionPipeline, family: StableDiffusion) -> None:
+def test_prompt_embeds_equal_the_pipelines(pipeline: StableDiffusionPipeline, family: StableDiffusion) -> None:
     expected, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
     conditioner = Conditioner(family)
     conditioner.encode_some(["a dog", "a red cat"])
     known = conditioner.get("a red cat")
-    assert known is not None and (known.states - expected[0]).abs().max() <= RELATIVE * expected.abs().max()
+    assert known is not None and (known.prompt_embeds - expected[0]).abs().max() <= RELATIVE * expected.abs().max()
 
 
 def test_decode_equals_the_pipelines(pipeline: StableDiffusionPipeline, family: StableDiffusion) -> None:
@@ -158,10 +158,10 @@ def test_one_failing_job_leaves_the_others(family: StableDiffusion, engine: Engi
     poison = family.encode(["b"])[0]
     real = family.denoise
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        if any(torch.allclose(row, poison, atol=1e-4) for row in states):
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        if any(torch.allclose(row, poison, atol=1e-4) for row in prompt_embeds):
             raise RuntimeError("poison")
-        return real(latents, timesteps, states)
+        return real(latents, timesteps, prompt_embeds)
 
     monkeypatch.setattr(family, "denoise", denoise)
     for _ in range(3):

@@ -36,13 +36,13 @@ def test_parts_of_a_split_batch_do_not_share_the_output_of_a_captured_graph(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, fixed_rows: int | None
 ) -> None:
     x = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    timesteps, states = torch.full((8,), 500.0), family.encode(list("abcdefgh"))
-    expected = Network(family)(x, timesteps, states)[0]
-    short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= 4)
+    timesteps, prompt_embeds = torch.full((8,), 500.0), family.encode(list("abcdefgh"))
+    expected = Network(family)(x, timesteps, prompt_embeds)[0]
+    short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: len(latents) <= 4)
     monkeypatch.setattr(network, "_Graph", FakeGraph)
     net = Network(family, fixed_rows)
     net._graphs = {}
-    got, rows = net(x, timesteps, states)
+    got, rows = net(x, timesteps, prompt_embeds)
     assert rows == 4
     assert_close(got, expected)
 
@@ -76,10 +76,10 @@ def test_a_forward_that_cannot_be_recorded_runs_through_python_with_a_warning(
 ) -> None:
     real = family.denoise
 
-    def change(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def change(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise error("not while tracing")
-        return real(latents, timesteps, states)
+        return real(latents, timesteps, prompt_embeds)
 
     assert_falls_back(family, monkeypatch, caplog, change, f"cannot be recorded ({error.__name__})")
 
@@ -91,9 +91,9 @@ def test_a_recording_that_gives_other_results_is_not_used(
 ) -> None:
     real = family.denoise
 
-    def change(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def change(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         factor = 2.0 if int(latents.shape[0]) == 2 else 1.0  # decided while recording
-        return real(latents, timesteps, states) * factor
+        return real(latents, timesteps, prompt_embeds) * factor
 
     assert_falls_back(family, monkeypatch, caplog, change, "gives other results")
 

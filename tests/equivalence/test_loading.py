@@ -27,11 +27,11 @@ def test_a_folder_is_served_under_its_name_and_equals_the_pipeline(folder: Path,
     loaded = registry.load(str(folder), CPU, torch.float32)
     assert loaded.info.id == "my-model"
     assert loaded.scheduler_config["prediction_type"] == family.scheduler_config["prediction_type"]
-    states = loaded.encode(["a cat"])
-    assert torch.equal(states, family.encode(["a cat"]))
+    prompt_embeds = loaded.encode(["a cat"])
+    assert torch.equal(prompt_embeds, family.encode(["a cat"]))
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(loaded.denoise(x, torch.tensor([500.0]), states), family.denoise(x, torch.tensor([500.0]), states))
+        assert torch.equal(loaded.denoise(x, torch.tensor([500.0]), prompt_embeds), family.denoise(x, torch.tensor([500.0]), prompt_embeds))
         assert (loaded.decode(x, tiled=False) == family.decode(x, tiled=False)).all()
 
 

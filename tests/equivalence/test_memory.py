@@ -40,7 +40,7 @@ def test_out_of_memory_splits_the_batch_and_every_job_equals_its_solo_run(
 ) -> None:
     works = mates_of(family, 11)
     expected = [solo(family, one) for one in works]
-    events = short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= most)
+    events = short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: len(latents) <= most)
     engine = make_engine(family)
     requests = run(engine, *works)
     assert events, "memory always sufficed: the test shows nothing"
@@ -52,7 +52,7 @@ def test_out_of_memory_splits_the_batch_and_every_job_equals_its_solo_run(
 
 @once
 def test_after_out_of_memory_batches_stay_within_what_fitted(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= 5)
+    events = short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: len(latents) <= 5)
     engine = make_engine(family)
     requests = [engine.submit(work(family, seeds=(i,), steps=10)) for i in range(6)]
     engine.step()
@@ -68,7 +68,7 @@ def test_a_job_of_more_rows_than_fit_does_not_run_out_of_memory_at_every_step(
 ) -> None:
     subject = work(family, seeds=(1, 2, 3, 4), steps=6)
     expected = solo(family, subject)
-    events = short_of_memory(monkeypatch, family, lambda latents, states: len(latents) <= 4)
+    events = short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: len(latents) <= 4)
     assert_close(solo(family, subject), expected)
     assert events == [8]
 
@@ -88,7 +88,7 @@ def test_a_job_that_does_not_fit_by_itself_fails_alone(family: StableDiffusion, 
     mates = [work(family, f"thing {i}", steps=3 + i, seeds=(i,)) for i in range(4)]
     expected = [solo(family, mate) for mate in mates]
     glutton = family.encode(["glutton"])[0]
-    short_of_memory(monkeypatch, family, lambda latents, states: not any(torch.allclose(row, glutton) for row in states))
+    short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: not any(torch.allclose(row, glutton) for row in prompt_embeds))
     engine = make_engine(family)
     first, *requests = run(engine, work(family, "glutton", steps=3), *mates)
     with pytest.raises(torch.OutOfMemoryError):
@@ -99,7 +99,7 @@ def test_a_job_that_does_not_fit_by_itself_fails_alone(family: StableDiffusion, 
 
 @once
 def test_a_shape_that_never_fits_fails_and_the_others_go_on(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    short_of_memory(monkeypatch, family, lambda latents, states: latents.shape[-1] <= 16)
+    short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: latents.shape[-1] <= 16)
     engine = make_engine(family)
     big = [engine.submit(work(family, "big", seeds=(i,), size=(64, 64))) for i in range(3)]
     small = [engine.submit(work(family, "small", seeds=(i,))) for i in range(3)]
@@ -114,7 +114,7 @@ def test_a_shape_that_never_fits_fails_and_the_others_go_on(family: StableDiffus
 def test_out_of_memory_in_the_reproducible_mode_fails_the_job_and_frees_its_slots(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short_of_memory(monkeypatch, family, lambda latents, states: len(latents) < FIXED_ROWS)
+    short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: len(latents) < FIXED_ROWS)
     engine = make_engine(family, fixed_rows=FIXED_ROWS)
     for request in run(engine, work(family, "a"), work(family, "b")):
         with pytest.raises(torch.OutOfMemoryError):
@@ -136,7 +136,9 @@ def lane_bytes(engine: Engine) -> int:
 def test_a_hundred_times_out_of_memory_leak_nothing(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     glutton = family.encode(["glutton"])[0]
     events = short_of_memory(
-        monkeypatch, family, lambda latents, states: len(latents) <= 3 and not any(torch.allclose(row, glutton) for row in states)
+        monkeypatch,
+        family,
+        lambda latents, prompt_embeds: len(latents) <= 3 and not any(torch.allclose(row, glutton) for row in prompt_embeds),
     )
     engine = make_engine(family)
     kept: list[Request] = []  # failed jobs, whose errors must not hold the tensors of the step that failed
@@ -158,7 +160,7 @@ def test_a_hundred_times_out_of_memory_leak_nothing(family: StableDiffusion, mon
     assert engine.idle
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3], ids=["history", "states", "negative states"])
+@pytest.mark.parametrize("failing", [1, 2, 3], ids=["history", "prompt embeds", "negative prompt embeds"])
 @once
 def test_a_lane_that_cannot_grow_fails_the_job_and_stays_whole(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, failing: int

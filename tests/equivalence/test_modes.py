@@ -19,6 +19,7 @@ from support.engines import (
     once,
     psnr_db,
     run,
+    snapshot,
     solo,
     work,
 )
@@ -97,9 +98,9 @@ def test_in_the_reproducible_mode_every_forward_has_the_fixed_number_of_rows(
 ) -> None:
     real, sizes = family.denoise, set()
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        sizes.add((len(latents), len(timesteps), len(states)))
-        return real(latents, timesteps, states)
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        sizes.add((len(latents), len(timesteps), len(prompt_embeds)))
+        return real(latents, timesteps, prompt_embeds)
 
     monkeypatch.setattr(family, "denoise", denoise)
     run(make_engine(family, fixed_rows=FIXED_ROWS), *mates_of(family, 5))
@@ -155,7 +156,7 @@ def test_a_job_that_goes_on_from_a_checkpoint_gives_the_same_bits(family: Stable
     request = engine.submit(one)
     while request.step < 3:
         engine.step()
-    data = engine.lanes[request.lane].snapshot(request).to_bytes(one)
+    data = snapshot(engine, request).to_bytes(one)
     checkpoint = Checkpoint.from_bytes(data, one)
     assert checkpoint is not None and checkpoint.step == 3
     resumed = run(make_engine(family, fixed_rows=FIXED_ROWS), dataclasses.replace(one, resume=checkpoint))[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def test_previews_come_every_so_many_steps_with_a_pixel_per_latent(family: Stabl
     assert seen == [0, 2, 2, 4, 4, 6, 6]
     assert request.preview is not None
     assert request.preview.pixels.shape == (2, 20, 24, 3)
-    assert request.preview.pixels.dtype == torch.uint8
+    assert request.preview.pixels.dtype == np.uint8
     assert quiet.preview is None
 
 

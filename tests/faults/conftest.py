@@ -33,7 +33,7 @@ def full() -> bool:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     # 16x16 latents at the smallest size that jobs may ask for: these tests are about faults, not about arithmetic.
-    tiny_pipeline(reduction=4).save_pretrained(folder, safe_serialization=True)
+    tiny_pipeline(vae_scale_factor=4).save_pretrained(folder, safe_serialization=True)
     return folder
 
 
@@ -88,6 +88,7 @@ QUICK = (
     "test_the_same_message_three_times",
     "costs_a_retry_and_no_denoising[http500",
     "test_every_job_is_told_once",
+    "test_upgrading_one_process_at_a_time[API first",
 )
 
 

@@ -261,6 +261,38 @@ def test_each_role_puts_back_what_a_lost_one_of_its_own_had(broker: Guarded, rol
     assert broker.refused() == []
 
 
+# Upgrades: the rules first, then the processes, in any order.
+
+
+def rules(path: Path) -> dict[str, set[str]]:
+    """Role -> its rules."""
+    lines = [line.split() for line in path.read_text().splitlines() if line.startswith("user ")]
+    return {name: set(rest) for _, name, *rest in lines}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_rules_allow_all_that_those_before_them_did(role: str) -> None:
+    """So processes of the version before go on under the new rules until their turn comes.
+
+    ``users_before.acl`` is the rules file of that version: replace it at each release.
+    """
+    before, now = rules(Path(__file__).with_name("users_before.acl"))[role], rules(VALKEY / "users.acl")[role]
+    widened = {rule.removeprefix("%R").removeprefix("%W") for rule in now if rule.startswith("~")}
+    missing = {rule for rule in before - now if rule.removeprefix("%R").removeprefix("%W") not in widened}
+    assert not missing
+
+
+def test_a_producer_under_the_rules_before_is_told_to_renew_them(broker: Guarded) -> None:
+    before = rules(Path(__file__).with_name("users_before.acl"))["producer"] - {"on", "#@producer@"}
+    broker.admin.execute_command("ACL", "SETUSER", "early", "on", "nopass", *sorted(before, key=lambda rule: rule[0] in "+~%"))
+    with (
+        contextlib.closing(connect(f"redis://early:any@127.0.0.1:{broker.port}/0")) as client,
+        pytest.raises(BrokerUnavailable, match=r"see deploy/valkey/users\.acl"),
+    ):
+        submit(client)
+    broker.admin.execute_command("ACL", "DELUSER", "early")
+
+
 # What no role does, and what each does not.
 
 FOREIGN = [

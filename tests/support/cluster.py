@@ -10,8 +10,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from latentline import Client, records, routing
 from latentline.connection import connect
@@ -20,19 +23,47 @@ from latentline.jobs import JobRecord, JobRequest, ModelInfo, Status
 from latentline.records import Records
 from latentline.settings import Settings
 from latentline_worker.embedded.broker import Broker
-from latentline_worker.embedded.process import Child, clean_env
+from latentline_worker.embedded.process import Child, clean_env, free_port
 from latentline_worker.embedded.store import Store
 
+from .jobs import accepted
 from .proxy import Proxy
 
-FAULTY_WORKER = Path(__file__).with_name("faulty_worker.py")
 LEASE_S = 3.0
-STEP_S = 0.02  # what a network call takes in these workers: a device's time, not this machine's
+STEP_S = 0.02  # added to each network call of these workers, so that their speed hardly depends on this machine
 PATIENCE_S = 120.0
+ROLE_PASSWORD = "a-role"  # of the broker's users, where a test has set them up
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code that a process runs: a checkout, and Python that is run before it."""
+
+    root: Path
+    patch: str = ""
+
+    @property
+    def path(self) -> str:
+        """For PYTHONPATH."""
+        return os.pathsep.join(str(self.root / part) for part in ("worker", "producer", "tests"))
+
+    def module(self, name: str, *args: str) -> list[str]:
+        """A command that runs a module as ``python -m`` does."""
+        return self._command(f"runpy.run_module({name!r}, run_name='__main__', alter_sys=True)", args)
+
+    def script(self, path: str, *args: str) -> list[str]:
+        """A command that runs a file of this checkout."""
+        return self._command(f"runpy.run_path({str(self.root / path)!r}, run_name='__main__')", args)
+
+    def _command(self, run: str, args: Sequence[str]) -> list[str]:
+        return [sys.executable, "-W", "ignore", "-c", f"import runpy\n{self.patch}\n{run}", *args]
+
+
+THIS_CODE = Code(Path(__file__).parents[2])
 
 
 class Cluster:
-    """Services once, workers as told. ``client`` goes to the services directly, workers through the proxies."""
+    """One broker and one store; workers as a test starts them. ``client`` goes to the services directly, workers through proxies."""
 
     def __init__(self, folder: Path, broker: Broker, store: Store, model: Path) -> None:
         self.folder, self.broker, self.store, self.model = folder, broker, store, model
@@ -41,17 +72,16 @@ class Cluster:
         self.redis = connect(broker.url)
         self.redis.flushall()
         self.records = Records(self.redis)
-        # Jobs may be submitted before the first worker is up.
-        served = ModelInfo(id=model.name, family="sd", default_width=64, default_height=64, max_pixels=128 * 128)
-        self.records.announce("not up yet", served)
         self.client = Client(Settings.from_variables({"LATENTLINE_REDIS_URL": broker.url, **store.environment}))
         self.accepted: list[str] = []
         self._names = itertools.count()
 
-    def environment(self, **extra: str) -> dict[str, str]:
+    def environment(self, role: str | None = None, **extra: str) -> dict[str, str]:
+        """Of a worker or service process; ``role`` is the broker's user as which it connects."""
+        url = self.broker.url if role is None else f"redis://{role}:{ROLE_PASSWORD}@127.0.0.1:{self.broker.port}/0"
         return clean_env(
             **{
-                "LATENTLINE_REDIS_URL": self.broker.url.replace(f":{self.broker.port}/", f":{self.redis_proxy.port}/"),
+                "LATENTLINE_REDIS_URL": url.replace(f":{self.broker.port}/", f":{self.redis_proxy.port}/"),
                 **self.store.environment,
                 "LATENTLINE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_proxy.port}",
                 "LATENTLINE_MODEL": str(self.model),
@@ -66,11 +96,11 @@ class Cluster:
             }
         )
 
-    def start_worker(self, *, wait: bool = True, **env: str) -> Child:
+    def start_worker(self, *, wait: bool = True, code: Code = THIS_CODE, role: str | None = None, **env: str) -> Child:
         """One more worker process; with ``wait`` once it takes work."""
         number = next(self._names)
-        command = [sys.executable, "-W", "ignore", str(FAULTY_WORKER)]
-        child = Child(f"worker {number}", command, self.folder / f"worker{number}.log", self.environment(**env))
+        environment = self.environment(role, **env) | {"PYTHONPATH": code.path}
+        child = Child(f"worker {number}", code.script("tests/support/faulty_worker.py"), self.folder / f"worker{number}.log", environment)
         self.children.append(child)
         if wait:
             self.until_ready([child])
@@ -82,27 +112,52 @@ class Cluster:
             child.wait_until(lambda child=child: ": ready\n" in child.log.read_text(errors="replace"), PATIENCE_S)  # type: ignore[misc]
 
     def workers(self) -> list[Child]:
-        """Those that live."""
+        """Worker processes that are alive."""
         return [child for child in self.alive() if child.name.startswith("worker")]
 
-    def start_callbacks(self) -> Child:
+    def start_callbacks(self, *, code: Code = THIS_CODE, role: str | None = None) -> Child:
         """The process that delivers callbacks."""
-        command = [sys.executable, "-m", "latentline.cli", "callbacks", "serve"]
-        child = Child("callbacks", command, self.folder / f"callbacks{next(self._names)}.log", self.environment())
+        environment = self.environment(role) | {"PYTHONPATH": code.path}
+        command = code.module("latentline.cli", "callbacks", "serve")
+        child = Child("callbacks", command, self.folder / f"callbacks{next(self._names)}.log", environment)
         self.children.append(child)
         child.wait_until(lambda: "ready" in child.log.read_text(errors="replace"), PATIENCE_S)
         return child
+
+    def start_api(self, *, code: Code = THIS_CODE, role: str | None = None) -> httpx.Client:
+        """An API process; a client for it, which the test closes."""
+        port = free_port()
+        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
+        environment = self.environment(role) | {"PYTHONPATH": code.path}
+        command = code.module("latentline.cli", "api", "--port", str(port))
+        child = Child("api", command, self.folder / f"api{next(self._names)}.log", environment)
+        self.children.append(child)
+
+        def answers() -> bool:
+            try:
+                return http.get("/healthz").status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        child.wait_until(answers, PATIENCE_S)
+        return http
+
+    def offer(self) -> None:
+        """Announce the model, so that jobs may be submitted while no worker is up."""
+        served = ModelInfo(id=self.model.name, family="sd", default_width=64, default_height=64, max_pixels=128 * 128)
+        self.records.announce("not up yet", served)
 
     def submit(self, count: int = 1, **fields: Any) -> list[str]:
         """Accepted job ids; prompts and seeds differ."""
         base = {"prompt": "a cat", "num_inference_steps": 40, "scheduler": "euler_ancestral", "model": self.model.name} | fields
         requests = [JobRequest.parse(base | {"seed": len(self.accepted) + i}) for i in range(count)]
-        ids = [record.id for record in self.client.submit_many(requests)]
+        self.offer()
+        ids = [record.id for record in accepted(self.client.submit_many(requests))]
         self.accepted += ids
         return ids
 
     def until(self, true: Callable[[], Any], timeout_s: float = PATIENCE_S, every_s: float = 0.02) -> Any:
-        """The first true value; fails with the workers' logs when time runs out."""
+        """The first true value of ``true()``; fails with the ends of all logs when time runs out."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -119,7 +174,7 @@ class Cluster:
         return self.client.get(job_id)
 
     def running(self, step: int = 1) -> list[JobRecord]:
-        """Jobs in flight that have done so many steps."""
+        """Jobs in flight that have done at least so many steps."""
         return [record for record in self.client.list(Status.RUNNING, limit=200)[0] if record.step >= step]
 
     def finish(self, ids: Iterable[str] | None = None, timeout_s: float = PATIENCE_S) -> list[JobRecord]:
@@ -135,7 +190,7 @@ class Cluster:
         return [self.get(job_id) for job_id in wanted]
 
     def check_invariants(self, statuses: Sequence[Status] = (Status.SUCCEEDED,)) -> dict[str, int]:
-        """Nothing lost, nothing doubled, every picture there and whole, one callback id per end. Returns how many ended how."""
+        """Nothing lost, nothing done twice, every image stored and intact, one callback id per end; how many jobs ended how."""
         counts: Counter[str] = Counter()
         s3 = self.client.images
         callback_ids = [cid for cid in self.redis.zrange(routing.callbacks_key(), 0, -1) if not cid.split("_")[2].startswith("running")]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.cost import CostModel
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.memory import Memory
@@ -90,6 +91,11 @@ def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(10 * torch.log10(255**2 / (a.double() - b.double()).square().mean()))
 
 
+def snapshot(engine: Engine, request: Request) -> Checkpoint:
+    """The request's state as a checkpoint holds it, without waiting for one that is due."""
+    return Checkpoint(request.step, engine.lanes[request.lane].snapshot(request).numpy())
+
+
 def num_used(engine: Engine) -> int:
     return sum(lane.num_used for lane in engine.lanes.values())
 
@@ -97,18 +103,18 @@ def num_used(engine: Engine) -> int:
 def short_of_memory(
     monkeypatch: pytest.MonkeyPatch, family: StableDiffusion, fits: Callable[[torch.Tensor, torch.Tensor], bool]
 ) -> list[int]:
-    """Let the denoiser run out of memory unless the latents and states fit. To be called before the engine is made.
+    """Let the denoiser run out of memory unless the latents and prompt embeds fit. To be called before the engine is made.
 
     Returns:
         The row counts of the calls that did not fit; it grows.
     """
     real, events = family.denoise, []
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        if not fits(latents, states):
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        if not fits(latents, prompt_embeds):
             events.append(len(latents))
             raise torch.OutOfMemoryError("out of memory (simulated)")
-        return real(latents, timesteps, states)
+        return real(latents, timesteps, prompt_embeds)
 
     monkeypatch.setattr(family, "denoise", denoise)
     return events
@@ -192,9 +198,9 @@ def counted(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, change: De
     """The row counts of the calls of ``family.denoise`` from Python, from now on."""
     real, calls = family.denoise, []
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         calls.append(len(latents))
-        return (change or real)(latents, timesteps, states)
+        return (change or real)(latents, timesteps, prompt_embeds)
 
     monkeypatch.setattr(family, "denoise", denoise)
     return calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import redis
@@ -12,7 +12,8 @@ from celery.contrib.testing.worker import start_worker
 
 from latentline import records
 from latentline.connection import connect
-from latentline.jobs import JobRequest
+from latentline.errors import LatentlineError
+from latentline.jobs import JobRecord, JobRequest
 from latentline.records import Records
 from latentline.routing import GENERATE_UNACKED
 from latentline.settings import Settings
@@ -21,9 +22,17 @@ from latentline_worker.transport.app import create_app
 PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
 
 
+def accepted(outcomes: Sequence[JobRecord | LatentlineError]) -> list[JobRecord]:
+    """The records of submissions; raises the error of the first that was refused."""
+    for outcome in outcomes:
+        if isinstance(outcome, LatentlineError):
+            raise outcome
+    return [outcome for outcome in outcomes if isinstance(outcome, JobRecord)]
+
+
 def submit(client: redis.Redis, count: int = 1, **fields: Any) -> list[str]:
     requests = [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": i, **fields}) for i in range(count)]
-    return [record.id for record in records.run(client, records.submit(requests, 600))]
+    return [record.id for record in accepted(records.run(client, records.submit(requests, 600)))]
 
 
 @contextlib.contextmanager

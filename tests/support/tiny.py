@@ -7,14 +7,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-def tiny_pipeline(prediction_type: str = "epsilon", reduction: int = 2) -> StableDiffusionPipeline:
+def tiny_pipeline(prediction_type: str = "epsilon", vae_scale_factor: int = 2) -> StableDiffusionPipeline:
     """SD's shape at a thousandth of its size, 16x16 latents, CLIP with a few words.
 
     Args:
-        reduction: pixels per latent along a side, a power of two: 2 makes 32 px, 4 makes 64 px.
+        vae_scale_factor: pixels per latent along a side, a power of two: 2 makes 32 px, 4 makes 64 px.
     """
     torch.manual_seed(0)
-    vae_channels = (16, *[32] * (reduction.bit_length() - 1))
+    vae_channels = (16, *[32] * (vae_scale_factor.bit_length() - 1))
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -33,7 +33,7 @@ def tiny_pipeline(prediction_type: str = "epsilon", reduction: int = 2) -> Stabl
         block_out_channels=vae_channels,
         norm_num_groups=8,
         latent_channels=4,
-        sample_size=16 * reduction,
+        sample_size=16 * vae_scale_factor,
     )
     config = CLIPTextConfig(
         hidden_size=32,

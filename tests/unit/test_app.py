@@ -1,183 +1,39 @@
-"""The Celery application: any envelope is read, and a message that nobody can read becomes a dead letter and is acknowledged."""
+"""The Celery application: its delivery policy and its fairness among queues."""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import fakeredis
-import kombu.transport.redis
-import pytest
-import redis
-from celery import Celery
-from kombu.utils.json import dumps
+from celery.signals import task_postrun, task_received
 
-from latentline import records
-from latentline.errors import BrokerUnavailable
-from latentline.records import Records, run
-from latentline.routing import GENERATE_TASK, queue_names, wake_up
+from latentline.records import Records
+from latentline.routing import queue_names
 from latentline.settings import Settings
-from latentline_worker.transport.app import MAX_KEPT_CHARS, UNREADABLE_TASK, PatientConsumer, bury, create_app
+from latentline_worker.transport.app import create_app
 from latentline_worker.transport.fairness import LeastServedFirst
 
-PROMPT = "a very private prompt"
+QUEUES = queue_names("latentline-emoji")
 
 
-@pytest.fixture
-def client() -> Iterator[redis.Redis]:
-    made: redis.Redis = fakeredis.FakeRedis(decode_responses=True)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def app(client: redis.Redis) -> Iterator[Celery]:
-    made = create_app(Settings(), queue_names("latentline-emoji"), Records(client), 16)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def loads(app: Celery) -> Callable[..., Any]:
-    """What kombu's transport reads envelopes with, once there is an application."""
-    found: Callable[..., Any] = kombu.transport.redis.loads
-    return found
-
-
-def letters(client: redis.Redis) -> list[dict[str, Any]]:
-    return run(client, records.dead_letters())
-
-
-class FakeMessage:
-    def __init__(self, body: Any) -> None:
-        self.body, self.acks = body, 0
-
-    def ack(self) -> None:
-        self.acks += 1
-
-
-def consumer_of(store: Any) -> PatientConsumer:
-    """A consumer without a connection: only its handlers are used."""
-    consumer = PatientConsumer.__new__(PatientConsumer)
-    consumer.app = SimpleNamespace(latentline_records=store)
-    return consumer
-
-
-def test_a_wake_up_is_read_as_it_is(loads: Callable[..., Any]) -> None:
-    text = wake_up(GENERATE_TASK, "j1", "latentline.generate.m.0", 5, "j1-1")
-    assert loads(text) == json.loads(text)
-
-
-def test_an_unknown_task_s_wake_up_is_left_to_the_consumer_which_names_it(loads: Callable[..., Any]) -> None:
-    text = wake_up("some.other.task", "x", "q", 0, "m1")
-    assert loads(text) == json.loads(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no json",
-        "\ufffd\ufffd\x00\x01",
-        "null",
-        "5",
-        '"text"',
-        "[]",
-        "[1, 2, 3]",
-        "{}",
-        '{"properties": null}',
-        '{"properties": 5}',
-        '{"properties": "delivery_tag delivery_info"}',
-        '{"properties": ["delivery_tag", "delivery_info"]}',
-        '{"body": "x", "headers": {}, "properties": {}}',
-        '{"body": "x", "headers": {}, "properties": {"delivery_tag": "t"}}',
-        '{"headers": {}, "properties": {"delivery_tag": "t", "delivery_info": {"exchange": "", "routing_key": "q"}}}',
-        '{"body": "x", "properties": {"delivery_tag": "t", "delivery_info": {"exchange": "", "routing_key": "q"}}}',
-        # What the transport then reads of it: without these it would end the worker.
-        '{"body": "x", "headers": {}, "properties": {"delivery_tag": "t", "delivery_info": {}}}',
-        '{"body": "x", "headers": {}, "properties": {"delivery_tag": "t", "delivery_info": null}}',
-        '{"body": "x", "headers": {}, "properties": {"delivery_tag": null, "delivery_info": {"exchange": "", "routing_key": "q"}}}',
-        '{"body": "x", "headers": {}, "properties": {"delivery_tag": {}, "delivery_info": {"exchange": "", "routing_key": "q"}}}',
-        '{"body": "x", "headers": {}, "properties": {"delivery_tag": "t", "body_encoding": "base64", '
-        '"delivery_info": {"exchange": "", "routing_key": "q"}}}',
-        '{"body": "x", "headers": {}, "properties": {"delivery_tag": "t", "body_encoding": "rot13", '
-        '"delivery_info": {"exchange": "", "routing_key": "q"}}}',
-        "[" * 100_000,
-        "9" * 5000,
-    ],
-)
-def test_what_is_no_envelope_becomes_a_task_that_buries_it(app: Celery, client: redis.Redis, loads: Callable[..., Any], text: str) -> None:
-    envelope = loads(text)
-    assert envelope["headers"]["task"] == UNREADABLE_TASK
-    assert {"delivery_tag", "delivery_info"} <= envelope["properties"].keys()
-    args, kwargs, _ = json.loads(envelope["body"])
-    app.tasks[UNREADABLE_TASK](*args, **kwargs)
-    (letter,) = letters(client)
-    assert (letter["kind"], letter["reason"]) == ("message", "not a message of this system")
-    assert letter["message"] == text[:MAX_KEPT_CHARS]
-
-
-def test_unreadable_messages_get_tags_of_their_own(loads: Callable[..., Any]) -> None:
-    assert loads("x")["properties"]["delivery_tag"] != loads("x")["properties"]["delivery_tag"]
-
-
-def test_what_the_transport_keeps_of_unacknowledged_messages_is_still_read(loads: Callable[..., Any]) -> None:
-    """kombu reads two things with it: envelopes, and its own ``[envelope, exchange, routing key]`` when it gives them back."""
-    envelope = json.loads(wake_up(GENERATE_TASK, "j1", "q", 5, "j1-1"))
-    assert loads(dumps([envelope, "", "q"])) == [envelope, "", "q"]
-
-
-def test_only_so_much_of_an_unreadable_message_is_kept(client: redis.Redis) -> None:
-    bury(Records(client), "too long", "x" * (MAX_KEPT_CHARS + 1))
-    assert len(letters(client)[0]["message"]) == MAX_KEPT_CHARS
-
-
-@pytest.mark.parametrize(
-    ("handle", "reason"),
-    [
-        (lambda consumer, message: consumer.on_unknown_message(None, message), "no task message"),
-        (lambda consumer, message: consumer.on_unknown_task(None, message, KeyError("os.system")), "unknown task 'os.system'"),
-        (lambda consumer, message: consumer.on_invalid_task(None, message, ValueError("no args")), "invalid task: no args"),
-        (lambda consumer, message: consumer.on_decode_error(message, ValueError(PROMPT)), "cannot be decoded: ValueError"),
-    ],
-)
-def test_the_consumer_buries_and_acknowledges(
-    client: redis.Redis, caplog: pytest.LogCaptureFixture, handle: Callable[[PatientConsumer, FakeMessage], None], reason: str
-) -> None:
-    message = FakeMessage(f'{{"prompt": "{PROMPT}"}}')
-    with caplog.at_level(logging.INFO):
-        handle(consumer_of(Records(client)), message)
-    (letter,) = letters(client)
-    assert (letter["kind"], letter["reason"], letter["message"]) == ("message", reason, message.body)
-    assert message.acks == 1
-    assert reason in caplog.text
-    assert PROMPT not in caplog.text
-
-
-def test_a_long_task_name_is_cut_in_the_reason(client: redis.Redis) -> None:
-    consumer_of(Records(client)).on_unknown_task(None, FakeMessage("x"), KeyError("y" * 5000))
-    assert len(letters(client)[0]["reason"]) < 200
-
-
-def test_a_message_that_cannot_be_kept_now_stays_with_the_broker(caplog: pytest.LogCaptureFixture) -> None:
-    class Away:
-        def bury(self, *_: Any, **__: Any) -> None:
-            raise BrokerUnavailable("away")
-
-    with caplog.at_level(logging.INFO):
-        consumer_of(Away()).on_unknown_message(None, message := FakeMessage(PROMPT))
-    assert message.acks == 0
-    assert "a message that cannot be read is not kept: away" in caplog.text
-    assert PROMPT not in caplog.text
-
-
-def test_the_delivery_policy(app: Celery) -> None:
+def test_the_delivery_policy() -> None:
+    app = create_app(Settings(), QUEUES, Records(fakeredis.FakeRedis(decode_responses=True)), 16)
     assert app.conf.task_acks_late and app.conf.task_ignore_result and app.conf.accept_content == ["json"]
     assert app.conf.worker_prefetch_multiplier == 1
-    assert [queue.name for queue in app.conf.task_queues] == queue_names("latentline-emoji")
-    turns = app.conf.broker_transport_options["queue_order_strategy"]()
-    assert isinstance(turns, LeastServedFirst)
-    assert app.conf.worker_consumer == "latentline_worker.transport.app:PatientConsumer"
+    assert [queue.name for queue in app.conf.task_queues] == QUEUES
+    assert app.conf.worker_consumer == "latentline_worker.transport.messages:TolerantConsumer"
+    app.close()
+
+
+def test_a_message_counts_against_its_queue_from_its_receipt_to_the_end_of_its_task() -> None:
+    app = create_app(Settings(), QUEUES, Records(fakeredis.FakeRedis(decode_responses=True)), 1)
+    order = app.conf.broker_transport_options["queue_order_strategy"]()
+    assert isinstance(order, LeastServedFirst)
+    order.update(QUEUES)
+    message = SimpleNamespace(delivery_info={"routing_key": QUEUES[0]})
+    assert QUEUES[0] in order.consume(len(QUEUES))
+    task_received.send(sender=None, request=message)
+    assert order.consume(len(QUEUES)) == QUEUES[1:]
+    task_postrun.send(sender=None, task=SimpleNamespace(request=message))
+    assert QUEUES[0] in order.consume(len(QUEUES))
+    app.close()

@@ -27,7 +27,7 @@ from latentline import AsyncClient, records
 from latentline.api.app import create_app
 from latentline.cli import main
 from latentline.connection import connect
-from latentline.jobs import SCHEDULERS, JobError, JobRequest
+from latentline.jobs import JobError, JobRequest
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
 
@@ -242,7 +242,7 @@ def test_models(service: Service) -> None:
         (["submit", "a cat", "--width", "65"], "multiple of 8"),
         (["submit", "a cat", "--steps", "151"], "at most 150"),
         (["submit", "a cat", "--guidance", "nan"], "guidance_scale"),
-        (["submit", "a cat", "--scheduler", "magic"], SCHEDULERS[0]),
+        (["submit", "a cat", "--scheduler", "magic"], MODEL.schedulers[0]),
         (["submit", "a cat", "-n", "9"], "at most 8"),
         (["submit", "a cat", "--seed", "-1"], "seed"),
         (["submit", "a cat", "--format", "gif"], "png"),
@@ -305,8 +305,11 @@ def test_a_missing_extra_is_named(args: list[str], gone: str, extra: str) -> Non
         f"importlib.metadata.distribution = lambda name: known('no-such-package' if name == {gone!r} else name)\n"
         "import latentline.cli\n"
         # Should the gap not be noticed, nothing real may start.
-        "load = latentline.cli.load\n"
-        "latentline.cli.load = lambda name, *rest: load(name, *rest) if name == 'uvicorn' else sys.exit(f'ran {load(name, *rest)}')\n"
+        "from latentline.cli.extras import load\n"
+        "def checked(name, *rest):\n"
+        "    return load(name, *rest) if name == 'uvicorn' else sys.exit(f'ran {load(name, *rest)}')\n"
+        "for group in ('serve', 'models'):\n"
+        "    sys.modules[f'latentline.cli.{group}'].load = checked\n"
         f"latentline.cli.main({args!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, timeout=120)

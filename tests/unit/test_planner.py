@@ -234,7 +234,7 @@ def test_tenants_that_left_are_forgotten() -> None:
     plan = planner(2)
     for i in range(5000):
         plan.select([Candidate("a", 5, tenant=str(i))])
-    assert len(plan._used) < 1000
+    assert len(plan.shares) < 1000
 
 
 @dataclass

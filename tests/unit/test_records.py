@@ -10,6 +10,7 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
+from support.jobs import accepted
 
 from latentline import records, routing
 from latentline.connection import connect, connect_async
@@ -39,7 +40,7 @@ def store(client: redis.Redis) -> Records:
 
 def submit(client: redis.Redis, **fields: Any) -> str:
     request = JobRequest.parse({"prompt": "a cat", **fields})
-    return run(client, records.submit([request], 600))[0].id
+    return accepted(run(client, records.submit([request], 600)))[0].id
 
 
 def queue(priority: int) -> str:
@@ -113,9 +114,9 @@ def test_a_job_is_claimed_once_while_its_lease_lives(client: redis.Redis, store:
 
 def test_a_claim_whose_answer_was_lost_is_answered_again(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
-    first = store.claim(job_id, "one", 30, mark="a")
-    assert first is not None and store.claim(job_id, "one", 30, mark="a") == first
-    assert store.claim(job_id, "one", 30, mark="b") is None, "a second message to the same worker is another claim"
+    first = store.claim(job_id, "one", 30, claim_id="a")
+    assert first is not None and store.claim(job_id, "one", 30, claim_id="a") == first
+    assert store.claim(job_id, "one", 30, claim_id="b") is None, "a second message to the same worker is another claim"
 
 
 def test_a_lease_that_has_run_out_is_the_reapers(client: redis.Redis, store: Records) -> None:
@@ -340,7 +341,7 @@ def test_deliverers_with_enough_to_do_get_no_second_messages(client: redis.Redis
 def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     def give(tenant: str) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10, "tenant": tenant})  # 20 rows
-        return run(client, records.submit([request], 600, tenant_cap=50))[0].id
+        return accepted(run(client, records.submit([request], 600, tenant_cap=50)))[0].id
 
     first, second = give("a"), give("a")
     with pytest.raises(TenantQuotaExceeded, match="tenant 'a' has 40 rows"):

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from latentline.jobs import SCHEDULERS
-from latentline_worker.samplers import MAX_MEMORY, CompileError, compile_scheduler, make_scheduler, sampler_table
+from latentline_worker.samplers import MAX_ORDER, CompileError, compile_scheduler, make_scheduler, sampler_table
 from latentline_worker.samplers.presets import PRESETS
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -59,8 +59,8 @@ def test_table_follows_the_scheduler(name: str, steps: int, config: dict[str, An
     xs, ms = [first.double()], []
     for n in range(table.num_steps):
         ms.insert(0, network(xs[0] * table.input_scale[n], table.timesteps[n]))
-        a, b, c = np.split(table.coefficients[n], [MAX_MEMORY, 2 * MAX_MEMORY])
-        new = sum(a[j] * xs[j] + b[j] * ms[j] for j in range(min(MAX_MEMORY, n + 1)))
+        a, b, c = np.split(table.coefficients[n], [MAX_ORDER, 2 * MAX_ORDER])
+        new = sum(a[j] * xs[j] + b[j] * ms[j] for j in range(min(MAX_ORDER, n + 1)))
         if table.draws[n]:
             new = new + c[0] * torch.randn(first.shape, generator=noise)
         xs.insert(0, new)

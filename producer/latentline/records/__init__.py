@@ -2,13 +2,13 @@
 
 from .dead import dead_letter, dead_letters, drop_dead_letter
 from .driving import Call, Operation, arun, run
-from .fleet import durability, models, workers
+from .fleet import Fleet, durability, fleet, models, workers
 from .jobs import MAX_PAGE, cancel, events, follow, get, list_jobs, submit
 from .outbox import callbacks, replay_callback
 from .worker import MAX_ERRORS, MAX_WAKE, Backoff, Beat, Records, Verdict
 
 __all__ = [
-    "MAX_ERRORS", "MAX_PAGE", "MAX_WAKE", "Backoff", "Beat", "Call", "Operation", "Records", "Verdict", "arun", "callbacks", "cancel",
-    "dead_letter", "dead_letters", "drop_dead_letter", "durability", "events", "follow", "get", "list_jobs", "models",
-    "replay_callback", "run", "submit", "workers",
+    "MAX_ERRORS", "MAX_PAGE", "MAX_WAKE", "Backoff", "Beat", "Call", "Fleet", "Operation", "Records", "Verdict", "arun", "callbacks",
+    "cancel", "dead_letter", "dead_letters", "drop_dead_letter", "durability", "events", "fleet", "follow", "get", "list_jobs",
+    "models", "replay_callback", "run", "submit", "workers",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import redis.asyncio
 
 from latentline import routing
 from latentline.errors import BrokerUnavailable
+from latentline.scripts import Script
 
 T = TypeVar("T")
 Call = Callable[[Any], Any]
@@ -28,7 +29,7 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
     Raises:
         BrokerUnavailable: Redis does not answer, or refuses for reasons of its own.
     """
-    with _domain_errors():
+    with domain_errors():
         try:
             call = operation.send(None)
             while True:
@@ -45,7 +46,7 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
 
 async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
     """Drive an operation with an asyncio client; raises as :func:`run`."""
-    with _domain_errors():
+    with domain_errors():
         try:
             call = operation.send(None)
             while True:
@@ -61,7 +62,7 @@ async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
 
 
 @contextmanager
-def _domain_errors() -> Iterator[None]:
+def domain_errors() -> Iterator[None]:
     """What is the matter with the broker, without the text of the error: it may hold a name or an address."""
     try:
         yield
@@ -79,6 +80,56 @@ def _domain_errors() -> Iterator[None]:
         if "MISCONF" in str(error):
             raise BrokerUnavailable("the broker cannot write to its disk and refuses changes") from error
         raise
+
+
+def call_script(script: Script, **arguments: Any) -> Operation[Any]:
+    """Call a script by its SHA. A broker that does not know it, after a restart or a failover, gets its text."""
+    values = script.arguments(**arguments)
+    try:
+        return (yield lambda client: client.evalsha(script.sha, 0, *values))
+    except redis.exceptions.NoScriptError:
+        return (yield lambda client: client.eval(script.source, 0, *values))
+
+
+def call_script_many(
+    script: Script, many: Sequence[dict[str, Any]], last: Sequence[Sequence[Any]] = (), *, keep_errors: bool = False
+) -> Operation[list[Any]]:
+    """Call a script once for each set of arguments, in one round trip; the replies, in order.
+
+    Args:
+        last: commands that follow on the connection that made the calls; their replies come last.
+        keep_errors: return an error as the reply of the call that failed. The calls beside it have been done.
+
+    Raises:
+        redis.ResponseError: the first error among the replies, without ``keep_errors``.
+    """
+    values = [script.arguments(**arguments) for arguments in many]
+    by_sha: list[tuple[Any, ...]] = [("EVALSHA", script.sha, 0, *one) for one in values]
+    replies: list[Any] = yield _pipeline([*by_sha, *last])
+    unknown = [i for i in range(len(many)) if isinstance(replies[i], redis.exceptions.NoScriptError)]
+    if unknown:
+        # Only the calls that were not done are made again: the broker may have learnt the script between two of them.
+        text = ("EVAL", script.source, 0, *values[unknown[0]])
+        again = yield _pipeline([text, *(by_sha[i] for i in unknown[1:]), *last])
+        for i, reply in zip(unknown, again, strict=False):
+            replies[i] = reply
+        replies[len(many) :] = again[len(unknown) :]
+    for reply in replies:
+        if isinstance(reply, redis.ResponseError) and not keep_errors:
+            raise reply
+    return replies
+
+
+def _pipeline(commands: Sequence[Sequence[Any]]) -> Call:
+    """A call that sends commands together, on one connection; errors come among the replies."""
+
+    def call(client: Any) -> Any:
+        pipeline = client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return pipeline.execute(raise_on_error=False)
+
+    return call
 
 
 def zrem(key: str, members: Sequence[str]) -> Call:

@@ -2,31 +2,129 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import redis
+from pydantic import ValidationError
 
 from latentline import routing
-from latentline.jobs import ModelInfo
+from latentline.errors import InvalidRequest, NoWorker
+from latentline.jobs import Announcement, JobRequest, ModelInfo, Submission, resolve
+from latentline.models import common, level_of
 
 from .driving import Operation
 
-WORKER_ALIVE_S = 10  # a worker that has not beaten for this long is gone
+log = logging.getLogger(__name__)
+
+WORKER_ALIVE_S = 10  # a worker whose last heartbeat is older than this is gone
+ANNOUNCED_S = 60  # how long an announcement holds: longer than most restarts, so that a rolling update refuses no submission
+
+
+NOBODY = "a model that a worker serves (none has announced one yet)"
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What the workers serve now.
+
+    ``offers`` holds what is announced of each model, as (level, info): the one whose defaults count comes first.
+    ``known`` are all models that some worker has announced since the broker's state began.
+    """
+
+    offers: Mapping[str, tuple[tuple[int, ModelInfo], ...]]
+    known: tuple[str, ...]
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Every model that is served, with what all of its workers allow."""
+        return {model_id: common([info for _, info in offers]) for model_id, offers in self.offers.items()}
+
+    def accept(self, request: JobRequest) -> Submission:
+        """The request with what the client left to the model.
+
+        Raises:
+            InvalidRequest: the model is not served, it cannot do this, or all of its workers are too old for it.
+            NoWorker: the model is known, and none of its workers has been heard of lately.
+        """
+        offers = self.offers.get(request.model)
+        if not offers:
+            if request.model in self.known:
+                raise NoWorker(f"no worker that serves {request.model!r} has been heard of for {ANNOUNCED_S} s; try again later")
+            raise InvalidRequest("model", request.model, f"one of: {', '.join(self.offers)}" if self.offers else NOBODY)
+        able = _able(request, offers, *level_of(request))
+        submission = resolve(request, common([info for _, info in able]))
+        # A default of the model may ask for more than what the client sent.
+        still_able = _able(request, able, submission.level, submission.level_field)
+        return submission if len(still_able) == len(able) else resolve(request, common([info for _, info in still_able]))
+
+
+def _able(request: JobRequest, offers: tuple[tuple[int, ModelInfo], ...], level: int, field: str) -> tuple[tuple[int, ModelInfo], ...]:
+    """The offers of workers that can read a request of this level."""
+    able = tuple(offer for offer in offers if offer[0] >= level)
+    if not able:
+        newest = max(offered for offered, _ in offers)
+        allowed = f"what the workers of {request.model!r} know: they have level {newest}, this needs level {level}"
+        if field == "scheduler":
+            allowed = f"one of: {', '.join(common([info for _, info in offers]).schedulers)}"
+        raise InvalidRequest(field, getattr(request, field.partition(".")[0], None), allowed)
+    return able
+
+
+def fleet() -> Operation[Fleet]:
+    """What the workers serve now, in one round trip."""
+
+    def call(client: Any) -> Any:
+        pipeline = client.pipeline(transaction=False)
+        pipeline.time()
+        pipeline.zrange(routing.announced_at_key(), 0, -1, withscores=True)
+        pipeline.hgetall(routing.announced_key())
+        pipeline.hgetall(routing.models_key())
+        pipeline.zrange(routing.workers_key(), 0, -1, withscores=True)
+        return pipeline.execute()
+
+    (seconds, _), announced_at, announced, first, beats = yield call
+    offers: dict[str, list[tuple[int, ModelInfo]]] = {}
+    for name, at in announced_at:
+        if at > seconds - ANNOUNCED_S and (announcement := _announcement(name, announced.get(name))):
+            for info in announcement.models:
+                offers.setdefault(info.id, []).append((announcement.level, info))
+    # Workers of version 0.1.0 announce into one hash without names. Its models are served while one of them is alive.
+    if any(at > seconds - WORKER_ALIVE_S and name not in announced for name, at in beats):
+        for model_id, text in first.items():
+            if model_id not in offers:
+                offers[model_id] = [(1, ModelInfo.model_validate_json(text))]
+    # In an order that does not depend on who announced last: the defaults must not change while nothing changes.
+    ordered = {
+        key: tuple(sorted(found, key=lambda offer: (-offer[0], offer[1].model_dump_json()))) for key, found in sorted(offers.items())
+    }
+    return Fleet(ordered, tuple(first))
+
+
+def _announcement(name: str, text: str | None) -> Announcement | None:
+    try:
+        return Announcement.model_validate(json.loads(text)) if text else None
+    except (ValueError, ValidationError) as error:
+        log.warning("the announcement of worker %s cannot be read: %s", name, type(error).__name__)
+        return None
 
 
 def models() -> Operation[dict[str, ModelInfo]]:
-    """Every model that some worker has announced."""
-    raw = yield lambda client: client.hgetall(routing.models_key())
-    return {model_id: ModelInfo.model_validate_json(info) for model_id, info in sorted(raw.items())}
+    """Every model that is served now, with what all of its workers allow."""
+    return (yield from fleet()).models()
 
 
 def workers() -> Operation[list[str]]:
-    """Names of the workers that have beaten lately."""
+    """Names of the workers whose heartbeat was seen lately."""
     seconds, _ = yield lambda client: client.time()
     names: list[str] = yield lambda client: client.zrangebyscore(routing.workers_key(), seconds - WORKER_ALIVE_S, "+inf")
     return names
 
 
 def up_s() -> Operation[float]:
-    """Seconds since the broker was started, in whole ones; infinite when it does not tell this user."""
+    """Whole seconds since the broker was started; infinite when this user may not ask."""
     try:
         found: dict[str, float] = yield lambda client: client.info("server")
     except redis.ResponseError:
@@ -35,7 +133,7 @@ def up_s() -> Operation[float]:
 
 
 def durability() -> Operation[list[str]]:
-    """What of the broker's settings may lose jobs, as sentences; empty when all is well."""
+    """Sentences about settings of the broker that may lose jobs; empty when there are none."""
     try:
         found: dict[str, str] = yield lambda client: client.config_get("appendonly", "maxmemory-policy", "maxmemory")
     except redis.ResponseError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import uuid
 from collections.abc import Sequence
@@ -12,78 +13,91 @@ import redis
 from pydantic import ValidationError
 
 from latentline import routing
-from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, TenantQuotaExceeded
-from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status
-from latentline.scripts.lifecycle import CANCEL, SUBMIT
+from latentline.errors import (
+    BrokerUnavailable,
+    IdempotencyConflict,
+    InvalidRequest,
+    JobNotFound,
+    LatentlineError,
+    TenantQuotaExceeded,
+)
+from latentline.jobs import (
+    ImageRef,
+    JobError,
+    JobEvent,
+    JobRecord,
+    JobRequest,
+    Phase,
+    ResolvedRequest,
+    Status,
+    Submission,
+    resolve,
+)
+from latentline.scripts import CANCEL, SUBMIT
 
-from .driving import Call, Operation, hgetall_many, pairs, zrem
+from .driving import Call, Operation, call_script, call_script_many, domain_errors, hgetall_many, pairs, zrem
 
 MAX_PAGE = 200
 AOF_TIMEOUT_MS = 2000
 
 
-def submit(requests: Sequence[JobRequest], retention_s: int, *, tenant_cap: int = 0, durable: bool = False) -> Operation[list[JobRecord]]:
+def submit(
+    requests: Sequence[JobRequest | Submission], retention_s: int, *, tenant_cap: int = 0, durable: bool = False
+) -> Operation[list[JobRecord | LatentlineError]]:
     """Write records, wake-ups, indexes and events of all requests in one pipeline, each atomically.
 
     Args:
+        requests: as :meth:`latentline.records.Fleet.accept` resolves them; one that is not resolved gets the contract's defaults.
         retention_s: how long an idempotency key is kept.
         tenant_cap: rows of denoising that one tenant may have queued and running; 0 for no bound. One job always fits.
         durable: return only when the append-only file holds them (WAITAOF).
 
+    Returns:
+        for each request, in order, the record or the error with which it was refused.
+
     Raises:
-        IdempotencyConflict, TenantQuotaExceeded: for the first request that is refused; those before it are accepted.
-        BrokerUnavailable: also when ``durable`` was asked for and the file is not written in time.
+        BrokerUnavailable: also when ``durable`` was asked for and the file is not written in time; the jobs may still run.
     """
+    ready = [one if isinstance(one, Submission) else resolve(one) for one in requests]
+    # WAITAOF counts what its own connection has written, so it follows in the same pipeline.
+    last = [("WAITAOF", 1, 0, AOF_TIMEOUT_MS)] if durable else []
+    replies = yield from call_script_many(SUBMIT, [_arguments(one, retention_s, tenant_cap) for one in ready], last, keep_errors=True)
+    if durable:
+        _check_written(replies.pop())
+    outcomes: list[JobRecord | LatentlineError] = []
+    for one, reply in zip(ready, replies, strict=True):
+        try:
+            outcomes.append((yield from _accepted(one, reply, tenant_cap)))
+        except LatentlineError as error:
+            outcomes.append(error)
+    return outcomes
 
-    def call(client: Any) -> Any:
-        pipeline = client.pipeline(transaction=False)
-        for request in requests:
-            callback = request.callback
-            pipeline.eval(
-                SUBMIT,
-                0,
-                str(uuid.uuid4()),
-                request.model_dump_json(),
-                request.num_inference_steps,
-                request.model,
-                request.tenant,
-                request.priority,
-                routing.priority_step(request.priority),  # the order in which kombu serves
-                request.deadline_s or 0,
-                request.cost,
-                tenant_cap,
-                routing.idempotency_key(request.tenant, request.idempotency_key or ""),
-                request.fingerprint() if request.idempotency_key else "",
-                retention_s,
-                callback.url if callback else "",
-                json.dumps(callback.events) if callback else "",
-            )
-        if durable:  # on the connection that wrote
-            pipeline.execute_command("WAITAOF", 1, 0, AOF_TIMEOUT_MS)
-        return pipeline.execute()
 
-    try:
-        replies = yield call
-    except redis.ResponseError as error:
-        if "WAITAOF" not in str(error):
-            raise
-        raise BrokerUnavailable("the broker has no append-only file, and durable jobs were asked for: set appendonly yes") from error
-    written = replies.pop()[0] if durable else 1
-    records = []
-    for request, (outcome, payload, *position) in zip(requests, replies, strict=True):
-        if outcome == "conflict":
-            raise IdempotencyConflict(f"idempotency key {request.idempotency_key!r} was used with another request (job {payload})")
-        if outcome == "full":
-            raise TenantQuotaExceeded(
-                f"tenant {request.tenant!r} has {payload} rows queued and running: {request.cost} more exceed the {tenant_cap} allowed"
-            )
-        if outcome == "same":
-            records.append((yield from get(payload)))
-        else:
-            records.append(record_of(pairs(payload)).model_copy(update={"queue_position": position[0]}))
-    if not written:
+def _check_written(reply: Any) -> None:
+    """Raise BrokerUnavailable unless WAITAOF says that the append-only file holds the jobs."""
+    if isinstance(reply, redis.ResponseError) and "WAITAOF" in str(reply):
+        raise BrokerUnavailable("the broker has no append-only file, and durable jobs were asked for: set appendonly yes") from reply
+    if isinstance(reply, redis.ResponseError):
+        raise reply
+    if not reply[0]:
         raise BrokerUnavailable(f"the broker has not written its append-only file within {AOF_TIMEOUT_MS} ms; the jobs may still run")
-    return records
+
+
+def _accepted(one: Submission, reply: Any, tenant_cap: int) -> Operation[JobRecord]:
+    """The record that came of one submission; raises the error with which it was refused."""
+    if isinstance(reply, redis.ResponseError):
+        with domain_errors():
+            raise reply
+    (outcome, payload, *position), request = reply, one.request
+    if outcome == "conflict":
+        raise IdempotencyConflict(f"idempotency key {request.idempotency_key!r} was used with another request (job {payload})")
+    if outcome == "full":
+        raise TenantQuotaExceeded(
+            f"tenant {request.tenant!r} has {payload} rows queued and running: {one.cost} more exceed the {tenant_cap} allowed"
+        )
+    if outcome == "same":
+        return (yield from get(payload))
+    return record_of(pairs(payload)).model_copy(update={"queue_position": position[0]})
 
 
 def get(job_id: str) -> Operation[JobRecord]:
@@ -122,7 +136,10 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
         if gone:  # expired: the index is trimmed when somebody looks
             yield zrem(key, gone)
             offset -= len(gone)
-        records += [record_of(raw) for raw in raws if raw]
+        for raw in raws:
+            if raw:
+                with contextlib.suppress(JobNotFound):  # a version that this code cannot read: the others are listed
+                    records.append(record_of(raw))
     following = _cursor(records[limit - 1]) if len(records) > limit else None
     positions = yield _positions(records[:limit])
     placed = [record.model_copy(update={"queue_position": place}) for record, place in zip(records[:limit], positions, strict=True)]
@@ -132,7 +149,7 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
 def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
     """Cancel at once when queued, at the next step when running; a terminal job stays as it is."""
     yield from get(job_id)  # raises for an unknown one
-    yield lambda client: client.eval(CANCEL, 0, job_id, retention_s)
+    yield from call_script(CANCEL, id=job_id, retention_s=retention_s)
     return (yield from get(job_id))
 
 
@@ -164,6 +181,32 @@ def follow(job_id: str, last_event_id: str | None, block_ms: int) -> Operation[t
     return found, ended or any(event.terminal for event in found)
 
 
+def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, Any]:
+    """The arguments of submit.lua for one request."""
+    request = one.request
+    callback = request.callback
+    return {
+        "id": str(uuid.uuid4()),
+        "request": request.to_json(),
+        "num_steps": request.num_inference_steps,
+        "model": request.model,
+        "tenant": request.tenant,
+        "priority": request.priority,
+        "priority_step": routing.priority_step(request.priority),
+        "deadline_s": request.deadline_s or 0,
+        "cost": one.cost,
+        "cap": tenant_cap,
+        "idempotency_key": request.idempotency_key or "",
+        "fingerprint": one.fingerprint if request.idempotency_key else "",
+        "sized_fingerprint": one.sized_fingerprint if request.idempotency_key else "",
+        "retention_s": retention_s,
+        "callback_url": callback.url if callback else "",
+        "callback_events": json.dumps(callback.events) if callback else "",
+        "queue_prefix": routing.queue_prefix(request.model, one.level),
+        "level": one.level,
+    }
+
+
 def _index_page(key: str, before: str, offset: int, count: int) -> Call:
     return lambda client: client.zrange(key, before, "-inf", desc=True, byscore=True, offset=offset, num=count, withscores=True)
 
@@ -184,7 +227,7 @@ def record_of(raw: dict[str, str]) -> JobRecord:
     try:
         return JobRecord(
             id=raw["id"],
-            request=JobRequest.model_validate_json(raw["request"]),
+            request=ResolvedRequest.model_validate_json(raw["request"]),
             status=Status(raw["status"]),
             phase=Phase(raw["phase"]) if raw.get("phase") else None,
             step=int(raw.get("step", 0)),

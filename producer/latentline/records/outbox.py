@@ -7,9 +7,9 @@ from typing import Any
 
 from latentline import routing
 from latentline.errors import JobNotFound
-from latentline.scripts.outbox import REPLAY_CALLBACK
+from latentline.scripts import REPLAY_CALLBACK
 
-from .driving import Operation, hgetall_many, pairs
+from .driving import Operation, call_script, hgetall_many, pairs
 from .jobs import record_of
 
 
@@ -23,7 +23,7 @@ def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict
 
 def replay_callback(callback_id: str) -> Operation[bool]:
     """Send a callback once more, whatever came of it, also to a receiver that said Gone; False when it is not known."""
-    return bool((yield lambda client: client.eval(REPLAY_CALLBACK, 0, callback_id)))
+    return bool((yield from call_script(REPLAY_CALLBACK, id=callback_id)))
 
 
 def callback_of(raw: dict[str, str]) -> dict[str, Any]:

@@ -14,13 +14,28 @@ from redis.client import NEVER_DECODE
 
 from latentline import routing
 from latentline.errors import JobNotFound, StaleToken
-from latentline.jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
-from latentline.scripts.lifecycle import BEAT, CHECKPOINT, CLAIM, RELEASE, RETRY, SETTLE
-from latentline.scripts.outbox import PUT_BACK_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
-from latentline.scripts.reaper import ANNOUNCE, BURY, EXPIRE, RECLAIM, WAKE
+from latentline.jobs import LEVEL, Announcement, Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
+from latentline.scripts import (
+    ANNOUNCE,
+    BEAT,
+    BURY,
+    CHECKPOINT,
+    CLAIM,
+    EXPIRE,
+    PUT_BACK_CALLBACK,
+    RECLAIM,
+    RELEASE,
+    RETRY,
+    SETTLE,
+    SETTLE_CALLBACK,
+    TAKE_CALLBACK,
+    WAKE,
+    WAKE_CALLBACKS,
+    Script,
+)
 
-from .driving import Call, Operation, pairs, run, zrem
-from .fleet import durability, models, up_s, workers
+from .driving import Call, Operation, call_script, call_script_many, pairs, run, zrem
+from .fleet import ANNOUNCED_S, durability, models, up_s, workers
 from .jobs import get, record_of
 from .outbox import callback_of
 
@@ -70,11 +85,16 @@ class Backoff:
 
 
 class Records:
-    """What workers do with records, on a blocking client."""
+    """What workers do with records, on a blocking client.
 
-    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400) -> None:
+    Args:
+        retention_s: how long an ended job is kept.
+        level: of the requests that this worker can read, see :data:`latentline.models.LEVEL`.
+    """
+
+    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400, level: int = LEVEL) -> None:
         self._client = client
-        self._retention_s = retention_s
+        self._retention_s, self._level = retention_s, level
         self._wake_rank = 0  # where the next look for lost messages begins
 
     def get(self, job_id: str) -> JobRecord:
@@ -97,16 +117,25 @@ class Records:
         crashes = self._one(lambda client: client.hget(routing.job_key(job_id), "crashes"))
         return int(crashes or 0) >= SUSPECT_CRASHES
 
-    def claim(self, job_id: str, worker: str, lease_s: float, *, alone: bool = False, mark: str | None = None) -> Claim | None:
+    def claim(self, job_id: str, worker: str, lease_s: float, *, alone: bool = False, claim_id: str | None = None) -> Claim | None:
         """Own the job for ``lease_s`` seconds; None when there is nothing to do for it.
 
         That is: it has ended, is past its deadline (then it is failed here), waits for its next try, or is running. A claim
-        that is repeated under the same ``mark``, because its answer was lost, is answered again.
+        repeated under the same ``claim_id``, because its answer was lost, is answered again.
 
         Raises:
             JobNotFound: there is no such record, or it is of another version (then it is failed and kept as dead letter).
         """
-        reply = self._eval(CLAIM, job_id, worker, lease_s, self._retention_s, int(alone), mark or uuid.uuid4().hex)
+        reply = self._script(
+            CLAIM,
+            id=job_id,
+            worker=worker,
+            lease_s=lease_s,
+            retention_s=self._retention_s,
+            alone=int(alone),
+            claim_id=claim_id or uuid.uuid4().hex,
+            level=self._level,
+        )
         if reply == "unknown":
             raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
         if isinstance(reply, str):
@@ -117,32 +146,33 @@ class Records:
             return Claim(record=record_of(raw), token=token)
         except JobNotFound as error:
             failure = JobError(code="unreadable_record", message="the record is of a version that this worker cannot read")
-            self._eval(SETTLE, job_id, token, Status.FAILED.value, "[]", failure.model_dump_json(), "{}", self._retention_s)
+            self._settle(job_id, token, Status.FAILED, "[]", failure, "{}")
             self.bury(job_id, "job", error.message, job_id=job_id, code=failure.code, request=raw["request"])
             raise
 
     def beat(self, beats: Sequence[Beat]) -> list[Verdict]:
         """Renew leases and store progress of many jobs in one round trip."""
 
-        def call(client: Any) -> Any:
-            pipeline = client.pipeline(transaction=False)
-            for b in beats:
-                previews = json.dumps(b.previews) if b.previews else ""
-                pipeline.eval(BEAT, 0, b.job_id, b.token, b.phase.value, b.step, b.lease_s, b.batch_jobs, previews)
-            return pipeline.execute()
-
-        def operation() -> Operation[list[Verdict]]:
-            replies = yield call
-            return [Verdict(reply) for reply in replies]
-
-        return run(self._client, operation())
+        calls = [
+            {
+                "id": beat.job_id,
+                "token": beat.token,
+                "phase": beat.phase.value,
+                "step": beat.step,
+                "lease_s": beat.lease_s,
+                "batch_jobs": beat.batch_jobs,
+                "previews": json.dumps(beat.previews) if beat.previews else "",
+            }
+            for beat in beats
+        ]
+        return [Verdict(reply) for reply in run(self._client, call_script_many(BEAT, calls))]
 
     def checkpoint(self, job_id: str, token: int, step: int, data: bytes) -> bool:
         """Keep what another worker needs to go on from ``step`` (in the job's own steps).
 
         False for a stale token, and when the broker is at its memory bound: jobs go on without.
         """
-        return bool(self._eval(CHECKPOINT, job_id, token, step, data, CHECKPOINT_TTL_S))
+        return bool(self._script(CHECKPOINT, id=job_id, token=token, step=step, data=data, ttl_s=CHECKPOINT_TTL_S))
 
     def load_checkpoint(self, job_id: str) -> bytes | None:
         """The newest checkpoint of a job."""
@@ -152,7 +182,7 @@ class Records:
 
     def release(self, job_id: str, token: int) -> bool:
         """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when somebody else owns the job now."""
-        return bool(self._eval(RELEASE, job_id, token, self._retention_s))
+        return bool(self._script(RELEASE, id=job_id, token=token, retention_s=self._retention_s))
 
     def retry(self, job_id: str, token: int, error: JobError, backoff: Backoff) -> tuple[Status, float]:
         """Another try later, or failed and a dead letter after ``MAX_ERRORS``; the status that came of it and the delay in seconds.
@@ -160,8 +190,17 @@ class Records:
         Raises:
             StaleToken: as :meth:`settle`.
         """
-        delays = (backoff.first_s, backoff.most_s, backoff.jitter)
-        reply = self._eval(RETRY, job_id, token, error.model_dump_json(), *delays, MAX_ERRORS, self._retention_s)
+        reply = self._script(
+            RETRY,
+            id=job_id,
+            token=token,
+            err=error.model_dump_json(),
+            first_delay_s=backoff.first_s,
+            max_delay_s=backoff.most_s,
+            jitter=backoff.jitter,
+            max_errors=MAX_ERRORS,
+            retention_s=self._retention_s,
+        )
         if not reply:
             raise StaleToken(f"job {job_id}: token {token} is not the newest, or the job has ended")
         return Status(reply[0]), float(reply[1])
@@ -184,8 +223,7 @@ class Records:
         if not status.terminal:
             raise ValueError(f"status: got {status.value!r}; allowed: a terminal status")
         stored = json.dumps([image.model_dump(mode="json", exclude={"url"}) for image in images])
-        failure = error.model_dump_json() if error else ""
-        reply = self._eval(SETTLE, job_id, token, status.value, stored, failure, json.dumps(timings or {}), self._retention_s)
+        reply = self._settle(job_id, token, status, stored, error, json.dumps(timings or {}))
         if not reply:
             raise StaleToken(f"job {job_id}: token {token} is not the newest, or the job has ended")
         return record_of(pairs(reply))
@@ -198,21 +236,28 @@ class Records:
         """
         seconds = self._now()
         over = self._one(lambda client: client.zrangebyscore(routing.leases_key(), "-inf", seconds, 0, MAX_RECLAIM))
-        return [job_id for job_id in over if self._eval(RECLAIM, job_id, MAX_CRASHES_ALONE, self._retention_s)]
+        return [job_id for job_id in over if self._reclaim_one(job_id)]
 
     def wake(self, model: str, grace_s: float) -> list[str]:
         """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids.
 
         Each call looks at ``MAX_WAKE`` waiting jobs, the next call at the next ones.
         """
-        woken, looked_at = self._eval(WAKE, model, grace_s, self._wake_rank, MAX_WAKE)
+        woken, looked_at = self._script(WAKE, model=model, grace_s=grace_s, first_rank=self._wake_rank, most=MAX_WAKE)
         self._wake_rank = self._wake_rank + MAX_WAKE if looked_at == MAX_WAKE else 0
         found: list[str] = woken
         return found
 
     def expired(self) -> list[str]:
         """Ended jobs whose retention is over, as ``tenant/id``; their records are gone after this, their images may not be."""
-        members: list[str] = self._eval(EXPIRE, MAX_EXPIRE, EXPIRE_AGAIN_S, self._retention_s, DEAD_KEPT_S, DEAD_MOST)
+        members: list[str] = self._script(
+            EXPIRE,
+            most=MAX_EXPIRE,
+            again_s=EXPIRE_AGAIN_S,
+            retention_s=self._retention_s,
+            dead_kept_s=DEAD_KEPT_S,
+            dead_most=DEAD_MOST,
+        )
         return members
 
     def forget(self, members: Sequence[str]) -> None:
@@ -221,7 +266,7 @@ class Records:
 
     def take_callback(self, callback_id: str, lock_s: float) -> dict[str, Any] | None:
         """A due callback for one try within ``lock_s``; None when it is delivered, given up, not due yet, or in other hands."""
-        reply = self._eval(TAKE_CALLBACK, callback_id, lock_s)
+        reply = self._script(TAKE_CALLBACK, id=callback_id, lock_s=lock_s)
         return callback_of(pairs(reply)) if reply else None
 
     def settle_callback(self, callback_id: str, tries: int, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> None:
@@ -229,15 +274,15 @@ class Records:
 
         Nothing when others have taken it since: ``tries`` is the number of the try, as it was taken.
         """
-        self._eval(SETTLE_CALLBACK, callback_id, tries, json.dumps(entry), status, delay_s)
+        self._script(SETTLE_CALLBACK, id=callback_id, tries=tries, entry=json.dumps(entry), status=status, delay_s=delay_s)
 
     def put_back_callback(self, callback_id: str, tries: int, delay_s: float) -> None:
         """A callback that was taken and not tried: due again after ``delay_s``; ``tries`` as in :meth:`settle_callback`."""
-        self._eval(PUT_BACK_CALLBACK, callback_id, tries, delay_s)
+        self._script(PUT_BACK_CALLBACK, id=callback_id, tries=tries, delay_s=delay_s)
 
     def wake_callbacks(self) -> int:
         """Hand every callback whose next try is due to the deliverers; how many."""
-        return int(self._eval(WAKE_CALLBACKS, MAX_RECLAIM))
+        return int(self._script(WAKE_CALLBACKS, most=MAX_RECLAIM))
 
     def receiver_disabled(self, url: str) -> bool:
         """Whether this receiver has answered 410 Gone."""
@@ -245,11 +290,19 @@ class Records:
 
     def bury(self, dead_id: str, kind: str, reason: str, **more: Any) -> None:
         """Keep what nobody can read, with its cause."""
-        self._eval(BURY, dead_id, json.dumps({"id": dead_id, "kind": kind, "reason": reason, **more}))
+        self._script(BURY, id=dead_id, letter=json.dumps({"id": dead_id, "kind": kind, "reason": reason, **more}))
 
     def announce(self, worker: str, info: ModelInfo) -> None:
         """Say that a worker is alive, on the server's clock, and serves this model."""
-        self._eval(ANNOUNCE, worker, info.id, info.model_dump_json(), WORKER_FORGOTTEN_S)
+        self._script(
+            ANNOUNCE,
+            worker=worker,
+            announcement=Announcement(level=self._level, models=(info,)).to_json(),
+            model=info.id,
+            first_fields=info.first_fields(),
+            announced_s=ANNOUNCED_S,
+            forgotten_s=WORKER_FORGOTTEN_S,
+        )
 
     def worker_gone(self, name: str) -> None:
         """Say that a worker has stopped."""
@@ -260,8 +313,23 @@ class Records:
         seconds, microseconds = self._one(lambda client: client.time())
         return float(seconds + microseconds / 1e6)
 
-    def _eval(self, script: str, *args: Any) -> Any:
-        return self._one(lambda client: client.eval(script, 0, *args))
+    def _settle(self, job_id: str, token: int, status: Status, images: str, error: JobError | None, timings: str) -> Any:
+        return self._script(
+            SETTLE,
+            id=job_id,
+            token=token,
+            status=status.value,
+            images=images,
+            err=error.model_dump_json() if error else "",
+            timings=timings,
+            retention_s=self._retention_s,
+        )
+
+    def _reclaim_one(self, job_id: str) -> bool:
+        return bool(self._script(RECLAIM, id=job_id, max_crashes_alone=MAX_CRASHES_ALONE, retention_s=self._retention_s))
+
+    def _script(self, script: Script, **arguments: Any) -> Any:
+        return run(self._client, call_script(script, **arguments))
 
     def _one(self, call: Call) -> Any:
         def operation() -> Operation[Any]:

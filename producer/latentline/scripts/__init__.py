@@ -1,5 +1,34 @@
-"""The Lua behind :mod:`latentline.records`. Each script is one transition; time is the server's own.
+"""The transitions of jobs and callbacks, as Lua scripts that the broker runs; time is the broker's own.
 
-Keys are derived inside of the scripts from the ids they are given: one Redis (with replicas), no cluster.
-The state machine is drawn in ``docs/job-states.md``.
+Each ``.lua`` file beside this one is one script, with its invariants at its head; ``lib/`` holds what several of them share.
+They are called through :mod:`latentline.records`. Keys are derived inside of the scripts from the ids they are given: one
+Redis (with replicas), no cluster. The state machine is drawn in ``docs/job-states.md``.
 """
+
+from .script import Script, load
+
+SUBMIT = load("submit")
+CLAIM = load("claim")
+BEAT = load("beat")
+CHECKPOINT = load("checkpoint")
+CANCEL = load("cancel")
+RELEASE = load("release")
+SETTLE = load("settle")
+RETRY = load("retry")
+
+RECLAIM = load("reclaim")
+WAKE = load("wake")
+ANNOUNCE = load("announce")
+BURY = load("bury")
+EXPIRE = load("expire")
+
+TAKE_CALLBACK = load("take_callback")
+SETTLE_CALLBACK = load("settle_callback")
+PUT_BACK_CALLBACK = load("put_back_callback")
+WAKE_CALLBACKS = load("wake_callbacks")
+REPLAY_CALLBACK = load("replay_callback")
+
+__all__ = [
+    "ANNOUNCE", "BEAT", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "EXPIRE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE",
+    "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK", "WAKE", "WAKE_CALLBACKS", "Script",
+]  # fmt: skip

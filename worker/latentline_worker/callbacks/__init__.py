@@ -1,1 +1,1 @@
-"""The process that delivers callbacks: a Celery worker with no model and no GPU, and the guard on where it connects."""
+"""The process that delivers status callbacks, and the guard on the addresses to which it may connect. It needs no GPU."""

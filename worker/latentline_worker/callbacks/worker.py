@@ -1,53 +1,46 @@
-"""``latentline callbacks serve``: the process that delivers callbacks. A Celery worker with no model and no GPU."""
+"""``latentline callbacks serve``: the process that delivers callbacks, a Celery worker with no model and no GPU."""
 
 from __future__ import annotations
 
-import logging
 import socket
-import threading
 
 from celery.signals import worker_ready
 
 from latentline.connection import connect
-from latentline.errors import LatentlineError
 from latentline.records import Records
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, CALLBACK_UNACKED
+from latentline_worker.maintenance.callback_wakes import CallbackWakes
+from latentline_worker.maintenance.liveness import LivenessFile
 from latentline_worker.settings import ProcessSettings
-from latentline_worker.transport.app import LONELY, create_app
+from latentline_worker.transport.app import NO_GOSSIP, create_app
 
 from .deliverer import Deliverer
 
-log = logging.getLogger(__name__)
-
-CONCURRENCY = 16  # tries at a time in one process
-TEND_EVERY_S = 1.0
+CONCURRENCY = 16  # concurrent tries of one process
 
 
 def serve(settings: ProcessSettings) -> int:
-    """Deliver callbacks until SIGTERM: a Celery worker of its own queue, with no model and no GPU."""
+    """Deliver callbacks until SIGTERM; the exit status of the process.
+
+    Raises:
+        ConfigurationError: a secret is malformed.
+    """
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
-    secret = settings.callback_secret.get_secret_value() if settings.callback_secret else ""
-    deliverer = Deliverer(records, [one.strip() for one in secret.split(",") if one.strip()], settings.callback_networks)
+    secrets = settings.callback_secret.get_secret_value().split(",") if settings.callback_secret else []
+    deliverer = Deliverer(records, [one.strip() for one in secrets if one.strip()], settings.callback_networks)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK)
-    stopped = threading.Event()
+    wakes, liveness = CallbackWakes(records), LivenessFile(settings.ready_file)
 
-    def tend() -> None:
-        while not stopped.wait(TEND_EVERY_S):
-            try:
-                if settings.ready_file:
-                    settings.ready_file.touch()
-                records.wake_callbacks()
-            except LatentlineError as error:
-                log.warning("callbacks: %s", error.message)
-            except Exception:
-                log.exception("tending callbacks failed")
+    def on_ready(**_: object) -> None:
+        wakes.start()
+        liveness.start()
 
-    worker_ready.connect(lambda **_: threading.Thread(target=tend, name="tend", daemon=True).start(), weak=False)
+    worker_ready.connect(on_ready, weak=False)
     name = f"callbacks@{socket.gethostname()}"
-    worker = app.Worker(hostname=name, pool="threads", concurrency=CONCURRENCY, queues=[CALLBACK_QUEUE], loglevel="INFO", **LONELY)
+    worker = app.Worker(hostname=name, pool="threads", concurrency=CONCURRENCY, queues=[CALLBACK_QUEUE], loglevel="INFO", **NO_GOSSIP)
     worker.start()
-    stopped.set()
-    if settings.ready_file:
-        settings.ready_file.unlink(missing_ok=True)
+    wakes.stop()
+    liveness.stop(wait_s=1.0)  # a touch after the removal would bring the file back
+    liveness.remove()
     return int(worker.exitcode or 0)

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from latentline.client import Client
+from latentline.client import Client, Outcome
 from latentline.errors import LatentlineError
 from latentline.images import Images
 from latentline.jobs import JobRecord, JobRequest, Phase, Status
@@ -64,7 +64,7 @@ def run(prompts: list[str] | None, out: Path) -> int:
         try:
             with Client(stack.settings) as client:
                 started = time.monotonic()
-                ids = [record.id for record in client.submit_many(requests)]
+                ids = [_accepted(outcome).id for outcome in client.submit_many(requests)]
                 records = _follow(console, client, ids)
                 console.print(f"{len(ids)} jobs in {time.monotonic() - started:.1f} s on {stack.url}")
                 saved = _save(records, Images(stack.settings), out)
@@ -80,6 +80,12 @@ def run(prompts: list[str] | None, out: Path) -> int:
         contact_sheet(saved, out / "contact-sheet.png")
         console.print(f"pictures in {out}/, all on one page: {out / 'contact-sheet.png'}")
     return 0 if all(record.status is Status.SUCCEEDED for record in records) else 1
+
+
+def _accepted(outcome: Outcome) -> JobRecord:
+    if isinstance(outcome, LatentlineError):
+        raise outcome
+    return outcome
 
 
 def _follow(console: Console, client: Client, ids: list[str]) -> list[JobRecord]:

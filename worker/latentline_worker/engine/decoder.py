@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from latentline_worker.models.base import Family
 
-from .network import device_lost, out_of_memory
+from .failures import out_of_memory, raise_if_lost, run_in_parts
 
 log = logging.getLogger(__name__)
 
-# Images with more pixels are decoded tile by tile: the activations of a whole 2048 px image take over 10 GB in half
-# precision. By size and not by free memory, so that the same job gives the same picture on every machine.
+# Images with more pixels are decoded in tiles: the activations of a whole 2048 px image take over 10 GB in half
+# precision. Decided by size and not by free memory, so that the same job gives the same picture on every machine.
 TILE_ABOVE_PIXELS = 1024 * 1024
 
 
 @dataclass(eq=False)
 class Decoding:
-    """One request's images on their way to pixels."""
+    """The images of one request while they are decoded."""
 
     latents: torch.Tensor  # (images, c, h, w)
     tiled: bool
     done: Callable[[torch.Tensor | Exception], None]
     pixels: dict[int, torch.Tensor] = field(default_factory=dict)  # by the image's place
     failed: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return len(self.pixels) == len(self.latents) and not self.failed
+
+
+Image = tuple[Decoding, int]  # an image of a request, by its place
 
 
 class Decoder:
@@ -42,14 +49,19 @@ class Decoder:
     def __init__(self, family: Family, max_batch: int) -> None:
         self._family = family
         self._max_batch = max_batch
-        self._queue: deque[tuple[Decoding, int]] = deque()  # one entry per image
+        self._queue: deque[Image] = deque()
 
     @property
     def pending(self) -> bool:
         return bool(self._queue)
 
     def submit(self, latents: torch.Tensor, done: Callable[[torch.Tensor | Exception], None]) -> None:
-        """(images, c, h, w) latents; ``done`` gets (images, height, width, 3) uint8 pixels on the device, or an error."""
+        """Decode (images, c, h, w) latents in one of the next calls of :meth:`decode_some`.
+
+        Args:
+            latents: of one request.
+            done: called once, with (images, height, width, 3) uint8 pixels on the device or with the error.
+        """
         decoding = Decoding(latents, self._family.num_pixels(latents) > TILE_ABOVE_PIXELS, done)
         self._queue.extend((decoding, i) for i in range(len(latents)))
 
@@ -64,61 +76,52 @@ class Decoder:
         return outcomes[0]
 
     def decode_some(self) -> None:
-        """One micro-batch: images of the first one's shape, at most ``max_batch``."""
-        while self._queue and self._queue[0][0].failed:
-            self._queue.popleft()
-        batch: list[tuple[Decoding, int]] = []
+        """Decode one micro-batch: at most ``max_batch`` images, all of the first one's shape and tiling."""
+        batch: list[Image] = []
         while self._queue and len(batch) < self._max_batch:
             decoding, first = self._queue[0][0], batch[0][0] if batch else self._queue[0][0]
             if decoding.latents.shape[1:] != first.latents.shape[1:] or decoding.tiled != first.tiled:
                 break
             batch.append(self._queue.popleft())
-        if batch:
-            self._run(batch)
+        retry: list[Image] = []
 
-    def abandon(self, error: Exception) -> None:
-        """Decode nothing more; whoever waits gets this error."""
-        while self._queue:
-            decoding, _ = self._queue.popleft()
-            if not decoding.failed:
-                decoding.failed = True
-                decoding.done(error)
+        def failed(image: Image, error: Exception) -> None:
+            if out_of_memory(error) and not image[0].tiled:
+                retry.append(image)
+            else:
+                self._fail(image[0], error)
 
-    def _run(self, batch: list[tuple[Decoding, int]]) -> None:
-        tiled = batch[0][0].tiled
-        try:
-            pixels = self._decode(torch.stack([decoding.latents[i] for decoding, i in batch]), tiled)
-        except Exception as error:
-            if device_lost(error):
-                raise
-            if len(batch) == 1:
-                decoding = batch[0][0]
-                if out_of_memory(error) and not tiled:
-                    log.warning("out of memory in a decode: trying it in tiles")
-                    decoding.tiled = True
-                    self._queue.appendleft(batch[0])
-                elif not decoding.failed:
-                    decoding.failed = True
-                    decoding.done(error)
-                return
-            pixels = None
-        if pixels is None:  # outside of the except block, whose error would keep tensors alive; only the guilty fail
-            for one in batch:
-                self._run([one])
-            return
-        for (decoding, i), image in zip(batch, pixels, strict=True):
-            decoding.pixels[i] = image
-            if len(decoding.pixels) == len(decoding.latents) and not decoding.failed:
-                decoding.done(self._whole(decoding))
-
-    @staticmethod
-    def _whole(decoding: Decoding) -> torch.Tensor | Exception:
-        """All images of a request in one, or the error, which is this request's alone."""
-        try:
-            return torch.stack([decoding.pixels[k] for k in range(len(decoding.latents))])
-        except Exception as error:
-            return error
+        run_in_parts(batch, self._decode, failed, device=self._family.device)
+        for decoding in dict.fromkeys(decoding for decoding, _ in batch):
+            if decoding.complete:
+                decoding.done(_joined(decoding))
+        # After the batch, so that all parts of it run with the tiling with which it was formed.
+        for decoding, i in reversed(retry):
+            if decoding.failed:
+                continue
+            log.warning("out of memory in a decode: trying it in tiles")
+            decoding.tiled = True
+            self._queue.appendleft((decoding, i))
 
     @torch.inference_mode()
-    def _decode(self, latents: torch.Tensor, tiled: bool) -> torch.Tensor:
-        return self._family.decode(latents, tiled=tiled)
+    def _decode(self, images: Sequence[Image]) -> None:
+        latents = torch.stack([decoding.latents[i] for decoding, i in images])
+        decoded = self._family.decode(latents, tiled=images[0][0].tiled)
+        for (decoding, i), pixels in zip(images, decoded, strict=True):
+            decoding.pixels[i] = pixels
+
+    def _fail(self, decoding: Decoding, error: Exception) -> None:
+        """One image that cannot be decoded fails its request, once; the request's other images are dropped."""
+        if not decoding.failed:
+            decoding.failed = True
+            self._queue = deque(image for image in self._queue if image[0] is not decoding)
+            decoding.done(error)
+
+
+def _joined(decoding: Decoding) -> torch.Tensor | Exception:
+    """All images of a request in one tensor, or the error: no memory for it is this request's failure alone."""
+    try:
+        return torch.stack([decoding.pixels[i] for i in range(len(decoding.latents))])
+    except Exception as error:
+        raise_if_lost(error)
+        return error

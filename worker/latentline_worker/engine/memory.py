@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentline.errors import OutOfMemory
 from latentline_worker.models.base import Family
-from latentline_worker.samplers import MAX_MEMORY
+from latentline_worker.samplers import MAX_ORDER
 
 from .decoder import TILE_ABOVE_PIXELS
 from .request import LaneKey
@@ -134,7 +134,7 @@ class Memory:
 
     def slot_bytes(self, key: LaneKey, width: int) -> int:
         """One image between steps: history in float32, and both text states of ``width`` in the network's type."""
-        history = (2 * MAX_MEMORY + 1) * key.num_latents * 4
+        history = (2 * MAX_ORDER + 1) * key.num_latents * 4
         return history + 2 * key.text_tokens * width * self._family.dtype.itemsize
 
     def num_slots(self, key: LaneKey, width: int) -> int:

@@ -1,4 +1,4 @@
-"""One job in flight: what it asks of the network, and where it stands."""
+"""One job in flight: what it asks of the engine, and how far it has come."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from latentline.errors import NumericalError
+import numpy as np
+import numpy.typing as npt
+
 from latentline.jobs import Phase
 
-if TYPE_CHECKING:  # the planner handles requests and stays torch-free
+from .checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # requests are built and read without torch
     import torch
 
     from latentline_worker.samplers import SamplerTable
-
-    from .checkpoint import Checkpoint
 
 _arrivals = itertools.count()
 
 
 class Cancelled(Exception):
-    """The job left the engine because somebody asked for it; ``reason`` is a stable code."""
+    """The job left the engine unfinished and through no error of its own; ``reason`` is a stable code."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -46,7 +48,7 @@ class LaneKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What the engine needs to know of a job: text and numbers in, pixels out."""
+    """A job as the engine needs it: text and numbers in, pixels out."""
 
     job_id: str
     model: str
@@ -56,45 +58,57 @@ class Work:
     table: SamplerTable
     guidance_scale: float
     seeds: tuple[int, ...]  # one per image
-    priority: int = 5  # 0 is served first
-    tenant: str = "default"  # whose job it is: the planner gives each a fair share
-    deadline: float | None = None  # time.monotonic(): the planner hurries what would be late
-    preview_every: int = 0  # network calls between previews; 0: none
+    priority: int = 5  # 0 is the most urgent
+    tenant: str = "default"  # the planner divides the device fairly among tenants
+    deadline: float | None = None  # time.monotonic(); the planner prefers jobs that are about to miss theirs
+    preview_every: int = 0  # network calls between previews; 0 for none
     decode: bool = True  # False: the result is the latents
-    resume: Checkpoint | None = None  # where another worker left off
+    resume: Checkpoint | None = None  # of another worker, to start from
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1  # as in diffusers: at 1 and below there is nothing to guide
+        return self.guidance_scale > 1  # as in diffusers: guidance has an effect only above 1
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts to encode: an unguided job needs no negative prompt."""
+        return (self.prompt, self.negative_prompt) if self.guided else (self.prompt,)
+
+    @property
+    def identity(self) -> list[object]:
+        """JSON values that must be equal for a checkpoint's history to mean the same."""
+        return [self.model, list(self.latent_shape), self.table.num_steps, self.table.order, list(self.seeds), self.guidance_scale]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """How the images look so far: (images, rows, columns, 3) uint8, one pixel per latent."""
+    """The images so far: (images, rows, columns, 3) uint8, one pixel per latent, in host memory."""
 
     step: int
-    pixels: torch.Tensor
+    pixels: npt.NDArray[np.uint8]
 
 
 @dataclass(eq=False)
 class Request:
-    """A job in flight. The engine thread alone writes ``step`` and what follows it."""
+    """A job in flight. Only the engine's thread writes ``step`` and the fields after it.
+
+    Everything that other threads read is in host memory: no field makes its reader wait for the device.
+    """
 
     work: Work
     future: Future[torch.Tensor] = field(default_factory=Future)
-    finite: torch.Tensor | None = None  # of the final latents; read where waiting for the device is no harm
     step: int = 0  # network calls done
     shared_steps: int = 0  # of these, how many ran together with another job
     batch_jobs: int = 0  # jobs in the last call
     phase: Phase = Phase.ENCODING
-    preview: Preview | None = None  # the newest
-    checkpoint: Checkpoint | None = None  # the newest
-    checkpoint_at: float = field(default_factory=time.monotonic)
-    prompt_tokens: tuple[int, int] = (0, 0)  # in the prompt; of these, read by the text encoder
-    text_tokens: int = 0  # states per row of cross-attention; known once the text is encoded
+    preview: Preview | None = None  # the newest that is complete
+    checkpoint: Checkpoint | None = None  # the newest that is complete
+    checkpoint_at: float = field(default_factory=time.monotonic)  # when the last one was begun
+    prompt_tokens: tuple[int, int] = (0, 0)  # tokens in the prompt, and how many of them the text encoder reads
+    text_tokens: int = 0  # length of the prompt embeds; known once the text is encoded
     slots: list[int] = field(default_factory=list)  # one per image, while in a lane
-    arrival: int = field(default_factory=lambda: next(_arrivals))  # first come, lowest
-    times: dict[str, float] = field(default_factory=lambda: {"submitted": time.monotonic()})  # monotonic, by what happened
+    arrival: int = field(default_factory=lambda: next(_arrivals))  # the order in which requests came
+    times: dict[str, float] = field(default_factory=lambda: {"submitted": time.monotonic()})  # time.monotonic() of each event
     _cancel: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -112,7 +126,7 @@ class Request:
 
     @property
     def rows(self) -> int:
-        """Rows of the network that one step costs: guided images cost two."""
+        """Network rows of one step: a guided image needs two."""
         return self.num_images * (2 if self.work.guided else 1)
 
     @property
@@ -131,28 +145,28 @@ class Request:
     def lane(self) -> LaneKey:
         return LaneKey(self.work.model, self.work.latent_shape, self.text_tokens)
 
-    def reached(self, what: str) -> None:
-        """Note the time of the first moment that ``what`` happened."""
-        self.times.setdefault(what, time.monotonic())
+    def reached(self, event: str) -> None:
+        """Note the time at which ``event`` first happened."""
+        self.times.setdefault(event, time.monotonic())
 
     def seconds(self, since: str, until: str) -> float:
-        """Between two moments; 0 where one has not come."""
+        """Time between two events; 0 if either has not happened."""
         return self.times[until] - self.times[since] if since in self.times and until in self.times else 0.0
 
     def result(self, timeout_s: float | None = None) -> torch.Tensor:
         """Wait for (images, height, width, 3) uint8 pixels, or (images, c, h, w) latents when ``work.decode`` is False.
 
+        The tensor is in host memory, and complete.
+
         Raises:
-            Cancelled: somebody asked for it.
+            Cancelled: cancelled, or the engine stopped.
             NumericalError: the latents are no longer finite numbers.
+            TimeoutError: not done within ``timeout_s``.
         """
-        outcome = self.future.result(timeout_s).cpu()
-        if self.finite is not None and not self.finite:
-            raise NumericalError("the latents are no longer finite numbers")
-        return outcome
+        return self.future.result(timeout_s)
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """Leave the engine at the next step; from any thread, the first reason counts."""
+        """Leave the engine at the next step. May be called from any thread; the first reason counts."""
         with self._lock:
             self._cancel = self._cancel or reason
 

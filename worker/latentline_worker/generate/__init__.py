@@ -1,1 +1,1 @@
-"""A GPU worker: its process, one job from claim to settled record, the leases on its jobs."""
+"""The process that generates images: start, drain and stop; one job from claim to settled record; leases; watchdog."""

@@ -1,4 +1,4 @@
-"""Lets jobs run together, or one alone: a job that may be what killed its workers gets no company any more."""
+"""A lock that lets jobs run together, or one alone. Runs crash suspects alone."""
 
 from __future__ import annotations
 
@@ -7,33 +7,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Gate:
-    """Many shared holders, or one exclusive holder. Who waits for exclusive use goes before those who come later."""
+class SharedExclusiveLock:
+    """Many shared holders or one exclusive holder. A waiting exclusive holder goes before shared ones that come later."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._shared = 0
+        self._num_shared = 0
         self._exclusive = False
-        self._waiting = 0
+        self._num_waiting = 0  # for exclusive use
 
     @contextmanager
-    def pass_(self, alone: bool) -> Iterator[None]:
-        """Hold the gate for one job."""
+    def shared(self) -> Iterator[None]:
+        """Hold the lock together with other shared holders."""
         with self._changed:
-            if alone:
-                self._waiting += 1
-                self._changed.wait_for(lambda: not self._exclusive and self._shared == 0)
-                self._waiting -= 1
-                self._exclusive = True
-            else:
-                self._changed.wait_for(lambda: not self._exclusive and self._waiting == 0)
-                self._shared += 1
+            self._changed.wait_for(lambda: not self._exclusive and self._num_waiting == 0)
+            self._num_shared += 1
         try:
             yield
         finally:
             with self._changed:
-                if alone:
-                    self._exclusive = False
-                else:
-                    self._shared -= 1
+                self._num_shared -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock alone: waits for all present holders, and keeps later ones waiting."""
+        with self._changed:
+            self._num_waiting += 1
+            self._changed.wait_for(lambda: not self._exclusive and self._num_shared == 0)
+            self._num_waiting -= 1
+            self._exclusive = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._exclusive = False
                 self._changed.notify_all()

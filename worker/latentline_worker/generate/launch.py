@@ -1,19 +1,19 @@
 """``latentline worker``: one pinned Celery process per visible device.
 
-The parent never imports torch. Each child is pinned by ``CUDA_VISIBLE_DEVICES`` before it does, loads the model,
-warms up, and only then takes work. With one device (or none) there is no parent.
+With several devices a parent, which never imports torch, starts one child per device. Each child is pinned by
+``CUDA_VISIBLE_DEVICES`` before it imports torch, loads the model, warms up, and only then takes work. With one device or
+none there is no parent.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 
 from pydantic import ValidationError
@@ -24,9 +24,12 @@ from latentline_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
+# What the parent waits for. Blocked while it does, so that no handler runs between the check and the wait.
+AWAITED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+
 
 def main(args: Sequence[str]) -> int:
-    """Run workers until they are told to stop; the exit status says whether all ended well."""
+    """Run workers until SIGTERM or SIGINT; 0 if all ended well."""
     parser = argparse.ArgumentParser(prog="latentline worker")
     parser.add_argument("--model", help="the bundled model's id, a diffusers folder, or a hub id")
     parser.add_argument("--concurrency", type=int, help="jobs in flight per process")
@@ -38,7 +41,7 @@ def main(args: Sequence[str]) -> int:
         settings = WorkerSettings(**{key: value for key, value in given.items() if value is not None})
         devices = visible_devices()
         if options.device is None and len(devices) > 1:
-            return _supervise(devices, list(args))
+            return supervise(_start_children(devices, args))
         return _serve(settings, options.device or (devices[0] if devices else None))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
@@ -49,7 +52,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def visible_devices() -> list[str]:
-    """Indices or UUIDs of the GPUs this process may use, without importing torch; empty on a CPU machine."""
+    """Indices or UUIDs of the GPUs this process may use, found without torch; empty on a machine without any."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [d for d in chosen.split(",") if d.strip() and d.strip() != "-1"]
@@ -60,143 +63,59 @@ def visible_devices() -> list[str]:
     return listing.stdout.split() if listing.returncode == 0 else []
 
 
-def _supervise(devices: Sequence[str], args: list[str]) -> int:
-    """One child per device; a signal goes to all, and when one dies the others are stopped: no half-alive worker."""
+def _start_children(devices: Sequence[str], args: Sequence[str]) -> list[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "latentline_worker.generate.launch", *args]
-    # Children that outlived this process would hold the devices that its successor needs.
-    children = [
+    # A child that outlived this process would hold a device that its successor needs.
+    return [
         subprocess.Popen([*command, "--device", d], env={**os.environ, "CUDA_VISIBLE_DEVICES": d}, preexec_fn=die_with_parent())
         for d in devices
     ]
 
-    def stop(*_: object) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    codes: list[int] = []
-    while len(codes) < len(children):
-        pid, status = os.wait()
-        if any(child.pid == pid for child in children):
-            codes.append(os.waitstatus_to_exitcode(status))
-            stop()
-    return 0 if all(code == 0 for code in codes) else 1
+def supervise(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all children; 0 if all ended with 0.
+
+    SIGTERM and SIGINT go to all of them, and when one ends, the others are stopped too, so that no worker runs on half of
+    its devices. There are no signal handlers: signals are taken one at a time in the loop below, which is also the only
+    place that reaps children.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
+    told_to_stop = False
+    try:
+        while True:
+            codes = [child.poll() for child in children]
+            if None not in codes:
+                return int(any(codes))
+            stop = any(code is not None for code in codes) and not told_to_stop
+            # A child that ends after the poll above leaves its SIGCHLD pending, so that this does not wait in vain.
+            if stop or signal.sigwait(AWAITED) != signal.SIGCHLD:
+                told_to_stop = True
+                for child in children:
+                    child.terminate()  # does nothing to a child that has ended
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(settings: WorkerSettings, device_index: str | None) -> int:
-    """Load, warm up, take work until SIGTERM; then drain."""
+    """Load the model onto one device and run its worker until SIGTERM."""
     os.environ["CUDA_VISIBLE_DEVICES"] = device_index or ""  # before torch is imported
-    import socket
-
-    from celery.signals import worker_ready, worker_shutting_down
 
     from latentline.connection import connect
+    from latentline.jobs import LEVEL
     from latentline.records import Records
-    from latentline.routing import GENERATE_TASK, queue_names
     from latentline_worker.images.store import ImageStore
-    from latentline_worker.images.upload import Delivery
-    from latentline_worker.maintenance.expiry import Expiry
-    from latentline_worker.transport.app import LONELY, create_app
 
-    from .leases import Heartbeat
     from .loading import load_model, make_engine
-    from .runner import JobRunner
+    from .worker import GenerateWorker
 
     name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
-    if settings.ready_file:
-        settings.ready_file.unlink(missing_ok=True)  # left by a container that was restarted
     family = load_model(settings)
     store = ImageStore(settings)
     store.ensure_bucket()
-    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
+    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, LEVEL)
     engine = make_engine(settings, family)
-    engine.start()
     log.info("%s: %s is loaded and warm", name, family.info.id)
-    for problem in records.durability():
-        log.warning("broker: %s", problem)
-
-    expiry = Expiry(records, store)
-
-    def announce() -> None:
-        records.announce(name, family.info)  # again and again: the broker's state may have been wiped
-
-    def tend() -> None:
-        """What belongs to no worker, looked after by every one."""
-        # While the broker was away every lease may have run out: each worker has to have the chance to renew its own.
-        over = records.reclaim() if records.up_s() > settings.lease_s else []
-        for job_id in over:
-            log.warning("job %s: its worker is lost, the job is taken from it", job_id)
-        for job_id in records.wake(family.info.id, settings.lease_s):
-            log.info("job %s: woken again", job_id)
-
-    def pulse() -> None:
-        if settings.ready_file:
-            settings.ready_file.touch()
-
-    def give_up() -> None:
-        # The engine's thread hangs in a call that nothing interrupts, or is gone: only a new process mends that.
-        log.critical("%s: the engine has finished nothing for %.0f s: this process ends", name, engine.stalled_for())
-        if settings.ready_file:
-            settings.ready_file.unlink(missing_ok=True)
-        os._exit(os.EX_SOFTWARE)
-
-    heartbeat = Heartbeat(
-        records,
-        settings.lease_s,
-        tend,
-        announce,
-        stalled_for=engine.stalled_for,
-        stall_s=settings.stall_s,
-        give_up=give_up,
-        pulse=pulse,
-        pace=engine.pace,
-    )
-    runner = JobRunner(name, family, records, engine, Delivery(store), heartbeat, settings.lease_s, settings.stall_s)
-    app = create_app(settings, queue_names(family.info.id), records, settings.concurrency)
-    app.task(runner.run, name=GENERATE_TASK)
-
-    def on_ready(**_: object) -> None:
-        with contextlib.suppress(LatentlineError):  # again by the heartbeat in any case
-            announce()
-        heartbeat.start()
-        expiry.start()
-        log.info("%s: ready", name)
-
-    def end_now() -> None:
-        with contextlib.suppress(LatentlineError):
-            heartbeat.release_all()
-        os._exit(0)
-
-    def on_shutting_down(**_: object) -> None:
-        # Jobs that denoise are checkpointed and go on elsewhere at once. Celery waits for the other tasks without a bound,
-        # so the bound is here: what still uploads then is given back, and another worker uploads it.
-        threading.Thread(target=engine.stop, name="drain", daemon=True).start()
-        timer = threading.Timer(settings.drain_s, end_now)
-        timer.daemon = True
-        timer.start()
-
-    worker_ready.connect(on_ready, weak=False)
-    worker_shutting_down.connect(on_shutting_down, weak=False)
-    worker = app.Worker(
-        hostname=name,
-        pool="threads",
-        concurrency=2 * settings.concurrency,  # one tenant gets half of it, so that another's jobs need not wait for it
-        queues=queue_names(family.info.id),
-        loglevel="INFO",
-        **LONELY,
-    )
-    worker.start()
-    # In the order of the data's way: nothing enters, the engine ends, what is left is told.
-    engine.stop()
-    expiry.stop()
-    heartbeat.stop()
-    with contextlib.suppress(LatentlineError):  # the broker may have gone first
-        records.worker_gone(name)
-    if settings.ready_file:
-        settings.ready_file.unlink(missing_ok=True)
-    return int(worker.exitcode or 0)
+    return GenerateWorker(name, settings, family, engine, records, store).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model onto its device."""
+"""Loads the model onto its device and makes the engine for it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from latentline_worker.settings import WorkerSettings
 
 
 def load_model(settings: WorkerSettings) -> Family:
-    """Load the configured model onto the one visible device.
+    """Load the configured model onto the one visible device, or onto the CPU.
 
     Raises:
-        ModelError: missing or broken; the message names the file.
+        ModelError: it is missing or damaged; the message names the file.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = settings.dtype if settings.dtype != "auto" else ("float16" if device.type == "cuda" else "float32")
@@ -22,7 +22,11 @@ def load_model(settings: WorkerSettings) -> Family:
 
 
 def make_engine(settings: WorkerSettings, family: Family) -> Engine:
-    """An engine as the settings want it: measured, warm, not started."""
+    """An engine with these settings: memory and step costs are measured, its thread is not started.
+
+    Raises:
+        ConfigurationError: the model, or the fixed rows of the reproducible mode, do not fit into memory.
+    """
     engine = Engine(
         family,
         max_rows=settings.max_rows,

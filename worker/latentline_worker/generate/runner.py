@@ -1,4 +1,4 @@
-"""What a wake-up does, on a task thread: claim -> engine -> deliver -> settle."""
+"""What a wake-up does, on a task thread: claim, generate, upload, settle."""
 
 from __future__ import annotations
 
@@ -6,34 +6,42 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, OutOfMemory, ServiceUnavailable, StaleToken
+from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, StaleToken
 from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
 from latentline.records import Backoff, Records
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.engine import Engine
-from latentline_worker.engine.network import out_of_memory
 from latentline_worker.engine.request import Cancelled, Request, Work
-from latentline_worker.images.upload import Delivery
+from latentline_worker.images.upload import Uploader
 from latentline_worker.models.base import Family
 from latentline_worker.samplers import CompileError, sampler_table
 
-from .exclusive import Gate
-from .leases import Heartbeat, Tracked
+from . import outcome
+from .exclusive import SharedExclusiveLock
+from .leases import LeasedJob, Leases
+from .outcome import CancelRequested, Failed, HandOver, NotOurs, Outcome, Succeeded, TryAgain
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Timings = dict[str, float]
 
-SETTLE_TRIES = 60  # with a second between them: a settle outlasts a broker's restart
+SETTLE_TRIES = 60  # one second apart: long enough for a broker to restart
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0  # before another try after an error
 
 
 class JobRunner:
-    """Runs one job from wake-up to settled record; safe to call from many task threads."""
+    """Runs one job from wake-up to settled record; safe to call from many task threads.
+
+    Args:
+        worker: the name of this worker in the records.
+        lease_s: the first lease of a claim; ``leases`` renews it.
+        engine_stalled: whether the engine counts as hung; then no further job is claimed.
+    """
 
     def __init__(
         self,
@@ -41,77 +49,87 @@ class JobRunner:
         family: Family,
         records: Records,
         engine: Engine,
-        delivery: Delivery,
-        heartbeat: Heartbeat,
+        uploader: Uploader,
+        leases: Leases,
         lease_s: float,
-        stall_s: float = float("inf"),
+        engine_stalled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._worker, self._family, self._records, self._engine = worker, family, records, engine
-        self._delivery, self._heartbeat, self._lease_s, self._stall_s = delivery, heartbeat, lease_s, stall_s
-        self._gate = Gate()
+        self._uploader, self._leases, self._lease_s, self._engine_stalled = uploader, leases, lease_s, engine_stalled
+        self._lock = SharedExclusiveLock()
 
     def run(self, job_id: str) -> None:
-        """Do the job if it is still to be done. Every outcome ends in the record; an exception only when the broker stays away."""
-        while self._engine.stalled_for() > self._stall_s:
-            time.sleep(1)  # an engine that is wedged takes no more jobs: the process ends when nothing uploads any more
+        """Do the job if it is still to be done. Every outcome ends in the record.
+
+        Raises:
+            BrokerUnavailable: the broker stayed away for ``SETTLE_TRIES`` seconds.
+        """
+        while self._engine_stalled():
+            time.sleep(1)  # the watchdog ends the process once nothing uploads any more; the unacknowledged message is kept
         alone = self._insist(lambda: self._records.suspect(job_id))
         if alone:
             log.warning("job %s: workers were lost with it, so it runs alone", job_id)
-        mark = uuid.uuid4().hex  # one claim, however often it is asked for
-        with self._gate.pass_(alone):
-            try:
-                claim = self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s, alone=alone, mark=mark))
-            except JobNotFound as error:
-                reason = error.message
-                log.warning("job %s: %s", job_id, reason)
-                self._insist(lambda: self._records.bury(job_id, "message", reason, job_id=job_id))
+        with self._lock.exclusive() if alone else self._lock.shared():
+            claim = self._claim(job_id, alone)
+            if claim is None:
                 return
-            if claim is not None:
-                log.info("job %s: started, attempt %d", job_id, claim.record.attempt)
-                self._do(claim)
+            log.info("job %s: started, attempt %d", job_id, claim.record.attempt)
+            timings: Timings = {}
+            with self._leases.hold(claim) as job:
+                self._conclude(job, self._attempt(job, timings), timings)
 
-    def _do(self, claim: Claim) -> None:
-        job_id = claim.record.id
-        tracked = self._heartbeat.track(claim)
-        timings: dict[str, float] = {}
-        images: Sequence[ImageRef] = ()
-        status, error = Status.SUCCEEDED, None
+    def _claim(self, job_id: str, alone: bool) -> Claim | None:
+        """Claim the job; None if there is nothing to do for it. A job that cannot be read becomes a dead letter."""
+        claim_id = uuid.uuid4().hex  # of this claim: repeating it after a lost answer does not claim twice
         try:
-            images = self._generate(tracked, timings)
-        except Cancelled as stop:
-            if stop.reason == "stale":
-                log.warning("job %s: another worker owns it now", job_id)
-                return
-            if stop.reason == "lost":
-                log.warning("job %s: left to other workers, who take it when its lease has run out", job_id)
-                return
-            if stop.reason == "shutdown":
-                self._insist(lambda: self._heartbeat.save(tracked))
-                self._insist(lambda: self._records.release(job_id, claim.token))
-                log.info("job %s: back to the queue at step %d, this worker shuts down", job_id, tracked.saved_step)
-                return
-            status, error = _stopped(stop.reason)
-        except Exception as problem:
-            status, error = Status.FAILED, _job_error(problem)
-            expected = isinstance(problem, LatentlineError)
-            log.log(logging.INFO if expected else logging.ERROR, "job %s: %s", job_id, error.code, exc_info=not expected)
-            if isinstance(problem, ServiceUnavailable) or not (expected or out_of_memory(problem)):
-                self._insist(lambda: self._heartbeat.save(tracked))
-                self._retry(claim, error)
-                return
-        finally:
-            self._heartbeat.forget(tracked)
-        self._settle(claim, status, tuple(images), error, timings)
+            return self._insist(lambda: self._records.claim(job_id, self._worker, self._lease_s, alone=alone, claim_id=claim_id))
+        except JobNotFound as error:
+            reason = error.message
+        log.warning("job %s: %s", job_id, reason)
+        self._insist(lambda: self._records.bury(job_id, "message", reason, job_id=job_id))
+        return None
 
-    def _generate(self, tracked: Tracked, timings: dict[str, float]) -> tuple[ImageRef, ...]:
-        record = tracked.claim.record
+    def _attempt(self, job: LeasedJob, timings: Timings) -> Outcome:
+        """Generate and upload the images; every exception becomes an outcome."""
+        try:
+            return Succeeded(self._generate(job, timings))
+        except Exception as problem:
+            ended = outcome.of_exception(problem)
+            if isinstance(ended, Failed | TryAgain) and not isinstance(problem, Cancelled):
+                expected = isinstance(problem, LatentlineError)
+                level = logging.INFO if expected else logging.ERROR
+                log.log(level, "job %s: %s", job.claim.record.id, ended.error.code, exc_info=problem if not expected else None)
+            return ended
+
+    def _conclude(self, job: LeasedJob, ended: Outcome, timings: Timings) -> None:
+        """Write the outcome into the record, or leave the record alone where it is no longer this worker's."""
+        job_id, token = job.claim.record.id, job.claim.token
+        match ended:
+            case Succeeded(images):
+                self._settle(job.claim, Status.SUCCEEDED, images, None, timings)
+            case Failed(error):
+                self._settle(job.claim, Status.FAILED, (), error, timings)
+            case CancelRequested():
+                self._settle(job.claim, Status.CANCELLED, (), None, timings)
+            case TryAgain(error):
+                self._insist(lambda: self._leases.save_checkpoint(job))
+                self._retry(job.claim, error)
+            case HandOver():
+                self._insist(lambda: self._leases.save_checkpoint(job))
+                self._insist(lambda: self._records.release(job_id, token))
+                log.info("job %s: back to the queue at step %d, this worker shuts down", job_id, job.checkpoint_step)
+            case NotOurs(reason):
+                log.warning("job %s: %s", job_id, reason)
+
+    def _generate(self, job: LeasedJob, timings: Timings) -> tuple[ImageRef, ...]:
+        record = job.claim.record
         work = self.prepare(record)
         if record.attempt > 1:
             resume = Checkpoint.from_bytes(self._insist(lambda: self._records.load_checkpoint(record.id)), work)
             work = replace(work, resume=resume)
-            log.info("job %s: goes on from network call %d", record.id, resume.step if resume else 0)
+            log.info("job %s: continues from network call %d", record.id, resume.step if resume else 0)
         request = self._engine.submit(work)
-        tracked.attach(request)
+        job.attach(request)
         try:
             pixels = request.result().numpy()
         finally:
@@ -119,11 +137,11 @@ class JobRunner:
         used, read = request.prompt_tokens
         if used > read:
             log.info("job %s: the prompt has %d tokens, %s reads the first %d", record.id, used, self._family.info.id, read)
-        if tracked.stop_reason:
-            raise Cancelled(tracked.stop_reason)
-        tracked.uploading = True
+        if job.stop_reason:
+            raise Cancelled(job.stop_reason)
+        job.uploading = True
         started = time.monotonic()
-        refs = self._delivery.upload(tracked.claim, list(pixels))
+        refs = self._uploader.upload(job.claim, list(pixels))
         timings["uploading_s"] = round(time.monotonic() - started, 4)
         return refs
 
@@ -140,7 +158,7 @@ class JobRunner:
         except CompileError as error:
             raise InvalidRequest("scheduler", request.scheduler, str(error)) from error
         deadline = None
-        if request.deadline_s and record.started_at:  # both on the broker's clock; what is left of it counts from now
+        if request.deadline_s and record.started_at:  # both times are the broker's; what is left of them counts from now
             deadline = time.monotonic() + record.created_at + request.deadline_s - record.started_at
         return Work(
             job_id=record.id,
@@ -157,9 +175,7 @@ class JobRunner:
             preview_every=request.preview_every,
         )
 
-    def _settle(
-        self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: dict[str, float]
-    ) -> None:
+    def _settle(self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: Timings) -> None:
         job_id = claim.record.id
         try:
             record = self._insist(lambda: self._records.settle(job_id, claim.token, status, images=images, error=error, timings=timings))
@@ -170,7 +186,7 @@ class JobRunner:
 
     def _retry(self, claim: Claim, error: JobError) -> None:
         job_id = claim.record.id
-        # Jitter: what failed together should not come back together.
+        # Jitter, so that jobs that failed together do not come back together.
         backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, random.uniform(0.5, 1))
         try:
             status, delay_s = self._insist(lambda: self._records.retry(job_id, claim.token, error, backoff))
@@ -181,7 +197,7 @@ class JobRunner:
 
     @staticmethod
     def _insist(action: Callable[[], T]) -> T:
-        """Try again while the broker is away: the work behind a settle is too dear to drop."""
+        """Repeat an action while the broker is away: the work behind it costs more than waiting."""
         for attempt in range(SETTLE_TRIES):
             try:
                 return action()
@@ -192,8 +208,8 @@ class JobRunner:
         raise BrokerUnavailable("the broker does not answer")
 
 
-def _timings(request: Request) -> dict[str, float]:
-    """How long the phases in the engine took, and what the denoising shared."""
+def _timings(request: Request) -> Timings:
+    """How long the phases in the engine took, and how many steps were shared with other jobs."""
     phases = {
         "encoding_s": ("submitted", "joined"),
         "denoising_s": ("joined", "denoised"),
@@ -202,18 +218,3 @@ def _timings(request: Request) -> dict[str, float]:
     seconds = {name: round(request.seconds(*moments), 4) for name, moments in phases.items()}
     resumed = request.work.resume.step if request.work.resume else 0
     return {**seconds, "denoise_steps": request.step - resumed, "shared_steps": request.shared_steps, "resumed_from": resumed}
-
-
-def _stopped(reason: str) -> tuple[Status, JobError | None]:
-    if reason == "expired":
-        return Status.FAILED, JobError(code="deadline_exceeded", message="the deadline passed before the job ended")
-    return Status.CANCELLED, None
-
-
-def _job_error(problem: Exception) -> JobError:
-    if isinstance(problem, LatentlineError):
-        return JobError(code=problem.code, message=problem.message)
-    if out_of_memory(problem):
-        return JobError(code=OutOfMemory.code, message="the job does not fit into the worker's memory")
-    # No internals in a client's answer: the worker's log has the traceback.
-    return JobError(code="internal_error", message="the worker failed on this job; its log has the details")

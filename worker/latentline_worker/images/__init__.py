@@ -1,1 +1,1 @@
-"""Pixels to files with their parameters inside, and files into the object store."""
+"""Encoding images as files with their parameters inside, and uploading the files to the object store."""

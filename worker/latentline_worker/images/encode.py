@@ -1,7 +1,7 @@
-"""Pixels -> a picture file that carries its own generation parameters.
+"""Pixels -> an image file that carries its own generation parameters.
 
-PNG holds the ``parameters`` text that image tools already read, and JSON under ``latentline``. WebP and JPEG
-hold the same text as the EXIF user comment, and the JSON as the image description.
+PNG files hold the ``parameters`` text that image tools already read, and the same facts as JSON under ``latentline``. WebP
+and JPEG files hold the text as the EXIF user comment and the JSON as the EXIF image description.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ Pixels = npt.NDArray[np.uint8]  # (height, width, 3)
 
 
 def parameters_text(record: JobRecord, seed: int, width: int, height: int) -> str:
-    """The ``parameters`` text: prompt, negative prompt, and a line of settings."""
+    """The ``parameters`` text in the form that image tools read: prompt, negative prompt, one line of settings."""
     r = record.request
     lines = [r.prompt]
     if r.negative_prompt:
         lines.append(f"Negative prompt: {r.negative_prompt}")
     lines.append(
-        f"Steps: {r.num_inference_steps}, Sampler: {SAMPLER_NAMES[r.scheduler]}, CFG scale: {r.guidance_scale:g}, "
+        f"Steps: {r.num_inference_steps}, Sampler: {SAMPLER_NAMES.get(r.scheduler, r.scheduler)}, CFG scale: {r.guidance_scale:g}, "
         f"Seed: {seed}, Size: {width}x{height}, Model: {r.model}, Version: latentline {latentline.__version__}"
     )
     return "\n".join(lines)
 
 
 def encode_preview(pixels: Pixels) -> str:
-    """A small picture as a ``data:`` URL: WebP of a few kilobytes at most."""
+    """(height, width, 3) pixels of a preview as a ``data:`` URL: WebP of a few kilobytes at most."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def encode_image(pixels: Pixels, record: JobRecord, seed: int) -> bytes:
-    """(height, width, 3) pixels -> bytes in the job's output format, parameters inside."""
+    """(height, width, 3) pixels -> a file in the job's output format, with the parameters inside."""
     image = Image.fromarray(pixels)
     r = record.request
     text = parameters_text(record, seed, image.width, image.height)

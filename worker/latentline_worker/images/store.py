@@ -1,4 +1,4 @@
-"""Finished images into any S3-compatible store."""
+"""Writing and deleting result images in any S3-compatible store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentline.settings import Settings
 log = logging.getLogger(__name__)
 
 TRIES = 3  # botocore waits between them, with jitter
-# Answers that no retry mends: the settings are wrong.
+# Error codes that mean wrong settings: retrying does not help.
 MISCONFIGURED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "NoSuchBucket", "403", "404"}
 
 
@@ -29,11 +29,11 @@ class ImageStore:
         self._s3 = connect(settings, read_timeout_s=10, retries=TRIES)
 
     def ensure_bucket(self) -> None:
-        """Create the bucket when it is not there.
+        """Create the bucket if it does not exist.
 
         Raises:
             ConfigurationError: the store refuses these credentials.
-            StoreUnavailable: it does not answer.
+            StoreUnavailable: the store does not answer.
         """
         try:
             self._s3.head_bucket(Bucket=self._bucket)
@@ -41,35 +41,36 @@ class ImageStore:
             if error.response["Error"]["Code"] not in ("404", "NoSuchBucket"):
                 raise self._domain_error(error, "check") from error
             try:
-                # AWS wants every region but its first named.
+                # AWS wants the region named, except for us-east-1.
                 region: Any = {} if self._region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": self._region}}
                 self._s3.create_bucket(Bucket=self._bucket, **region)
             except self._s3.exceptions.BucketAlreadyOwnedByYou:
-                return  # another worker was faster
+                return  # another worker created it first
             except (ClientError, BotoCoreError) as failure:
                 raise self._domain_error(failure, "create") from failure
-            self._let_expire()
+            self._set_expiry_rule()
         except BotoCoreError as error:
             raise self._domain_error(error, "check") from error
 
-    def _let_expire(self) -> None:
-        """A rule on a bucket of our own making: images go with their records, also when no worker runs to delete them.
+    def _set_expiry_rule(self) -> None:
+        """Let the store itself delete old images from a bucket that this worker created, also when no worker runs.
 
-        The reaper is exact and deletes first; the rule counts whole days from the upload, so it has a day more. Others'
-        buckets are left alone: writing a rule replaces all that are there.
+        Workers delete exactly at the end of the retention. The rule counts whole days from the upload, so it gets one day
+        more. Buckets that existed before are left alone: writing a rule would replace all of their rules.
         """
         days = math.ceil(self._retention_s / 86400) + 1
         rule: Any = {"ID": "latentline-retention", "Status": "Enabled", "Filter": {"Prefix": ""}, "Expiration": {"Days": days}}
         try:
             self._s3.put_bucket_lifecycle_configuration(Bucket=self._bucket, LifecycleConfiguration={"Rules": [rule]})
         except (ClientError, BotoCoreError) as error:
-            log.warning("%s; images are deleted by workers alone", self._domain_error(error, "set an expiry rule on"))
+            log.warning("%s; only workers will delete images", self._domain_error(error, "set an expiry rule on"))
 
     def put(self, key: str, data: bytes, content_type: str, metadata: dict[str, str]) -> None:
-        """Store one object; the store refuses it when what arrives is not what was sent (Content-MD5).
+        """Store one object. Content-MD5 lets the store refuse data that was damaged on the way.
 
         Raises:
-            ConfigurationError, StoreUnavailable: as :meth:`ensure_bucket`.
+            ConfigurationError: the store refuses these credentials.
+            StoreUnavailable: the store does not answer, or cannot take the object now.
         """
         digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         try:
@@ -78,7 +79,7 @@ class ImageStore:
             raise self._domain_error(error, f"store {key!r} in") from error
 
     def delete_all(self, prefix: str) -> bool:
-        """Delete every object under a prefix; False when the store does not let it happen now."""
+        """Delete every object under a prefix; False if the store did not do it, with a warning in the log."""
         try:
             for page in self._s3.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
                 for entry in page.get("Contents", ()):

@@ -1,33 +1,30 @@
-"""Decoded image -> file -> storage -> what the record says of it. On task threads, away from the device."""
+"""Decoded image -> file -> object store -> the reference that the record keeps. Runs on task threads, away from the device."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
 
 from latentline.jobs import Claim, ImageRef
 
 from .encode import Pixels, encode_image
+from .store import ImageStore
 
 
-class Store(Protocol):
-    """Where images go (``store.ImageStore``)."""
-
-    def put(self, key: str, data: bytes, content_type: str, metadata: dict[str, str]) -> None: ...
-
-
-class Delivery:
+class Uploader:
     """Encodes and uploads one job's images on the calling thread."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: ImageStore) -> None:
         self._store = store
 
     def upload(self, claim: Claim, images: Sequence[Pixels]) -> tuple[ImageRef, ...]:
-        """Encode and upload; the key carries the attempt, so that an outdated worker overwrites nothing.
+        """Encode and upload images of shape (height, width, 3).
+
+        The object key carries the attempt, so that a worker whose lease was lost cannot overwrite its successor's images.
 
         Raises:
-            StoreUnavailable: the object store does not take them.
+            ConfigurationError: the store refuses this worker's credentials.
+            StoreUnavailable: the store does not answer, or cannot take the images now.
         """
         record = claim.record
         refs = []

@@ -1,1 +1,1 @@
-"""Services that look after what belongs to no worker."""
+"""Periodic duties that belong to no single worker: lost leases, expired jobs, callbacks that are due."""

@@ -1,53 +1,26 @@
-"""Images go with their records. On a thread of its own: a store that hangs must not hold up the heartbeat."""
+"""Deletes ended jobs when their retention is over: first the record, then its images.
+
+A service of its own, and not a duty of the reaper: a store that hangs must not delay jobs that wait to be reclaimed.
+"""
 
 from __future__ import annotations
 
-import logging
-import threading
-from typing import Protocol
-
-from latentline.errors import LatentlineError
 from latentline.records import Records
+from latentline_worker.images.store import ImageStore
 
-log = logging.getLogger(__name__)
-
-EVERY_S = 1.0
-
-
-class Store(Protocol):
-    """Where images are deleted (``store.ImageStore``)."""
-
-    def delete_all(self, prefix: str) -> bool: ...
+from .service import Service
 
 
-class Expiry:
-    """Forgets ended jobs whose retention is over, a few at a time; what cannot be deleted comes again later."""
+class Expiry(Service):
+    """Deletes a few expired jobs per turn. Images that the store does not delete are listed again ten minutes later."""
 
-    def __init__(self, records: Records, store: Store) -> None:
+    def __init__(self, records: Records, store: ImageStore) -> None:
+        super().__init__("expiry")
         self._records, self._store = records, store
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="expiry", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Do not begin another deletion; one that is under way may go on until the process ends."""
-        self._stopped.set()
-
-    def expire_some(self) -> None:
-        """One look: the records of what is over, then their images."""
+    def run_once(self) -> None:
         for member in self._records.expired():
-            if self._stopped.is_set():
+            if self.stopped:
                 return
             if self._store.delete_all(f"{member}/"):
                 self._records.forget([member])
-
-    def _loop(self) -> None:
-        while not self._stopped.wait(EVERY_S):
-            try:
-                self.expire_some()
-            except LatentlineError as error:
-                log.warning("expiry: %s", error.message)
-            except Exception:
-                log.exception("expiry failed")

@@ -23,14 +23,14 @@ class Family(Protocol):
         ...
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """(len(texts), tokens, width) states for cross-attention, on the device."""
+        """(len(texts), tokens, width) prompt embeds for cross-attention, on the device."""
         ...
 
     def count_tokens(self, text: str) -> tuple[int, int]:
         """(tokens in the text, tokens that the encoder reads): the rest of a longer text is cut."""
         ...
 
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """One network call: (rows, c, h, w), (rows,), (rows, tokens, width) -> (rows, c, h, w)."""
         ...
 

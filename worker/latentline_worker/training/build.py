@@ -17,6 +17,7 @@ raw is committed: the packages are fetched by name and version with ``npm pack``
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from latentline.errors import MissingExtra
 
 from . import splits
 from .concepts import GROUPS, Concept, make_concept, object_words
@@ -52,8 +55,11 @@ def build(folder: Path, say: Callable[[str], None], packages: Path | None = None
         packages: where the packages' archives are kept or put; a temporary folder when not given.
 
     Raises:
+        MissingExtra: the renderer of SVG is not installed.
         TrainingError: npm is missing or failed, or a package does not hold what is expected.
     """
+    if importlib.util.find_spec("resvg_py") is None:
+        raise MissingExtra("latentline train data", "worker,training")
     with tempfile.TemporaryDirectory() as scratch:
         archives = _fetch(packages or Path(scratch), say)
         concepts = _concepts(archives[EMOJIBASE])

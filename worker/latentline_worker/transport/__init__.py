@@ -1,1 +1,1 @@
-"""How messages arrive: the Celery application, messages that nobody can read, the order of queues."""
+"""How wake-ups arrive: the Celery application, messages that cannot be read, fairness among queues."""

@@ -1,4 +1,4 @@
-"""In which order a worker looks into its queues, so that a tenant with a thousand jobs holds up nobody with ten."""
+"""In which order a worker looks into its queues, so that a tenant with many jobs does not delay one with few."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-REMEMBERED = 256  # messages after which about two thirds of a take are forgotten
+REMEMBERED = 256  # messages after which about two thirds of a queue's count are forgotten
 
 
-class InFlight:
-    """How many messages of each queue are in this worker's hands. Told by the consumer and by task threads."""
+class HeldMessages:
+    """How many messages of each queue this worker holds. Updated by the consumer and by task threads."""
 
     def __init__(self) -> None:
         self._count: Counter[str] = Counter()
@@ -29,32 +29,32 @@ class InFlight:
 
 
 class LeastServedFirst:
-    """The order of queues for kombu's BRPOP: first the one from which least was taken lately.
+    """The order of queues for kombu's BRPOP: the queue from which least was taken lately comes first.
 
-    Takes the place of ``kombu.utils.scheduling.round_robin_cycle``, which would give a tenant with few jobs every other
-    place only. Queues that are equally busy alternate here as well.
+    Replaces ``kombu.utils.scheduling.round_robin_cycle``, which would give a tenant with few jobs only every other turn.
+    Queues that are equally busy alternate here as well.
 
     Args:
-        in_flight: what is being worked on.
-        most: of one queue at a time; as many as are there already are left to wait, so that others find a place at once.
+        held: the messages that this worker holds.
+        max_per_queue: in-flight limit per queue; the rest of the worker stays free for other tenants.
     """
 
-    def __init__(self, in_flight: InFlight, most: int) -> None:
-        self._in_flight, self._most = in_flight, most
+    def __init__(self, held: HeldMessages, max_per_queue: int) -> None:
+        self._held, self._max_per_queue = held, max_per_queue
         self._queues: list[str] = []
         self._taken: defaultdict[str, float] = defaultdict(float)
-        self._weight = 1.0  # of the next take: growing it is the same as fading all earlier ones
+        self._weight = 1.0  # of the next message; letting it grow is the same as letting all earlier ones fade
 
     def update(self, queues: Iterable[str]) -> None:
-        """These are the queues now."""
+        """Set the queues to choose from."""
         self._queues = list(queues)
 
     def consume(self, num: int) -> list[str]:
-        """The first ``num`` of the order, without those that have to wait."""
-        return sorted((q for q in self._queues if self._in_flight[q] < self._most), key=self._taken.__getitem__)[:num]
+        """The first ``num`` queues of the order, without those that are at their in-flight limit."""
+        return sorted((q for q in self._queues if self._held[q] < self._max_per_queue), key=self._taken.__getitem__)[:num]
 
     def rotate(self, last_used: str) -> str:
-        """A message of this queue was taken."""
+        """Count a message that was taken from this queue."""
         self._taken[last_used] += self._weight
         self._weight *= 1 + 1 / REMEMBERED
         if self._weight > 1e9:

@@ -1,0 +1,25 @@
+"""The ``latentline`` command: one file per group of commands.
+
+Commands about jobs go over HTTP, so they work wherever the API is reachable. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import click
+
+from .callbacks import callbacks
+from .dead import dead
+from .jobs import cancel, jobs, status, submit
+from .models import models
+from .serve import api, demo, up, worker
+from .train import train
+
+
+@click.group()
+@click.version_option(package_name="latentline")
+def main() -> None:
+    """Generation jobs for latent diffusion."""
+
+
+for command in (submit, status, cancel, jobs, models, api, worker, callbacks, dead, up, demo, train):
+    main.add_command(command)

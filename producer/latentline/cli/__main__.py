@@ -1,0 +1,5 @@
+"""``python -m latentline.cli``."""
+
+from . import main
+
+main()

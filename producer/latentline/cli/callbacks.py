@@ -1,0 +1,58 @@
+"""Status callbacks: deliver them, list them, send one again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import click
+
+from latentline import records
+from latentline.errors import JobNotFound
+
+from .broker import run
+from .errors import check_settings, clear_errors
+from .extras import load
+from .options import json_option
+
+
+@click.group()
+def callbacks() -> None:
+    """Deliver status callbacks, look at them, send them again (settings from LATENTLINE_* variables)."""
+
+
+@callbacks.command("serve")
+@clear_errors
+def serve_callbacks() -> None:
+    """Deliver callbacks until told to stop."""
+    module = load("latentline_worker.callbacks.worker", "latentline callbacks serve", "callbacks")
+    check_settings()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    sys.exit(module.serve(module.ProcessSettings()))
+
+
+@callbacks.command("list")
+@click.option("--job", "job_id", help="Of this job only.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@json_option
+@clear_errors
+def list_callbacks(job_id: str | None, limit: int, as_json: bool) -> None:
+    """Callbacks with what came of each try, newest first."""
+    found = run(records.callbacks(job_id, limit))
+    if as_json:
+        click.echo(json.dumps([{**one, "record": one["job_id"]} for one in found], indent=2))
+        return
+    for one in found:
+        last = one["log"][-1]["result"] if one["log"] else "not tried yet"
+        click.echo(f"{one['id']}  {one['status']}  tries {one['tries']}  {last}")
+
+
+@callbacks.command("replay")
+@click.argument("callback_id")
+@clear_errors
+def replay_callback(callback_id: str) -> None:
+    """Send a callback once more, under the same id."""
+    if not run(records.replay_callback(callback_id)):
+        raise JobNotFound(f"no callback {callback_id!r}")
+    click.echo(f"{callback_id} is sent again")

@@ -1,0 +1,98 @@
+"""Jobs over HTTP: submit, status, cancel, jobs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentline.jobs import JobRequest
+
+from .errors import EXIT_FAILED, clear_errors
+from .options import json_option, url_option
+from .remote import Api, check_output, save_images, show
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--model")
+@click.option("--negative-prompt")
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@click.option("--steps", "num_inference_steps", type=int)
+@click.option("--guidance", "guidance_scale", type=float)
+@click.option("--scheduler", help="One of the model's own: latentline models --json lists them.")
+@click.option("--seed", type=int)
+@click.option("-n", "num_images", type=int, help="Number of images.")
+@click.option("--format", "format_", help="png, webp or jpeg")
+@click.option("--quality", type=int, help="1 to 100, for webp and jpeg")
+@click.option("--priority", type=int, help="0 (first) to 9")
+@click.option("--deadline", "deadline_s", type=float, help="Seconds.")
+@click.option("--tenant")
+@click.option("--callback-url")
+@click.option("--wait", is_flag=True, help="Follow the job to its end.")
+@click.option("--timeout", "timeout_s", type=float, help="Seconds to wait at most.")
+@click.option("-o", "output", type=click.Path(path_type=Path), help="File or folder for the images; implies --wait.")
+@url_option
+@json_option
+@clear_errors
+def submit(
+    url: str, as_json: bool, wait: bool, timeout_s: float | None, output: Path | None, callback_url: str | None,
+    format_: str | None, quality: int | None, **fields: Any,
+) -> None:  # fmt: skip
+    """Submit a job."""
+    body = {name: value for name, value in fields.items() if value is not None}
+    if chosen := {name: value for name, value in (("format", format_), ("quality", quality)) if value is not None}:
+        body["output"] = chosen
+    if callback_url is not None:
+        body["callback"] = {"url": callback_url}
+    JobRequest.parse(body)  # the API's own limits, checked without a round trip
+    if output:
+        check_output(output)
+    api = Api(url)
+    job = api.call("POST", "/v1/jobs", json=body)
+    if wait or output:
+        job = api.follow(job, timeout_s)
+    if output and job["status"] == "succeeded":
+        for path in save_images(job, output):
+            click.echo(f"wrote {path}", err=True)
+    show(job, as_json)
+    if job["status"] in ("failed", "cancelled"):
+        sys.exit(EXIT_FAILED)
+
+
+@click.command()
+@click.argument("job_id")
+@url_option
+@json_option
+def status(job_id: str, url: str, as_json: bool) -> None:
+    """Show a job."""
+    show(Api(url).call("GET", f"/v1/jobs/{job_id}"), as_json)
+
+
+@click.command()
+@click.argument("job_id")
+@url_option
+@json_option
+def cancel(job_id: str, url: str, as_json: bool) -> None:
+    """Cancel a job."""
+    show(Api(url).call("POST", f"/v1/jobs/{job_id}/cancel"), as_json)
+
+
+@click.command()
+@click.option("--status", "status_", help="queued, running, succeeded, failed or cancelled")
+@click.option("--limit", type=int, default=20, show_default=True)
+@url_option
+@json_option
+def jobs(status_: str | None, limit: int, url: str, as_json: bool) -> None:
+    """List jobs, newest first."""
+    params: dict[str, Any] = {"limit": limit} | ({"status": status_} if status_ else {})
+    page = Api(url).call("GET", "/v1/jobs", params=params)
+    if as_json:
+        click.echo(json.dumps(page, indent=2))
+        return
+    for job in page["jobs"]:
+        show(job | {"images": []}, False)

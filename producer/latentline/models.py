@@ -1,0 +1,132 @@
+"""What workers announce about the models that they serve, and the level of what a request asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel, PositiveInt
+
+from .errors import InvalidRequest
+from .requests import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_MULTIPLE_PX, Guidance, JobRequest, Message, Scheduler, Steps
+
+if TYPE_CHECKING:
+    from .jobs import ResolvedRequest
+
+LEVEL: Final = 1
+"""The level of requests up to which this code knows every field and value."""
+
+ADDED: dict[str, int] = {}
+"""What was added to requests after level 1, with its level: a field by its dotted name, or a new value as ``field=value``."""
+
+SCHEDULERS: tuple[str, ...] = (
+    "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_karras",
+    "dpmpp_3m", "dpmpp_2s", "deis", "unipc", "sa_solver", "lcm", "tcd",
+)  # fmt: skip
+"""The scheduler names of level 1. A request for any other name has a higher level: workers of level 1 cannot read it."""
+
+# What a request that left them out got before models announced their own; also of a model that announces none.
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE = 5.0
+DEFAULT_SCHEDULER = "dpmpp_2m"
+
+# The fields that workers of version 0.1.0 announce, and the only ones that its readers accept.
+FIRST_FIELDS = {"id", "family", "default_width", "default_height", "size_multiple", "max_pixels", "schedulers"}
+
+
+class ModelInfo(Message):
+    """A model that a worker serves: its limits, its defaults, and what an image costs."""
+
+    id: str
+    family: str
+    default_width: int
+    default_height: int
+    size_multiple: int = SIZE_MULTIPLE_PX
+    max_pixels: int
+    schedulers: tuple[str, ...] = SCHEDULERS
+    """The names that this model offers."""
+    default_num_inference_steps: Steps = DEFAULT_STEPS
+    default_guidance_scale: Guidance = DEFAULT_GUIDANCE
+    default_scheduler: Scheduler = DEFAULT_SCHEDULER
+    rows_unguided: PositiveInt = 1
+    """Network rows that a step of one image takes at a guidance scale of 1 and below."""
+    rows_guided: PositiveInt = 2
+    """The same above 1: a row per guidance branch. 1 for a model whose guidance is an input of the network."""
+
+    @property
+    def first_scheduler(self) -> str:
+        """The scheduler of a request that names none: the model's default, or its first where it does not offer that one."""
+        return self.default_scheduler if self.default_scheduler in self.schedulers or not self.schedulers else self.schedulers[0]
+
+    def rows(self, guidance_scale: float) -> int:
+        """Network rows that a step of one image takes."""
+        return self.rows_guided if guidance_scale > 1 else self.rows_unguided
+
+    def size_of(self, request: JobRequest | ResolvedRequest) -> tuple[int, int]:
+        """(width, height) that this model makes for a request.
+
+        Raises:
+            InvalidRequest: it does not make that size, or does not have the scheduler.
+        """
+        width, height = request.width or self.default_width, request.height or self.default_height
+        for name, value in (("width", width), ("height", height)):
+            if value % self.size_multiple:
+                raise InvalidRequest(name, value, f"a multiple of {self.size_multiple} for model {self.id}")
+        if width * height > self.max_pixels:
+            raise InvalidRequest("width", width, f"width * height at most {self.max_pixels} for model {self.id}")
+        if request.scheduler is not None and request.scheduler not in self.schedulers:
+            raise InvalidRequest("scheduler", request.scheduler, f"one of: {', '.join(self.schedulers)}")
+        return width, height
+
+    def first_fields(self) -> str:
+        """As JSON that readers of version 0.1.0 accept."""
+        return self.model_dump_json(include=FIRST_FIELDS)
+
+
+UNANNOUNCED = ModelInfo(id="unannounced", family="", default_width=MIN_SIZE_PX, default_height=MIN_SIZE_PX, max_pixels=MAX_SIZE_PX**2)
+"""Stands in for a model of which nothing is announced: only the defaults of the contract."""
+
+
+class Announcement(Message):
+    """What one worker says of itself."""
+
+    level: PositiveInt
+    models: tuple[ModelInfo, ...]
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+
+def common(infos: Sequence[ModelInfo]) -> ModelInfo:
+    """What every one of these announcements of one model allows, with the defaults of the first.
+
+    Any of the workers may take the job, so all of them have to be able to do it.
+    """
+    first = infos[0]
+    offered = [name for name in first.schedulers if all(name in info.schedulers for info in infos)]
+    return first.model_copy(
+        update={
+            "size_multiple": math.lcm(*(info.size_multiple for info in infos)),
+            "max_pixels": min(info.max_pixels for info in infos),
+            "schedulers": tuple(offered),
+        }
+    )
+
+
+def level_of(request: BaseModel) -> tuple[int, str]:
+    """The level that a request asks for, and the field that asks for it; (1, "") for what every worker knows."""
+    level, field = 1, ""
+    for name, value in _leaves(request.model_dump(mode="json", exclude_defaults=True)):
+        needed = max(ADDED.get(name, 1), ADDED.get(f"{name}={value}", 2 if name == "scheduler" and value not in SCHEDULERS else 1))
+        if needed > level:
+            level, field = needed, name
+    return level, field
+
+
+def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field by its dotted name, groups as well as what is in them."""
+    for name, value in fields.items():
+        yield prefix + name, value
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")

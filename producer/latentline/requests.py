@@ -1,0 +1,196 @@
+"""What a client may ask for: the request as it is submitted, and every limit on it.
+
+Strict on purpose: an unknown field or value raises :class:`latentline.errors.InvalidRequest`, which names the field, the value
+and what is allowed. What is stored afterwards is :class:`latentline.jobs.ResolvedRequest`, which readers of any version accept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import InvalidRequest
+
+SCHEMA_VERSION: Final = 1
+
+# Limits of a request. A model may allow less: its announcement says so.
+MAX_PROMPT_CHARS = 2000
+MIN_SIZE_PX = 64
+MAX_SIZE_PX = 2048
+SIZE_MULTIPLE_PX = 8  # latents must come out whole: the autoencoder of Stable Diffusion makes one of 8 pixels
+MAX_STEPS = 150
+MAX_GUIDANCE = 30.0
+MAX_IMAGES = 8
+MAX_SEED = 2**32 - 1  # the last image's seed is seed + num_images - 1, and stays below 2**32
+MAX_METADATA_BYTES = 4096
+MAX_KEY_CHARS = 200
+MAX_BODY_BYTES = 64 * 1024  # of a submission over HTTP
+
+Side = Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multiple_of=SIZE_MULTIPLE_PX)]
+Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)]
+Guidance = Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE)]
+Scheduler = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9_]+$")]
+CallbackEvent = Literal["job.running", "job.succeeded", "job.failed", "job.cancelled"]
+
+
+class Message(BaseModel):
+    """Base of what is stored: frozen, unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Submitted(BaseModel):
+    """Base of what a client submits: frozen, unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Output(Submitted):
+    """How images are encoded. ``quality`` (1 to 100) applies to webp and jpeg."""
+
+    format: Literal["png", "webp", "jpeg"] = "png"
+    quality: Annotated[int, Field(strict=True, ge=1, le=100)] = 90
+
+
+class Callback(Submitted):
+    """Where status callbacks go (POST, signed as in Standard Webhooks) and for which events."""
+
+    url: Annotated[str, Field(max_length=2000)]
+    events: tuple[CallbackEvent, ...] = ("job.succeeded", "job.failed", "job.cancelled")
+
+    @field_validator("url")
+    @classmethod
+    def _http_only(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            # urlsplit checks the port only when it is read.
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or parts.username or parts.password:
+            raise ValueError("an http:// or https:// URL with a host and without credentials")
+        return url
+
+
+class JobRequest(Submitted):
+    """One prompt job, as the client submits it.
+
+    Width, height, steps, guidance scale and scheduler are the model's own defaults where they are left out. ``seed`` is drawn
+    at submission when absent; image ``i`` uses ``seed + i``.
+    """
+
+    version: Literal[1] = SCHEMA_VERSION
+    model: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] = "latentline-emoji"
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""
+    width: Side | None = None
+    height: Side | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    scheduler: Scheduler | None = None
+    """One of the names that the model announces (``GET /v1/models``)."""
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(2**31))
+    num_images: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES)] = 1
+    output: Output = Output()
+    callback: Callback | None = None
+    priority: Annotated[int, Field(strict=True, ge=0, le=9)] = 5
+    """0 is served first, 9 last, as Celery's Redis transport does."""
+    deadline_s: Annotated[float, Field(gt=0, le=7 * 86400)] | None = None
+    """Seconds after submission at which the job fails with ``deadline_exceeded`` unless it has ended."""
+    preview_every: Annotated[int, Field(strict=True, ge=0, le=MAX_STEPS)] = 0
+    """Network calls between ``job.preview`` events, each with a small picture of the unfinished images; 0 for none."""
+    tenant: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")] = "default"
+    metadata: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_blank(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError(f"1 to {MAX_PROMPT_CHARS} characters, not all of them blank")
+        return prompt
+
+    @field_validator("prompt", "negative_prompt", "idempotency_key")
+    @classmethod
+    def _encodable(cls, text: str | None) -> str | None:
+        if text is None:
+            return None
+        if "\x00" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+            raise ValueError("text without NUL characters and lone surrogates")
+        return text
+
+    @field_validator("metadata")
+    @classmethod
+    def _small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        if any(isinstance(v, float) and not math.isfinite(v) for v in metadata.values()):
+            raise ValueError("finite numbers")
+        # Encoded without ASCII escapes, so that a lone surrogate raises here (UnicodeEncodeError is a ValueError).
+        if len(json.dumps(metadata, ensure_ascii=False).encode()) > MAX_METADATA_BYTES:
+            raise ValueError(f"at most {MAX_METADATA_BYTES} bytes as JSON")
+        return metadata
+
+    @model_validator(mode="after")
+    def _last_seed_in_range(self) -> Self:
+        if self.seed + self.num_images - 1 > MAX_SEED:
+            raise ValueError(f"seed + num_images - 1 at most {MAX_SEED}")
+        return self
+
+    @classmethod
+    def parse(cls, data: Any) -> JobRequest:
+        """Validate a mapping (or keyword arguments as one).
+
+        Raises:
+            InvalidRequest: for the first field that is not acceptable.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise invalid_request(error) from None
+
+    def fingerprint(self, **resolved: Any) -> str:
+        """What must be equal for two submissions under one idempotency key to be the same: exactly what the client sent.
+
+        Args:
+            resolved: fields to count as if the client had sent them.
+        """
+        data = self.model_dump(mode="json", exclude={"idempotency_key"}, exclude_unset=True) | resolved
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """The first problem of a pydantic error as a domain error that names field, value and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    context = first.get("ctx", {})
+    kind = first["type"]
+    field = ".".join(str(part) for part in first["loc"]) or "request"
+    value = first.get("input")
+    known = sorted(JobRequest.model_fields)
+    phrases: dict[str, str] = {
+        "missing": "a value (the field is required)",
+        "extra_forbidden": "only the known fields: " + ", ".join(known),
+        "greater_than_equal": f"at least {context.get('ge')}",
+        "greater_than": f"more than {context.get('gt')}",
+        "less_than_equal": f"at most {context.get('le')}",
+        "multiple_of": f"a multiple of {context.get('multiple_of')}",
+        "string_too_short": f"at least {context.get('min_length')} character(s)",
+        "string_too_long": f"at most {context.get('max_length')} characters",
+        "string_pattern_mismatch": f"text that matches {context.get('pattern')}",
+        "literal_error": f"one of {context.get('expected')}",
+        "model_attributes_type": "a JSON object",
+        "model_type": "a JSON object",
+        "dict_type": "a JSON object",
+    }
+    if kind == "missing":
+        value = None
+    if field.startswith("metadata."):  # the errors of a union speak of its first branch only
+        field = ".".join(field.split(".")[:2])
+        phrases[kind] = "text, a finite number, true, false or null"
+    allowed = phrases.get(kind) or str(context.get("error") or first["msg"])
+    if kind == "value_error" and field == "request":
+        field, value = "seed", value.get("seed") if isinstance(value, dict) else None
+    return InvalidRequest(field, value, allowed)

@@ -1,0 +1,75 @@
+-- The moves between states that several transitions share. The state machine is drawn in docs/job-states.md.
+--
+-- Invariants:
+-- * finish() is the only way into a terminal status. Its callers have checked that the job is not terminal yet, so there is
+--   one terminal event per job.
+-- * Every move out of `running` raises the token, so whoever held the job before can change nothing any more.
+-- * A job is in the index of its status and in no other, and in `waiting` exactly while it is queued.
+-- * A tenant's cost in `tenants` and its job in `open` are taken off once, in finish().
+-- uses: clock, events, outbox, wakeups
+
+local jobs = {}
+
+-- Take the job out of the index of its status and of all that is kept for jobs that wait or run.
+function jobs.leave(id, model)
+  redis.call('ZREM', keys.waiting(model), id)
+  redis.call('ZREM', keys.index('queued'), id)
+  redis.call('ZREM', keys.index('running'), id)
+  redis.call('ZREM', keys.leases(), id)
+  redis.call('ZREM', keys.delayed(), id)
+end
+
+-- Keep a dead letter. It holds the request, since it may outlive the record.
+function jobs.bury(id, letter)
+  letter.at, letter.id, letter.kind, letter.job_id = clock.now, id, 'job', id
+  letter.request = redis.call('HGET', keys.job(id), 'request')
+  redis.call('HSET', keys.dead(), id, cjson.encode(letter))
+  redis.call('ZADD', keys.dead_times(), clock.now, id)
+end
+
+-- End the job. `err` ({code, message}) or nil.
+function jobs.finish(id, status, err, retention_s)
+  local key = keys.job(id)
+  local job = redis.call('HMGET', key, 'model', 'score', 'tenant', 'cost')
+  local model, score, tenant, cost = job[1], job[2], job[3], job[4]
+  jobs.leave(id, model)
+  redis.call('ZADD', keys.index(status), score, id)
+  redis.call('HDEL', key, 'phase', 'lease_until')
+  redis.call('HSET', key, 'status', status, 'finished_at', clock.now)
+  redis.call('HINCRBY', key, 'token', 1)
+  local data = {status = status}
+  if err then
+    redis.call('HSET', key, 'error', cjson.encode(err))
+    data.error = err
+  end
+  if redis.call('HINCRBY', keys.tenants(), tenant, -cost) <= 0 then redis.call('HDEL', keys.tenants(), tenant) end
+  if redis.call('HINCRBY', keys.open(model), tenant, -1) <= 0 then
+    redis.call('HDEL', keys.open(model), tenant)
+    redis.call('HDEL', keys.shards(model), tenant)
+  end
+  outbox.write(id, 'job.' .. status, events.add(id, 'job.' .. status, data), retention_s)
+  redis.call('DEL', keys.checkpoint(id))
+  redis.call('ZADD', keys.expiring(), clock.after(retention_s), tenant .. '/' .. id)
+  redis.call('EXPIRE', key, retention_s)
+  redis.call('EXPIRE', keys.events(id), retention_s)
+end
+
+-- From running back to queued: at once, at the front or the end of its list, or after `delay_s`.
+function jobs.requeue(id, delay_s, front)
+  local key = keys.job(id)
+  local job = redis.call('HMGET', key, 'model', 'score', 'order', 'checkpoint_step')
+  local model, score, order, step = job[1], job[2], job[3], job[4] or 0
+  jobs.leave(id, model)
+  redis.call('HINCRBY', key, 'token', 1)
+  redis.call('HSET', key, 'status', 'queued', 'step', step)
+  redis.call('HDEL', key, 'phase', 'worker', 'lease_until', 'started_at')
+  redis.call('ZADD', keys.index('queued'), score, id)
+  redis.call('ZADD', keys.waiting(model), order, id)
+  events.add(id, 'job.queued', {status = 'queued', step = tonumber(step), delay_s = delay_s})
+  if delay_s > 0 then
+    redis.call('ZADD', keys.delayed(), clock.after(delay_s), id)
+    redis.call('HSET', key, 'woken_at', clock.after(delay_s))
+  else
+    wakeups.job(id, front)
+  end
+end

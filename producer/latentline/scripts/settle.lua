@@ -1,0 +1,19 @@
+-- The end of a running job, as its worker reports it.
+--
+-- Invariants:
+-- * Only the holder of the newest token settles, and finish() raises the token: a second report changes nothing.
+-- * A job that succeeded has done all its steps.
+--
+-- Returns the record, or false for a stale token.
+-- uses: jobs, memory_bound
+
+local id, token, status, images, err, timings, retention_s = unpack(ARGV)
+
+local key = keys.job(id)
+local job = redis.call('HMGET', key, 'status', 'token', 'num_steps')
+if job[1] ~= 'running' or job[2] ~= token then return false end
+memory_bound.pass(keys.leases())
+redis.call('HSET', key, 'images', images, 'timings', timings)
+if status == 'succeeded' then redis.call('HSET', key, 'step', job[3]) end
+jobs.finish(id, status, err ~= '' and cjson.decode(err) or nil, retention_s)
+return redis.call('HGETALL', key)

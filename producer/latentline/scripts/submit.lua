@@ -1,0 +1,74 @@
+-- Accept a job: record, wake-up, indexes and event in one step.
+--
+-- Invariants:
+-- * The idempotency key is written only when the job is accepted: a refused request may be sent again under the same key.
+-- * The key stands for what the client sent (`sent`). Version 0.1.0 writes and compares `fingerprint` alone, which has the size
+--   resolved; both are written, so that a request sent again through an API of another version is still the same.
+-- * The wake-up lies in a queue of the job's level, and workers of a lower level do not take from it.
+-- * A tenant may always have one job, however costly; more only while their sum stays within the cap.
+-- * All of a tenant's jobs of a model lie in one shard while it has any. A tenant without jobs gets the shard with the fewest
+--   tenants, and of those the emptiest.
+--
+-- Returns {'same' | 'conflict', id of the job that has the key}, {'full', rows of the tenant}, or
+-- {'new', the record, its queue position}.
+-- uses: clock, events, wakeups
+
+local id, request, num_steps, model, tenant, priority, priority_step, deadline_s, cost, cap, idempotency_key, fingerprint,
+  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level = unpack(ARGV)
+
+local idempotency = keys.idempotency(tenant, idempotency_key)
+if idempotency_key ~= '' then
+  local kept = redis.call('HMGET', idempotency, 'id', 'fingerprint', 'sent')
+  if kept[1] then
+    local same
+    if kept[3] then same = kept[3] == fingerprint else same = kept[2] == sized_fingerprint end
+    return {same and 'same' or 'conflict', kept[1]}
+  end
+end
+
+local owed = tonumber(redis.call('HGET', keys.tenants(), tenant) or 0)
+if tonumber(cap) > 0 and owed > 0 and owed + cost > tonumber(cap) then return {'full', tostring(owed)} end
+
+if idempotency_key ~= '' then
+  redis.call('HSET', idempotency, 'id', id, 'fingerprint', sized_fingerprint, 'sent', fingerprint)
+  redis.call('EXPIRE', idempotency, retention_s)
+end
+
+local function emptiest_shard()
+  local tenants, least, emptiest = {}, nil, nil
+  for _, shard in ipairs(redis.call('HVALS', keys.shards(model))) do tenants[shard] = (tenants[shard] or 0) + 1 end
+  for shard = 0, const.NUM_SHARDS - 1 do
+    local length = 0
+    for _, step in ipairs(const.PRIORITY_STEPS) do
+      length = length + redis.call('LLEN', wakeups.list(queue_prefix .. shard, step))
+    end
+    local load = (tenants[tostring(shard)] or 0) * 1e9 + length
+    if not least or load < least then least, emptiest = load, shard end
+  end
+  return emptiest
+end
+
+local shard = redis.call('HGET', keys.shards(model), tenant)
+if not shard then
+  shard = emptiest_shard()
+  redis.call('HSET', keys.shards(model), tenant, shard)
+end
+redis.call('HINCRBY', keys.open(model), tenant, 1)
+redis.call('HINCRBY', keys.tenants(), tenant, cost)
+
+local key = keys.job(id)
+local created_at = string.format('%d.%03d', math.floor(clock.ms / 1000), clock.ms % 1000)
+-- Sorts first by the priority's list, then by the time of submission.
+local order = string.format('%.0f', tonumber(priority_step) * 1e14 + redis.call('INCR', keys.messages()))
+redis.call('HSET', key, 'id', id, 'request', request, 'status', 'queued', 'step', 0, 'num_steps', num_steps, 'attempt', 0,
+  'token', 0, 'errors', 0, 'crashes', 0, 'crashes_alone', 0, 'model', model, 'tenant', tenant, 'priority', priority,
+  'queue', queue_prefix .. shard, 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order)
+if tonumber(level) > 1 then redis.call('HSET', key, 'level', level) end
+if tonumber(deadline_s) > 0 then redis.call('HSET', key, 'deadline_at', clock.after(deadline_s)) end
+if callback_url ~= '' then redis.call('HSET', key, 'callback_url', callback_url, 'callback_events', callback_events) end
+redis.call('ZADD', keys.index(), clock.ms, id)
+redis.call('ZADD', keys.index('queued'), clock.ms, id)
+redis.call('ZADD', keys.waiting(model), order, id)
+events.add(id, 'job.queued', {status = 'queued'})
+wakeups.job(id, false)
+return {'new', redis.call('HGETALL', key), redis.call('ZRANK', keys.waiting(model), id)}

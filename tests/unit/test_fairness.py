@@ -1,0 +1,60 @@
+"""The order in which a worker looks into its queues."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from latentline_worker.transport.fairness import HeldMessages, LeastServedFirst
+
+
+def take(order: LeastServedFirst, filled: dict[str, int]) -> str:
+    """What BRPOP does: take from the first queue in order that is not empty."""
+    queue = next(name for name in order.consume(len(filled)) if filled[name])
+    filled[queue] -= 1
+    return order.rotate(queue)
+
+
+def order_of(*queues: str) -> LeastServedFirst:
+    order = LeastServedFirst(HeldMessages(), max_per_queue=4)
+    order.update(queues)
+    return order
+
+
+def test_busy_queues_alternate() -> None:
+    order, filled = order_of("a", "b"), {"a": 50, "b": 50}
+    assert Counter(take(order, filled) for _ in range(40)) == {"a": 20, "b": 20}
+
+
+def test_a_queue_from_which_little_was_taken_goes_first() -> None:
+    order, filled = order_of("busy", "quiet"), {"busy": 2000, "quiet": 0}
+    for _ in range(1000):
+        take(order, filled)
+    filled["quiet"] = 10
+    assert [take(order, filled) for _ in range(11)] == ["quiet"] * 10 + ["busy"]
+
+
+def test_what_was_taken_long_ago_counts_little() -> None:
+    order, filled = order_of("a", "b"), {"a": 10_000, "b": 10_000}
+    filled["b"] = 0
+    for _ in range(5000):
+        take(order, filled)
+    filled["b"] = 5000
+    taken = [take(order, filled) for _ in range(2000)]
+    assert taken[:100] == ["b"] * 100 and set(taken[-2:]) == {"a", "b"}, "the advantage of a queue that was idle is bounded"
+
+
+def test_weights_do_not_overflow() -> None:
+    order, filled = order_of("a", "b"), {"a": 10**6, "b": 10**6}
+    assert Counter(take(order, filled) for _ in range(20_000)) == {"a": 10_000, "b": 10_000}
+
+
+def test_a_queue_at_its_in_flight_limit_waits_and_leaves_room_for_others() -> None:
+    held = HeldMessages()
+    order = LeastServedFirst(held, max_per_queue=2)
+    order.update(["busy", "quiet"])
+    held.begin("busy")
+    assert order.consume(2) == ["busy", "quiet"]
+    held.begin("busy")
+    assert order.consume(2) == ["quiet"]
+    held.end("busy")
+    assert order.consume(2) == ["busy", "quiet"]

@@ -1,0 +1,273 @@
+"""The heartbeat: leases renewed, progress reported, verdicts heard, checkpoints written once."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import fakeredis
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentline import records, routing
+from latentline.connection import connect
+from latentline.errors import BrokerUnavailable
+from latentline.jobs import Claim, JobRequest, Phase
+from latentline.records import Records
+from latentline_worker.engine.request import Preview
+from latentline_worker.generate.leases import LeasedJob, Leases
+from latentline_worker.maintenance.liveness import LivenessFile
+
+PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
+
+
+@pytest.fixture
+def client() -> fakeredis.FakeRedis:
+    return fakeredis.FakeRedis(decode_responses=True)
+
+
+@pytest.fixture
+def store(client: fakeredis.FakeRedis) -> Records:
+    return Records(client)
+
+
+@pytest.fixture
+def leases(store: Records) -> Leases:
+    return Leases(store, lease_s=30)
+
+
+def claim(client: fakeredis.FakeRedis, **fields: Any) -> Claim:
+    request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 20, **fields})
+    job = records.run(client, records.submit([request], 600))[0]
+    found = Records(client).claim(job.id, "w", 30)
+    assert found is not None
+    return found
+
+
+def field(client: fakeredis.FakeRedis, job: LeasedJob, name: str) -> str | None:
+    value: str | None = client.hget(routing.job_key(job.claim.record.id), name)
+    return value
+
+
+def previews(client: fakeredis.FakeRedis, job: LeasedJob) -> list[dict[str, Any]]:
+    return [event.data for event in records.run(client, records.events(job.claim.record.id)) if event.type == "job.preview"]
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    for _ in range(PATIENCE_S * 100):
+        if holds():
+            return
+        threading.Event().wait(0.01)
+    pytest.fail(what)
+
+
+class InEngine:
+    """What the heartbeat sees of a request: how far it is, its newest preview and checkpoint, and whether it was cancelled."""
+
+    def __init__(self, data: bytes | None = None, num_steps: int = 20) -> None:
+        self.step, self.num_steps, self.batch_jobs = 3, num_steps, 1
+        self.phase, self.work = Phase.DENOISING, None
+        self.preview: Preview | None = None
+        self.checkpoint = self if data is not None else None
+        self.num_serialized = 0
+        self.cancelled: list[str] = []
+        self.data = data
+
+    def to_bytes(self, _: None) -> bytes | None:
+        self.num_serialized += 1
+        return self.data or None
+
+    def cancel(self, reason: str) -> None:
+        self.cancelled.append(reason)
+
+
+def attach(job: LeasedJob, request: InEngine) -> InEngine:
+    job.attach(cast(Any, request))
+    return request
+
+
+def test_a_beat_renews_the_lease_for_its_whole_length(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    with leases.hold(claim(client)) as job:
+        client.zadd(routing.leases_key(), {job.claim.record.id: 1})
+        client.hset(routing.job_key(job.claim.record.id), "lease_until", 1)
+        seconds, _ = client.time()
+        leases.beat()
+        assert float(field(client, job, "lease_until") or 0) >= seconds + 30
+        assert client.zscore(routing.leases_key(), job.claim.record.id) >= seconds + 30
+
+
+def test_a_job_that_is_no_longer_held_is_not_reported(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    with leases.hold(claim(client)) as job:
+        before = field(client, job, "lease_until")
+    leases.beat()
+    assert field(client, job, "lease_until") == before
+
+
+def test_a_beat_tells_phase_and_step(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    with leases.hold(claim(client)) as job:
+        leases.beat()
+        assert (field(client, job, "phase"), field(client, job, "step")) == ("encoding", "0")
+        attach(job, InEngine())
+        leases.beat()
+        assert (field(client, job, "phase"), field(client, job, "step")) == ("denoising", "3")
+        job.uploading = True
+        leases.beat()
+        assert field(client, job, "phase") == "uploading"
+
+
+def test_a_job_that_continues_from_a_checkpoint_never_goes_back_a_step(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    first = claim(client)
+    store = Records(client)
+    assert store.checkpoint(first.record.id, first.token, 12, b"state") and store.release(first.record.id, first.token)
+    second = store.claim(first.record.id, "w", 30)
+    assert second is not None
+    with leases.hold(second) as job:
+        leases.beat()  # before the engine has it
+        assert field(client, job, "step") == "12"
+        request = attach(job, InEngine())
+        request.step = 0  # in the engine, and not resumed yet
+        leases.beat()
+        assert field(client, job, "step") == "12"
+        request.step = 13
+        leases.beat()
+        assert field(client, job, "step") == "13"
+
+
+def test_steps_of_the_job_are_counted_and_not_calls_of_the_network(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    """heun calls the network twice per step, except at the last: 39 calls for 20 steps."""
+    with leases.hold(claim(client, scheduler="heun")) as job:
+        request = attach(job, InEngine(b"state", num_steps=39))
+        request.step = 20
+        leases.beat()
+        assert field(client, job, "step") == "10"
+        assert (field(client, job, "checkpoint_step"), job.checkpoint_step) == ("10", 10)
+        request.step = 39
+        leases.beat()
+        assert field(client, job, "step") == "20"
+
+
+def test_each_preview_is_sent_once(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    def preview(step: int) -> Preview:
+        return Preview(step, torch.from_numpy(np.full((1, 4, 6, 3), 200, dtype=np.uint8)))
+
+    with leases.hold(claim(client)) as job:
+        request = attach(job, InEngine())
+        request.preview = preview(2)
+        for _ in range(3):
+            leases.beat()
+        assert len(previews(client, job)) == 1
+        request.preview = preview(3)
+        for _ in range(3):
+            leases.beat()
+        sent = previews(client, job)
+    assert len(sent) == 2
+    (url,) = sent[-1]["images"]
+    kind, _, data = url.partition(",")
+    assert kind == "data:image/webp;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (6, 4)
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_a_cancel_reaches_the_engine_whether_it_has_the_job_before_or_after(
+    client: fakeredis.FakeRedis, leases: Leases, attached: str
+) -> None:
+    request = InEngine()
+    with leases.hold(claim(client)) as job:
+        if attached == "before":
+            attach(job, request)
+        records.run(client, records.cancel(job.claim.record.id, 600))
+        leases.beat()
+        if attached == "after":
+            assert request.cancelled == []
+            attach(job, request)
+        assert request.cancelled == ["cancel"] and job.stop_reason == "cancel"
+
+
+def test_the_first_reason_to_stop_counts(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    with leases.hold(claim(client)) as job:
+        job.stop("cancel")
+        job.stop("stale")
+    assert job.stop_reason == "cancel"
+
+
+@pytest.mark.parametrize("data", [b"", b"state"], ids=["too large", "refused"])
+def test_a_checkpoint_that_is_not_kept_is_not_sent_again(
+    client: fakeredis.FakeRedis, store: Records, leases: Leases, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    monkeypatch.setattr(store, "checkpoint", lambda *_: False)
+    with leases.hold(claim(client)) as job:
+        request = attach(job, InEngine(data))
+        for _ in range(3):
+            leases.beat()
+    assert (request.num_serialized, job.checkpoint_step) == (1, 0)
+
+
+def test_a_checkpoint_that_fails_keeps_no_other_job_from_hearing_its_verdict(
+    client: fakeredis.FakeRedis, store: Records, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> bool:
+        raise BrokerUnavailable("away")
+
+    monkeypatch.setattr(store, "checkpoint", away)
+    holders = [leases.hold(claim(client)) for _ in range(6)]
+    jobs = [holder.__enter__() for holder in holders]
+    for job in jobs:
+        attach(job, InEngine(b"state"))
+    for job in jobs[1:]:
+        records.run(client, records.cancel(job.claim.record.id, 600))
+    with pytest.raises(BrokerUnavailable):
+        leases.beat()
+    assert [job.stop_reason for job in jobs] == [None, *["cancel"] * 5]
+    for holder in holders:
+        holder.__exit__(None, None, None)
+
+
+def test_with_a_stalled_engine_only_uploads_keep_their_leases(client: fakeredis.FakeRedis, store: Records) -> None:
+    leases = Leases(store, lease_s=600, engine_stalled=lambda: True)
+    with leases.hold(claim(client)) as denoising, leases.hold(claim(client)) as uploading:
+        uploading.uploading = True
+        before = field(client, denoising, "lease_until"), field(client, uploading, "lease_until")
+        leases.beat()
+        assert field(client, denoising, "lease_until") == before[0]
+        assert field(client, uploading, "lease_until") != before[1]
+
+
+def test_whether_uploads_are_left(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    with leases.hold(claim(client)) as job:
+        assert not leases.uploads_left()
+        job.uploading = True
+        assert leases.uploads_left()
+    assert not leases.uploads_left()
+
+
+def test_at_the_end_of_a_drain_jobs_are_given_back_without_counting_as_crashes(client: fakeredis.FakeRedis, leases: Leases) -> None:
+    with leases.hold(claim(client)) as job:
+        leases.release_all()
+        assert (field(client, job, "status"), field(client, job, "crashes")) == ("queued", "0")
+
+
+def test_while_the_broker_is_away_the_process_counts_as_well_and_the_outage_is_passed_on(client: fakeredis.FakeRedis) -> None:
+    touched, lost = threading.Event(), threading.Event()
+    away = Records(connect("redis://127.0.0.1:9/0"))  # no server listens there
+    leases = Leases(away, lease_s=30, touch_liveness_file=touched.set, broker_lost=lost.set)
+    with leases.hold(claim(client)):
+        leases.start()
+        assert touched.wait(PATIENCE_S) and lost.wait(PATIENCE_S)
+        touched.clear()
+        assert touched.wait(PATIENCE_S), "the loop goes on"
+        leases.stop()
+
+
+def test_a_liveness_file_that_cannot_be_written_costs_no_lease(client: fakeredis.FakeRedis, store: Records, tmp_path: Path) -> None:
+    unwritable = LivenessFile(tmp_path / "no such folder" / "ready")
+    leases = Leases(store, lease_s=600, touch_liveness_file=unwritable.touch)
+    with leases.hold(claim(client)) as job:
+        before = field(client, job, "lease_until")
+        leases.start()
+        eventually(lambda: field(client, job, "lease_until") != before, "the lease was not renewed")
+        leases.stop()

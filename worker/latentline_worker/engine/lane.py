@@ -1,0 +1,223 @@
+"""The tensors of a lane: gather rows, run the network once, guide, advance all samplers at once, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from latentline_worker.models.base import Family
+from latentline_worker.samplers import MAX_ORDER
+
+from .checkpoint import Checkpoint
+from .clock import StepClock
+from .network import Network
+from .noise import Noise, draws_undone_on_error
+from .request import LaneKey, Request
+
+GROWTH = 8  # slots added at a time
+OUTPUTS = MAX_ORDER  # place in the history of the newest network output
+NOISE = 2 * MAX_ORDER  # place in the history of this step's noise
+HISTORY = 2 * MAX_ORDER + 1
+
+
+@dataclass
+class _Step:
+    """What one step reads, gathered on the device. Nothing in it is shared with the lane."""
+
+    slots: torch.Tensor  # (images,)
+    guided: torch.Tensor  # (guided images,) places among the images
+    noisy: list[int]  # places among the images whose sampler draws noise in this step
+    noises: list[Noise]  # their generators
+    history: torch.Tensor  # (images, HISTORY, c * h * w)
+    used: npt.NDArray[np.intp]  # places in the history that any image's coefficients use
+    coefficients: torch.Tensor  # (images, HISTORY)
+    guidance: torch.Tensor  # (guided images, 1, 1, 1)
+    x: torch.Tensor  # (rows, c, h, w) network input: the images, then the guided ones again without their prompt
+    timesteps: torch.Tensor  # (rows,)
+    prompt_embeds: torch.Tensor  # (rows, tokens, width)
+
+
+class Lane:
+    """Slots for the images of one latent shape, and the step over any subset of them.
+
+    ``history`` is (slots, 2 * MAX_ORDER + 1, c * h * w) float32: past latents newest first, past network outputs newest
+    first, and this step's noise. Its sum, weighted with each job's coefficients, is the sampler update of all jobs at
+    once, whatever their samplers. It is float32 also when the network runs in half precision. All that a step reads is on
+    the device already, except one small table of numbers and fresh noise; both are sent without waiting.
+    """
+
+    def __init__(self, family: Family, key: LaneKey, network: Network, clock: StepClock) -> None:
+        self.family = family
+        self.shape = key.latent_shape
+        self._network = network
+        self._clock = clock
+        self._free: list[int] = []
+        self._noises: dict[int, Noise] = {}  # by slot
+        self._history = torch.zeros(0, HISTORY, key.num_latents, device=family.device)
+        self._cond: torch.Tensor | None = None  # (slots, tokens, width) prompt embeds
+        self._uncond: torch.Tensor | None = None  # likewise, of the negative prompts
+
+    @property
+    def num_used(self) -> int:
+        """Slots that hold an image."""
+        return len(self._history) - len(self._free)
+
+    def join(self, request: Request, cond: torch.Tensor, uncond: torch.Tensor | None) -> None:
+        """Give every image of the request a slot with its first latents, drawn as diffusers draws them.
+
+        Args:
+            request: its ``slots`` are written.
+            cond: (tokens, width) prompt embeds.
+            uncond: likewise, of the negative prompt; None for an unguided job.
+        """
+        work = request.work
+        if len(self._free) < request.num_images:
+            self._grow(max(GROWTH, request.num_images), cond)
+        assert self._cond is not None and self._uncond is not None  # _grow made them
+        for seed in work.seeds:
+            slot = self._free.pop()
+            request.slots.append(slot)
+            noise = self._noises[slot] = Noise(seed, self.shape, self.family.dtype)
+            self._history[slot].zero_()  # zero coefficients do not cancel what an earlier job left: 0 * NaN is NaN
+            self._history[slot, 0] = self._to_device(noise.draw()) * work.table.init_noise_sigma
+            self._cond[slot] = cond
+            if uncond is not None:
+                self._uncond[slot] = uncond
+        if work.resume is not None:
+            self._restore(request, work.resume)
+
+    def leave(self, request: Request) -> None:
+        """Free the request's slots."""
+        for slot in request.slots:
+            self._noises.pop(slot, None)
+        self._free.extend(request.slots)
+        request.slots = []
+
+    def latents(self, request: Request) -> torch.Tensor:
+        """(images, c, h, w) current latents, copied."""
+        return self._history[request.slots, 0].view(-1, *self.shape).clone()
+
+    def snapshot(self, request: Request) -> torch.Tensor:
+        """(images, 2 * order, c * h * w) copy of the history that the sampler needs, on the device: a checkpoint's content."""
+        order = request.work.table.order
+        columns = [*range(order), *range(OUTPUTS, OUTPUTS + order)]
+        return self._history[request.slots][:, columns]
+
+    def _restore(self, request: Request, checkpoint: Checkpoint) -> None:
+        table = request.work.table
+        history = self._to_device(torch.from_numpy(checkpoint.history))
+        for slot, past in zip(request.slots, history, strict=True):
+            self._history[slot, : table.order] = past[: table.order]
+            self._history[slot, OUTPUTS : OUTPUTS + table.order] = past[table.order :]
+            self._noises[slot].skip(int(table.draws[: checkpoint.step].sum()))
+        request.step = checkpoint.step
+
+    def denoised(self, request: Request) -> torch.Tensor:
+        """(images, c, h, w) clean latents that the last network call predicted. Only after a first step."""
+        table, n = request.work.table, request.step - 1
+        scale, (from_x, from_m) = float(table.input_scale[n]), table.denoised[n]
+        history = self._history[request.slots]
+        x0 = float(from_x) * scale * history[:, 1] + float(from_m) * history[:, OUTPUTS]
+        return x0.view(-1, *self.shape)
+
+    @torch.inference_mode()
+    def step(self, requests: Sequence[Request], most_rows: int) -> int:
+        """Advance every request by one network call.
+
+        A step that raises has changed nothing, the noise generators included: trying it again gives the same picture.
+
+        Returns:
+            The most rows that went through the network in one call: ``most_rows`` or fewer.
+        """
+        self._clock.mark()
+        step = self._gather(requests)
+        self._clock.mark()
+        m, rows = self._network(step.x, step.timesteps, step.prompt_embeds, most_rows)
+        self._clock.mark()
+        m = self._guide(step, m)
+        with draws_undone_on_error(step.noises):
+            self._advance(step, m)
+            self._commit(step)
+        self._clock.mark()
+        return rows
+
+    def _gather(self, requests: Sequence[Request]) -> _Step:
+        """Read the rows and their numbers; the only transfers to the device but for the noise."""
+        assert self._cond is not None and self._uncond is not None  # a request joined
+        images = [(r, slot) for r in requests for slot in r.slots]
+        count = len(images)
+        guided = [i for i, (r, _) in enumerate(images) if r.work.guided]
+        noisy = [i for i, (r, _) in enumerate(images) if r.work.table.draws[r.step]]
+        # Per image: [input scale, timestep, guidance, coefficients].
+        numbers = np.empty((count, 3 + HISTORY), dtype=np.float32)
+        for i, (r, _) in enumerate(images):
+            table = r.work.table
+            numbers[i, :3] = table.input_scale[r.step], table.timesteps[r.step], r.work.guidance_scale
+            numbers[i, 3:] = table.coefficients[r.step]
+        sent = self._to_device(torch.from_numpy(numbers))
+        places = self._to_device(torch.tensor([slot for _, slot in images] + guided))
+        slots, guided_at = places[:count], places[count:]
+        scale, timesteps, guidance = sent[:, 0], sent[:, 1], sent[guided_at, 2].view(-1, 1, 1, 1)
+        history = self._history[slots]
+        x = (history[:, 0] * scale[:, None]).view(-1, *self.shape)
+        return _Step(
+            slots=slots,
+            guided=guided_at,
+            noisy=noisy,
+            noises=[self._noises[images[i][1]] for i in noisy],
+            history=history,
+            used=np.flatnonzero(numbers[:, 3:].any(0)),
+            coefficients=sent[:, 3:],
+            guidance=guidance,
+            x=torch.cat([x, x[guided_at]]),
+            timesteps=torch.cat([timesteps, timesteps[guided_at]]),
+            prompt_embeds=torch.cat([self._cond[slots], self._uncond[slots[guided_at]]]),
+        )
+
+    def _guide(self, step: _Step, m: torch.Tensor) -> torch.Tensor:
+        """(rows, c, h, w) network outputs -> (images, c, h, w): classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598)."""
+        count = len(step.slots)
+        m, m_uncond = m[:count], m[count:]
+        if len(step.guided):
+            m[step.guided] = m_uncond + step.guidance * (m[step.guided] - m_uncond)
+        return m
+
+    def _advance(self, step: _Step, m: torch.Tensor) -> None:
+        """Shift this step's copy of the history and put in the output, the noise and the new latents."""
+        history = step.history
+        history[:, OUTPUTS + 1 : NOISE] = history[:, OUTPUTS : NOISE - 1].clone()
+        history[:, OUTPUTS] = m.flatten(1)
+        if step.noisy:
+            history[step.noisy, NOISE] = self._to_device(torch.stack([noise.draw() for noise in step.noises]))
+        # Term by term over those that any sampler uses: a batched matrix product may sum in another order for
+        # another batch size, and then a picture would depend on the jobs beside it.
+        x_next = torch.zeros_like(history[:, 0])
+        for j in step.used:
+            x_next.addcmul_(step.coefficients[:, j, None], history[:, j])
+        history[:, 1:MAX_ORDER] = history[:, : MAX_ORDER - 1].clone()
+        history[:, 0] = x_next
+
+    def _commit(self, step: _Step) -> None:
+        """Write the new history into the lane: the one write of a step, so it happens as a whole or not at all."""
+        self._history[step.slots] = step.history
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.family.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.family.device, non_blocking=True)
+
+    def _grow(self, count: int, prompt_embeds: torch.Tensor) -> None:
+        def extend(old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+            fresh = like.new_zeros(count, *like.shape)
+            return fresh if old is None else torch.cat([old, fresh])
+
+        start = len(self._history)
+        # All three are made before any is kept: memory may run out in each of them.
+        history = extend(self._history, self._history.new_zeros(self._history.shape[1:]))
+        cond, uncond = extend(self._cond, prompt_embeds), extend(self._uncond, prompt_embeds)
+        self._history, self._cond, self._uncond = history, cond, uncond
+        self._free.extend(range(start, start + count))

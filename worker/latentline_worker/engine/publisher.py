@@ -1,0 +1,109 @@
+"""What other threads read of a request: checkpoints, previews and results, published in host memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from latentline.errors import NumericalError
+from latentline_worker.models.base import Family
+
+from .checkpoint import Checkpoint, CheckpointSchedule
+from .failures import raise_if_lost
+from .host_copies import HostCopies
+from .lane import Lane
+from .preview import LatentToRgb
+from .request import Preview, Request
+
+log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Copies a request's state to host memory. Used by the thread that owns the device.
+
+    A job can do without a checkpoint or a preview: where there is no memory for one it is skipped, and the job keeps the
+    one before. A lost device is raised.
+
+    Args:
+        family: the loaded model.
+        schedule: told what checkpoints cost; None where only the last moment has any.
+    """
+
+    def __init__(self, family: Family, schedule: CheckpointSchedule | None) -> None:
+        self._family = family
+        self._schedule = schedule
+        self._copies = HostCopies(family.device)
+        self._rgb: LatentToRgb | None = None
+
+    def prepare_previews(self, channels: int) -> None:
+        """Fit the map from latents to RGB, which takes a few decodes; otherwise the first preview does that."""
+        self._rgb = LatentToRgb.fit(self._family, channels)
+
+    def checkpoint(self, request: Request, lane: Lane) -> None:
+        """Publish ``request.checkpoint``, as soon as it is complete."""
+        step = request.step
+        request.checkpoint_at = started = time.monotonic()  # also of a try that fails: the next one is as far away
+
+        def publish(tensors: Sequence[torch.Tensor]) -> None:
+            request.checkpoint = Checkpoint(step, tensors[0].numpy())
+
+        def copy() -> None:
+            self._copies.copy([lane.snapshot(request)], publish)
+            if self._schedule:
+                self._schedule.record_taken(time.monotonic() - started)
+
+        self._optional("checkpoint", request, copy)
+
+    def preview(self, request: Request, lane: Lane) -> None:
+        """Publish ``request.preview``, as soon as it is complete."""
+        step = request.step
+
+        def publish(tensors: Sequence[torch.Tensor]) -> None:
+            request.preview = Preview(step, tensors[0].numpy())
+
+        @torch.inference_mode()
+        def copy() -> None:
+            if self._rgb is None:
+                self.prepare_previews(request.work.latent_shape[0])
+            assert self._rgb is not None
+            self._copies.copy([self._rgb(lane.denoised(request))], publish)
+
+        self._optional("preview", request, copy)
+
+    def result(self, result: torch.Tensor, finite: torch.Tensor, finish: Callable[[torch.Tensor | Exception], None]) -> None:
+        """Call ``finish`` with the result as soon as it is in host memory, or with the error.
+
+        Args:
+            result: pixels or latents, on the device; not to be changed afterwards.
+            finite: whether all latents are finite, a scalar on the device: reading it here would wait.
+            finish: called once.
+        """
+
+        def publish(tensors: Sequence[torch.Tensor]) -> None:
+            result, finite = tensors
+            finish(result if finite else NumericalError("the latents are no longer finite numbers"))
+
+        try:
+            self._copies.copy([result, finite], publish)
+        except Exception as error:
+            raise_if_lost(error)
+            finish(error)
+
+    def publish_done(self) -> None:
+        """Publish what has been copied. Does not wait."""
+        self._copies.publish_done()
+
+    def publish_all(self) -> None:
+        """Wait until everything is copied, and publish it."""
+        self._copies.publish_all()
+
+    @staticmethod
+    def _optional(what: str, request: Request, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            raise_if_lost(error)
+            log.warning("job %s: no %s (%s)", request.work.job_id, what, type(error).__name__)

@@ -1,0 +1,77 @@
+"""How the work on a claimed job ended, and so what happens to its record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from latentline.errors import LatentlineError, OutOfMemory, ServiceUnavailable
+from latentline.jobs import ImageRef, JobError
+from latentline_worker.engine.failures import out_of_memory
+from latentline_worker.engine.request import Cancelled
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    """Every image is in the store."""
+
+    images: tuple[ImageRef, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Trying again would not help."""
+
+    error: JobError
+
+
+@dataclass(frozen=True)
+class TryAgain:
+    """Another try may succeed."""
+
+    error: JobError
+
+
+@dataclass(frozen=True)
+class CancelRequested:
+    """A client cancelled the job."""
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """This worker shuts down: the job goes back to the queue with its newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class NotOurs:
+    """The lease is lost or given up: the record belongs to another worker, or soon will."""
+
+    reason: str
+
+
+Outcome = Succeeded | Failed | TryAgain | CancelRequested | HandOver | NotOurs
+
+
+def of_exception(problem: Exception) -> Outcome:
+    """The outcome of work that ended in an exception. The text of an internal error stays out of the client's answer."""
+    if isinstance(problem, Cancelled):
+        return _of_stop(problem.reason)
+    if isinstance(problem, LatentlineError):
+        error = JobError(code=problem.code, message=problem.message)
+        return TryAgain(error) if isinstance(problem, ServiceUnavailable) else Failed(error)
+    if out_of_memory(problem):
+        return Failed(JobError(code=OutOfMemory.code, message="the job does not fit into the worker's memory"))
+    return TryAgain(JobError(code="internal_error", message="the worker failed on this job; its log has the details"))
+
+
+def _of_stop(reason: str) -> Outcome:
+    match reason:
+        case "stale":
+            return NotOurs("another worker owns it now")
+        case "lost":
+            return NotOurs("left to other workers, who take it when its lease has run out")
+        case "shutdown":
+            return HandOver()
+        case "expired":
+            return Failed(JobError(code="deadline_exceeded", message="the deadline passed before the job ended"))
+        case _:
+            return CancelRequested()

@@ -1,0 +1,154 @@
+"""The process that generates images, as an object: what it consists of, and the order in which its parts start and stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_ready, worker_shutting_down
+
+from latentline.errors import LatentlineError
+from latentline.jobs import LEVEL
+from latentline.records import Records
+from latentline.routing import GENERATE_TASK, queue_names
+from latentline_worker.engine.engine import Engine
+from latentline_worker.images.store import ImageStore
+from latentline_worker.images.upload import Uploader
+from latentline_worker.maintenance.expiry import Expiry
+from latentline_worker.maintenance.liveness import LivenessFile
+from latentline_worker.maintenance.reaper import Reaper
+from latentline_worker.models.base import Family
+from latentline_worker.settings import WorkerSettings
+from latentline_worker.transport.app import NO_GOSSIP, create_app
+
+from .announcer import Announcer
+from .leases import Leases
+from .runner import JobRunner
+from .watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+class GenerateWorker:
+    """One worker process around a loaded model: takes wake-ups through Celery until SIGTERM, then drains.
+
+    :meth:`run` does all of it. :meth:`start`, :meth:`drain` and :meth:`stop` are its stages: Celery calls the first when
+    it takes messages, the second on SIGTERM, and returns from its loop when no task is left.
+
+    Args:
+        name: of this worker, in records and logs.
+        family: the loaded model.
+        engine: warmed up, not started.
+        store: where images go; its bucket exists.
+    """
+
+    def __init__(self, name: str, settings: WorkerSettings, family: Family, engine: Engine, records: Records, store: ImageStore) -> None:
+        self._name, self._settings, self._model, self._engine, self._records = name, settings, family.info, engine, records
+        self._liveness = LivenessFile(settings.ready_file)
+        self._liveness.remove()  # a container that was restarted still has its old file
+        self._reaper = Reaper(records, self._model.id, settings.lease_s)
+        self._leases = Leases(
+            records,
+            settings.lease_s,
+            engine_stalled=self.engine_stalled,
+            touch_liveness_file=self._liveness.touch,
+            broker_lost=self._reaper.broker_lost,
+            checkpoint_schedule=engine.checkpoint_schedule,
+        )
+        self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
+        self._announcer = Announcer(records, name, self._model)
+        self._expiry = Expiry(records, store)
+        self._runner = JobRunner(
+            name, family, records, engine, Uploader(store), self._leases, settings.lease_s, engine_stalled=self.engine_stalled
+        )
+
+    def run(self) -> int:
+        """Take work until SIGTERM, then drain and stop; the exit status of the process.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer at the start.
+        """
+        for problem in self._records.durability():
+            log.warning("broker: %s", problem)
+        self._engine.start()
+        worker_ready.connect(self._on_ready, weak=False)
+        worker_shutting_down.connect(self._on_shutting_down, weak=False)
+        consumer = self._consumer(self._app())
+        consumer.start()  # returns when Celery has stopped and its tasks have ended
+        self.stop()
+        return int(consumer.exitcode or 0)
+
+    def start(self) -> None:
+        """Celery takes messages now: announce the worker, renew leases, watch the engine, do maintenance."""
+        self._announcer.start()
+        self._leases.start()
+        self._watchdog.start()
+        self._reaper.start()
+        self._expiry.start()
+        log.info("%s: ready", self._name)
+
+    def drain(self) -> None:
+        """Jobs that denoise are checkpointed and continue elsewhere at once; those that upload have ``drain_s`` seconds.
+
+        Celery waits for its tasks without a bound, so the bound is set here: whatever still uploads then is given back to
+        the queue, and another worker uploads it.
+        """
+        threading.Thread(target=self._engine.stop, name="drain", daemon=True).start()
+        timer = threading.Timer(self._settings.drain_s, self._end_now)
+        timer.daemon = True
+        timer.start()
+
+    def stop(self) -> None:
+        """Shut down in data-flow order: Celery takes nothing any more; then the engine, maintenance, leases, announcement."""
+        self._engine.stop()
+        self._expiry.stop()
+        self._reaper.stop()
+        self._watchdog.stop()
+        self._leases.stop()
+        self._announcer.stop()
+        self._liveness.remove()
+
+    def engine_stalled(self) -> bool:
+        """Whether the engine has failed, or has finished nothing for ``stall_s`` seconds although it has work."""
+        return self._engine.stalled_for() > self._settings.stall_s
+
+    def abort(self) -> None:
+        """End the process at once with status 70, for its supervisor to start another.
+
+        The engine's thread hangs in a call that nothing interrupts, or has ended by an error; threads that wait for it
+        would keep an orderly exit waiting for ever.
+        """
+        log.critical("%s: the engine has finished nothing for %.0f s: this process ends", self._name, self._engine.stalled_for())
+        self._liveness.remove()
+        os._exit(os.EX_SOFTWARE)
+
+    def _app(self) -> Celery:
+        app = create_app(self._settings, queue_names(self._model.id, LEVEL), self._records, self._settings.concurrency)
+        app.task(self._runner.run, name=GENERATE_TASK)
+        return app
+
+    def _consumer(self, app: Celery) -> Any:
+        return app.Worker(
+            hostname=self._name,
+            pool="threads",
+            # One tenant gets half of the threads at most, so that another tenant's jobs need not wait for it.
+            concurrency=2 * self._settings.concurrency,
+            queues=queue_names(self._model.id, LEVEL),
+            loglevel="INFO",
+            **NO_GOSSIP,
+        )
+
+    def _end_now(self) -> None:
+        with contextlib.suppress(LatentlineError):
+            self._leases.release_all()
+        os._exit(0)
+
+    def _on_ready(self, **_: object) -> None:
+        self.start()
+
+    def _on_shutting_down(self, **_: object) -> None:
+        self.drain()

@@ -1,0 +1,50 @@
+"""What the maintenance services have in common: one duty, repeated on a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+
+from latentline.errors import LatentlineError
+
+log = logging.getLogger(__name__)
+
+
+class Service(ABC):
+    """One duty, done every ``every_s`` seconds on a thread of its own, from :meth:`start` to :meth:`stop`.
+
+    A turn that fails is logged, and the next one comes at its time: a broker that is away is no reason to stop.
+    """
+
+    def __init__(self, name: str, every_s: float = 1.0) -> None:
+        self._name, self._every_s = name, every_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+
+    @abstractmethod
+    def run_once(self) -> None:
+        """One turn of the duty."""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, wait_s: float = 0.0) -> None:
+        """Begin no further turn, and wait up to ``wait_s`` seconds for one that runs."""
+        self._stopped.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(wait_s)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the service was told to stop."""
+        return self._stopped.is_set()
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            try:
+                self.run_once()
+            except LatentlineError as error:
+                log.warning("%s: %s", self._name, error.message)
+            except Exception:
+                log.exception("%s failed", self._name)
