@@ -198,7 +198,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     told = {
         "recipes that come with latentline: emoji-autoencoder, emoji-denoiser": ("autoencoder", "none.toml", *options),
         "no such folder": ("autoencoder", tmp_path / "a.toml", "--data", tmp_path / "none", "--out", tmp_path / "out"),
-        "--start-step needs --init": ("autoencoder", tmp_path / "a.toml", *options, "--start-step", 3),
+        "no training's state is there": ("export", tmp_path, tmp_path / "weights"),
         "device nonsense": ("autoencoder", tmp_path / "a.toml", *options, "--device", "nonsense"),
         "no AutoencoderTiny in diffusers format": ("autoencoder", tmp_path / "a.toml", *options, "--init", folder),
         "no autoencoder in diffusers format": ("denoiser", tmp_path / "d.toml", *options, "--autoencoder", folder),

@@ -146,19 +146,36 @@ def test_bf16_trains_in_autocast(cache: LatentCache, tmp_path: Path) -> None:
     assert training.run() and next(training.task.model.parameters()).dtype == torch.float32
 
 
-def test_a_model_that_stands_in_the_state_goes_on_in_diffusers_format(folder: Path, source: BuiltData, tmp_path: Path) -> None:
-    """From committed weights: the schedule goes on at their step, with optimisers that warm up."""
-    first = AutoencoderTask(autoencoder_recipe(), source)
-    first.model.half().save_pretrained(tmp_path / "weights")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(toml(autoencoder_recipe()))
+def test_a_lost_state_is_replaced_by_exported_weights(folder: Path, cache: LatentCache, tmp_path: Path) -> None:
+    """The schedule goes on at their step, with optimisers that warm up and averages that stay."""
+    stop = StopAt(5)
+    stop.training = Training(DenoiserTask(denoiser_recipe(), cache), tmp_path / "lost", quiet, stop)
+    stop.training.run()
+    commands.export(tmp_path / "lost", tmp_path / "weights", quiet)
+    held = UNet2DConditionModel.from_pretrained(tmp_path / "weights")
+    assert stop.training.ema is not None and (tmp_path / "weights" / "SHA256SUMS").exists()
+    averaged = torch.cat([p.flatten() for p in stop.training.ema.shadow_params])
+    torch.testing.assert_close(weights(held).float(), averaged, atol=1e-3, rtol=1e-3)
+    cache.autoencoder.save_pretrained(tmp_path / "vae")
+    (tmp_path / "recipe.toml").write_text(toml(denoiser_recipe()))
     said: list[str] = []
-    run = commands.Run(tmp_path / "out", init=tmp_path / "weights", start_step=5)
-    assert commands.autoencoder(str(recipe), folder, run, said.append)
-    lines = log(tmp_path / "out")
-    assert lines[0]["step"] == 6 and lines[0]["rate"] < 0.7
-    assert commands.autoencoder(str(recipe), folder, run, said.append)
+    run = commands.Run(tmp_path / "out", init=tmp_path / "weights")
+    assert commands.denoiser(str(tmp_path / "recipe.toml"), folder, tmp_path / "vae", run, said.append)
+    assert log(tmp_path / "out")[0]["step"] == 6 and any("at step 5 of 8, with fresh optimisers" in line for line in said)
+    assert commands.denoiser(str(tmp_path / "recipe.toml"), folder, tmp_path / "vae", run, said.append)
     assert any("going on at step 8 of 8" in line and "is not read" in line for line in said)
+
+
+def test_only_a_finished_autoencoder_is_exported(source: BuiltData, tmp_path: Path) -> None:
+    training = Training(AutoencoderTask(autoencoder_recipe(), source), tmp_path / "run", quiet)
+    training.save()
+    with pytest.raises(TrainingError, match="at step 0 of 8: let it end first"):
+        commands.export(tmp_path / "run", tmp_path / "weights", quiet)
+    training.run()
+    commands.export(tmp_path / "run", tmp_path / "weights", quiet)
+    held = AutoencoderTiny.from_pretrained(tmp_path / "weights", torch_dtype=torch.float16)
+    assert held.dtype == torch.float16 and held.config.scaling_factor == training.task.model.config.scaling_factor
+    assert "name_or_path" not in (tmp_path / "weights" / "config.json").read_text()
 
 
 # Caches

@@ -24,14 +24,13 @@ def train() -> None:
 data_option = click.option("--data", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Pictures.")
 out_option = click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="State, log, samples, model.")
 init_option = click.option("--init", type=click.Path(path_type=Path, file_okay=False), help="Begin with these weights (diffusers format).")
-start_option = click.option("--start-step", type=click.IntRange(0), default=0, help="With --init: their place in the schedule.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
 device_option = click.option("--device", help="Device of torch; default: a GPU where there is one.")
 
 
 def run_options(command: Callable[P, T]) -> Callable[P, T]:
     """The options that every training takes."""
-    for option in (device_option, threads_option, start_option, init_option, out_option, data_option):
+    for option in (device_option, threads_option, init_option, out_option, data_option):
         command = option(command)
     return command
 
@@ -81,3 +80,12 @@ def train_denoiser(recipe: str, folder: Path, autoencoder: Path, **run: Any) -> 
     """Train a denoiser on the latents of an autoencoder, from a RECIPE as above."""
     commands = _training("denoiser")
     sys.exit(0 if commands.denoiser(recipe, folder, autoencoder, commands.Run(**run), _say) else EXIT_FAILED)
+
+
+@train.command("export")
+@click.argument("run_folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("target", type=click.Path(path_type=Path, file_okay=False))
+@clear_errors
+def train_export(run_folder: Path, target: Path) -> None:
+    """Write a training's weights in half precision: to keep, to use, or to go on from with --init."""
+    _training("export").export(run_folder, target, _say)

@@ -20,6 +20,8 @@ from .autoencoder import AutoencoderTask
 from .build import build
 from .denoiser import DenoiserTask
 from .errors import TrainingError
+from .export import export as write_weights
+from .export import place_of
 from .folders import FolderData
 from .latents import LatentCache
 from .loop import Task, Training
@@ -57,21 +59,15 @@ class Run:
 
     Args:
         out: folder of state, log, samples and model.
-        init: weights in diffusers format to begin with where ``out`` holds no state.
-        start_step: with ``init``, the place in the schedule where these weights stand.
+        init: weights in diffusers format to begin with where ``out`` holds no state; exported ones go on at their step.
         threads: of torch; its own choice when not given.
         device: of torch; a GPU where there is one when not given.
     """
 
     out: Path
     init: Path | None = None
-    start_step: int = 0
     threads: int | None = None
     device: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.start_step and self.init is None:
-            raise TrainingError("--start-step needs --init: the weights that stand at that step")
 
     def prepare(self) -> torch.device:
         """Set the number of threads and find the device.
@@ -110,14 +106,21 @@ def denoiser(recipe_name: str, folder: Path, autoencoder_folder: Path, run: Run,
     return _train(DenoiserTask(made, cache, model, device), run, say)
 
 
+def export(run_folder: Path, target: Path, say: Say) -> None:
+    """Write a training's weights in fp16."""
+    step = write_weights(run_folder, target)
+    say(f"wrote {target}: the weights of step {step}")
+
+
 def _train(task: Task, run: Run, say: Say) -> bool:
     total = task.recipe.schedule.steps
     with progress(total) as on_step:
         training = Training(task, run.out, say, on_step)
         if training.resume():
             say(f"going on at step {training.step} of {total}" + (f"; {run.init} is not read" if run.init else ""))
-        elif run.start_step:
-            training.begin_at(run.start_step)
+        elif run.init and (step := place_of(run.init)):
+            training.begin_at(step)
+            say(f"going on from {run.init} at step {step} of {total}, with fresh optimisers")
         with training.stop_on_signals():
             done = training.run()
     say(f"the model is in {run.out}" if done else f"stopped at step {training.step}: the same command goes on from there")

@@ -34,11 +34,11 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         raise TrainingError(f"{folder / NAME}: the state cannot be saved ({error}); training stops at the older state") from error
 
 
-def load(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+def read(folder: Path) -> dict[str, Any] | None:
     """The saved state, or None where there is none.
 
     Raises:
-        TrainingError: it is damaged, or a key of its recipe differs; the message names file or key.
+        TrainingError: it is damaged.
     """
     path = folder / NAME
     if not path.exists():
@@ -47,8 +47,18 @@ def load(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises what pickle and zipfile raise
         raise TrainingError(f"{path}: damaged ({error}); move it away to begin anew") from error
-    if differing := _differing(state["recipe"], recipe):
-        raise TrainingError(f"{path} belongs to another recipe: {', '.join(differing)} differ; use another folder")
+    return state
+
+
+def load(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The saved state of this recipe, or None where there is none.
+
+    Raises:
+        TrainingError: it is damaged, or a key of its recipe differs; the message names file or key.
+    """
+    state = read(folder)
+    if state is not None and (differing := _differing(state["recipe"], recipe)):
+        raise TrainingError(f"{folder / NAME} belongs to another recipe: {', '.join(differing)} differ; use another folder")
     return state
 
 
