@@ -12,6 +12,7 @@ from .dead import dead
 from .jobs import cancel, jobs, status, submit
 from .models import models
 from .serve import api, demo, up, worker
+from .train import train
 
 
 @click.group()
@@ -20,5 +21,5 @@ def main() -> None:
     """Generation jobs for latent diffusion."""
 
 
-for command in (submit, status, cancel, jobs, models, api, worker, callbacks, dead, up, demo):
+for command in (submit, status, cancel, jobs, models, api, worker, callbacks, dead, up, demo, train):
     main.add_command(command)

@@ -1,1 +1,1 @@
-"""Training of the bundled model: data set, autoencoder, denoiser, export (``python -m latentline_worker.training``)."""
+"""Training of a latent diffusion model's parts: data set, autoencoder, denoiser (``latentline train``)."""

@@ -1,25 +1,74 @@
-"""Write the trained parts as the bundled model: fp16 safetensors and the noise schedule."""
+"""Weights to keep: a training's model in half precision, small enough to commit, and enough to go on from."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 
-from .denoiser import SCHEDULE
+from latentline_worker.models import checksums
+
+from . import state
+from .autoencoder import make_model
+from .errors import TrainingError
+
+PLACE = "training.json"  # which step of which recipe the weights are from
 
 
-def export(work: Path, out: Path) -> None:
-    """Copy ``work/vae`` and ``work/unet`` into ``out`` in half precision, with the scheduler's configuration."""
-    for name, cls in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
-        cls.from_pretrained(work / name).to(torch.float16).save_pretrained(out / name, safe_serialization=True)
-        config = json.loads((out / name / "config.json").read_text())
-        config.pop("_name_or_path", None)  # where it lay on the machine that trained it
-        (out / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    # steps_offset says nothing with this spacing; pipelines warn about any other value.
-    # "trailing" starts at the noisiest timestep, which few-step runs need (Lin et al. 2023, arXiv:2305.08891).
-    DPMSolverMultistepScheduler(**SCHEDULE, timestep_spacing="trailing", steps_offset=1).save_pretrained(out / "scheduler")
-    for path in out.rglob("*.safetensors"):
+def export(run: Path, target: Path) -> int:
+    """Write the model of a training, finished or not, in fp16; its step.
+
+    Averaged weights are taken where the recipe averages. An unfinished autoencoder is refused: its scaling factor is
+    measured at the end.
+
+    Raises:
+        TrainingError: ``run`` holds no training's state, or an unfinished autoencoder.
+    """
+    found = state.read(run)
+    if found is None:
+        raise TrainingError(f"{run}: no training's state is there")
+    arguments = found["recipe"]["model"]
+    name = "denoiser" if arguments["class"] == "UNet2DConditionModel" else "autoencoder"
+    model: Any
+    if (run / name).exists():
+        model = getattr(diffusers, arguments["class"]).from_pretrained(run / name, local_files_only=True)
+    elif name == "autoencoder":
+        raise TrainingError(
+            f"{run}: the autoencoder is at step {found['step']} of {found['recipe']['schedule']['steps']}: let it end first"
+        )
+    else:
+        model = make_model(arguments, 0)
+        model.load_state_dict(found["model"])
+        if found["ema"]:
+            average = EMAModel(model.parameters())
+            average.load_state_dict(found["ema"])
+            average.copy_to(model.parameters())
+    model.to(torch.float16).save_pretrained(target, safe_serialization=True)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where it lay on the machine that trained it
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    place = {"step": found["step"], "recipe": found["recipe"]}
+    (target / PLACE).write_text(json.dumps(place, indent=2, sort_keys=True) + "\n")
+    for path in target.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes them readable by the owner alone
+    checksums.write(target)
+    return int(found["step"])
+
+
+def place_of(weights: Path) -> int:
+    """The step that exported weights stand at; 0 for weights from elsewhere.
+
+    Raises:
+        TrainingError: the file that says so is broken.
+    """
+    path = weights / PLACE
+    if not path.exists():
+        return 0
+    try:
+        return int(json.loads(path.read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path}: {error!r}") from error

@@ -13,7 +13,8 @@ __all__ = ["encode_texts", "load_minilm"]
 
 @torch.no_grad()
 def encode_texts(tokenizer: Any, encoder: torch.nn.Module, texts: list[str]) -> torch.Tensor:
-    """(n, 32, 384) token states, encoded exactly as ``StableDiffusionPipeline.encode_prompt`` does."""
+    """(n, 32, 384) token states on the CPU, encoded exactly as ``StableDiffusionPipeline.encode_prompt`` does."""
     tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    states: torch.Tensor = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-    return states
+    device = next(encoder.parameters()).device
+    states: torch.Tensor = encoder(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))[0]
+    return states.cpu()
