@@ -133,6 +133,33 @@ def test_a_broker_at_its_memory_bound_lets_jobs_end(cluster: Cluster, figure: Fi
     assert most == 1
 
 
+def test_deadlines_of_jobs_that_no_worker_takes(cluster: Cluster, full: bool, figure: Figure) -> None:
+    """Busy workers end them, and without any worker whoever reads the record does. Read here without ending them."""
+
+    def status(job_id: str) -> str | None:
+        return cluster.redis.hget(routing.job_key(job_id), "status")
+
+    cluster.start_worker(LATENTLINE_CONCURRENCY="1", FAULT_STEP_S="0.05")
+    (running,) = cluster.submit(1, num_inference_steps=150)
+    cluster.until(lambda: cluster.running(step=1))
+    waiting = cluster.submit(8, num_inference_steps=2, deadline_s=1)
+    cluster.until(lambda: {status(job_id) for job_id in waiting} == {"failed"})
+    assert status(running) == "running"
+    raws = [cluster.redis.hgetall(routing.job_key(job_id)) for job_id in waiting]
+    late = [float(raw["finished_at"]) - float(raw["deadline_at"]) for raw in raws]
+    assert all(record.error and record.error.code == "deadline_exceeded" for record in map(cluster.get, waiting))
+    cluster.kill(cluster.workers()[0])
+    (alone,) = cluster.submit(1, num_inference_steps=2, deadline_s=0.5)
+    ended = cluster.client.wait(alone, timeout_s=30)
+    assert ended.error and ended.error.code == "deadline_exceeded"
+    cluster.client.cancel(running)
+    cluster.start_worker()
+    cluster.finish()
+    ends = cluster.check_invariants((Status.FAILED, Status.CANCELLED))
+    figure("deadlines of queued jobs", most_s_late=round(max(late), 2), ended=ends)
+    within(max(late), 2, full)
+
+
 def test_lost_messages_are_written_again(cluster: Cluster, figure: Figure) -> None:
     """The broker's queues wiped, the records kept."""
     ids = cluster.submit(12, num_inference_steps=20)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import redis
+from support.jobs import accepted
 
 from latentline import records, routing
 from latentline.connection import OPTIONS, connect
@@ -33,7 +34,7 @@ def client(broker: Broker) -> Iterator[redis.Redis]:
 
 
 def durable(**fields: Any) -> Operation[list[JobRecord]]:
-    return records.submit([JobRequest.parse({"prompt": "a cat", **fields})], 600, durable=True)
+    return accepted((yield from records.submit([JobRequest.parse({"prompt": "a cat", **fields})], 600, durable=True)))
 
 
 def test_a_durable_job_is_accepted_once_the_append_only_file_holds_it(client: redis.Redis) -> None:
@@ -140,8 +141,10 @@ def test_a_broker_that_has_become_a_replica_is_not_available_for_writes(broker: 
     """After a failover clients may still be connected to the old primary. Reading goes on."""
     (record,) = run(client, durable(deadline_s=600))
     client.execute_command("REPLICAOF", "127.0.0.1", "1")  # nothing listens there
-    with pytest.raises(BrokerUnavailable, match="ReadOnlyError"):
+    with pytest.raises(BrokerUnavailable, match="is a replica"):
         run(client, durable())
+    (refused,) = run(client, records.submit([JobRequest.parse({"prompt": "a cat"})], 600))
+    assert isinstance(refused, BrokerUnavailable) and "ReadOnlyError" in refused.message
     with pytest.raises(BrokerUnavailable, match="ReadOnlyError"):
         Records(client).claim(record.id, "worker", 30)
     assert run(client, records.get(record.id)).status is Status.QUEUED
@@ -199,8 +202,18 @@ def test_a_full_broker_takes_jobs_back(client: redis.Redis, full: Callable[[], N
     error = JobError(code="store_unavailable", message="no answer")
     assert store.retry(failed.record.id, failed.token, error, Backoff(1, 1))[0] is Status.QUEUED
     assert store.reclaim() == [lost.record.id]
-    assert store.end_overdue() == []
     assert {run(client, records.get(one.record.id)).status for one in (ends, failed, lost)} == {Status.QUEUED}
+
+
+def test_a_full_broker_ends_jobs_whose_deadline_has_passed(client: redis.Redis, full: Callable[[], None]) -> None:
+    """By a worker, or by whoever looks."""
+    by_worker, by_reader = (run(client, durable(deadline_s=600))[0].id for _ in range(2))
+    for job_id in (by_worker, by_reader):
+        client.hset(routing.job_key(job_id), "deadline_at", 1)
+    client.zadd(routing.deadlines_key(), {by_worker: 1})
+    full()
+    assert Records(client).end_overdue() == [by_worker]
+    assert {run(client, records.get(job_id)).status for job_id in (by_worker, by_reader)} == {Status.FAILED}
 
 
 def test_a_full_broker_lets_jobs_be_cancelled(client: redis.Redis, full: Callable[[], None]) -> None:

@@ -344,11 +344,11 @@ def test_one_lost_message_among_many_is_found_and_the_others_stay_as_they_are(cl
 
 def test_lost_messages_of_many_jobs_are_found_page_by_page(client: redis.Redis, store: Records) -> None:
     requests = [JobRequest.parse({"prompt": "a cat"}) for _ in range(records.MAX_WAKE + 10)]
-    accepted = [record.id for record in run(client, records.submit(requests, 600))]
+    made = [record.id for record in accepted(run(client, records.submit(requests, 600)))]
     client.delete(queue(5))
-    assert set(store.wake("latentline-emoji", 0)) == set(accepted[: records.MAX_WAKE])
-    assert set(store.wake("latentline-emoji", 0)) == set(accepted[records.MAX_WAKE :])
-    assert client.llen(queue(5)) == len(accepted)
+    assert set(store.wake("latentline-emoji", 0)) == set(made[: records.MAX_WAKE])
+    assert set(store.wake("latentline-emoji", 0)) == set(made[records.MAX_WAKE :])
+    assert client.llen(queue(5)) == len(made)
     assert store.wake("latentline-emoji", 0) == []
 
 
@@ -608,28 +608,28 @@ def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
 @pytest.mark.parametrize("steps", [10, 20])
 def test_a_tenant_with_nothing_queued_may_have_one_job_however_costly(client: redis.Redis, steps: int) -> None:
     request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": steps})  # twice as many rows
-    assert run(client, records.submit([request], 600, tenant_cap=19))
+    assert accepted(run(client, records.submit([request], 600, tenant_cap=19)))
     with pytest.raises(TenantQuotaExceeded):
-        run(client, records.submit([request], 600, tenant_cap=19))
+        accepted(run(client, records.submit([request], 600, tenant_cap=19)))
 
 
 def test_a_tenant_may_fill_its_cap_exactly(client: redis.Redis) -> None:
     request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10})  # 20 rows
-    run(client, records.submit([request, request], 600, tenant_cap=40))
+    accepted(run(client, records.submit([request, request], 600, tenant_cap=40)))
     with pytest.raises(TenantQuotaExceeded, match="has 40 rows"):
-        run(client, records.submit([request], 600, tenant_cap=59))
-    run(client, records.submit([request], 600, tenant_cap=60))
+        accepted(run(client, records.submit([request], 600, tenant_cap=59)))
+    accepted(run(client, records.submit([request], 600, tenant_cap=60)))
 
 
 def test_a_refused_request_may_be_sent_again_under_its_key(client: redis.Redis) -> None:
     blocking = submit(client)
     request = JobRequest.parse({"prompt": "a cat", "idempotency_key": "k"})
     with pytest.raises(TenantQuotaExceeded):
-        run(client, records.submit([request], 600, tenant_cap=10))
+        accepted(run(client, records.submit([request], 600, tenant_cap=10)))
     assert not client.exists(routing.idempotency_key("default", "k"))
     run(client, records.cancel(blocking, 600))
-    (record,) = run(client, records.submit([request], 600, tenant_cap=10))
-    assert record.status is Status.QUEUED and run(client, records.submit([request], 600, tenant_cap=10)) == [record]
+    (record,) = accepted(run(client, records.submit([request], 600, tenant_cap=10)))
+    assert record.status is Status.QUEUED and accepted(run(client, records.submit([request], 600, tenant_cap=10))) == [record]
 
 
 def test_one_settle_one_callback(client: redis.Redis, store: Records) -> None:
@@ -890,7 +890,7 @@ def test_a_key_and_its_record_expire_together(client: redis.Redis) -> None:
     for worker_s, api_s in ((600, 60), (60, 600), (60, 60)):
         store = Records(client, retention_s=worker_s)
         request = JobRequest.parse({"prompt": "a cat", "idempotency_key": f"{worker_s}/{api_s}", "tenant": "t"})
-        (record,) = run(client, records.submit([request], api_s))
+        (record,) = accepted(run(client, records.submit([request], api_s)))
         key = routing.idempotency_key("t", f"{worker_s}/{api_s}")
         assert client.ttl(key) > 600, "while the job waits or runs, whatever the retention"
         claim = store.claim(record.id, "w", 30)

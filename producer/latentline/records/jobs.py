@@ -76,6 +76,8 @@ def submit(
 
 def _check_written(reply: Any) -> None:
     """Raise BrokerUnavailable unless WAITAOF says that the append-only file holds the jobs."""
+    if isinstance(reply, redis.ResponseError) and "replica" in str(reply):
+        raise BrokerUnavailable("the broker is a replica: it takes no jobs") from reply
     if isinstance(reply, redis.ResponseError) and "WAITAOF" in str(reply):
         raise BrokerUnavailable("the broker has no append-only file, and durable jobs were asked for: set appendonly yes") from reply
     if isinstance(reply, redis.ResponseError):

@@ -18,6 +18,7 @@ from latentline.routing import GENERATE_TASK, queue_names
 from latentline_worker.engine.engine import Engine
 from latentline_worker.images.store import ImageStore
 from latentline_worker.images.upload import Uploader
+from latentline_worker.maintenance.deadlines import Deadlines
 from latentline_worker.maintenance.expiry import Expiry
 from latentline_worker.maintenance.liveness import LivenessFile
 from latentline_worker.maintenance.reaper import Reaper
@@ -60,6 +61,7 @@ class GenerateWorker:
         )
         self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
         self._announcer = Announcer(records, name, self._model)
+        self._deadlines = Deadlines(records)
         self._expiry = Expiry(records, store)
         self._runner = JobRunner(
             name, family, records, engine, Uploader(store), self._leases, settings.lease_s, engine_stalled=self.engine_stalled
@@ -87,6 +89,7 @@ class GenerateWorker:
         self._leases.start()
         self._watchdog.start()
         self._reaper.start()
+        self._deadlines.start()
         self._expiry.start()
         log.info("%s: ready", self._name)
 
@@ -105,6 +108,7 @@ class GenerateWorker:
         """Shut down in data-flow order: Celery takes nothing any more; then the engine, maintenance, leases, announcement."""
         self._engine.stop()
         self._expiry.stop()
+        self._deadlines.stop()
         self._reaper.stop()
         self._watchdog.stop()
         self._leases.stop()
