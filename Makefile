@@ -19,12 +19,14 @@ demo: $(STAMP) ## Start the whole stack on this machine, generate a dozen pictur
 test: $(STAMP) ## Run every test
 	$(BIN)/pytest
 
-lint: $(STAMP) docker-lint ## Style, format, types, import contracts
+lint: $(STAMP) docker-lint ## Style, format, types, import contracts, Lua scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy docker/imagecheck
 	$(BIN)/lint-imports --no-cache
+	@if command -v luacheck >/dev/null; then luacheck -q producer/latentline/scripts; \
+	else echo "luacheck (Debian: lua-check) is not installed: the Lua scripts are not linted"; [ -z "$$CI" ]; fi
 
 fmt: $(STAMP) ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
