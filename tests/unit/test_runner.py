@@ -20,7 +20,7 @@ from latentline import records, routing
 from latentline.errors import ConfigurationError, JobNotFound, StoreUnavailable
 from latentline.jobs import JobError, JobRecord, JobRequest, Status
 from latentline.records import MAX_ERRORS, Records
-from latentline.records.worker import SUSPECT_CRASHES
+from latentline.records.held import SUSPECT_CRASHES
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.request import Request
 from latentline_worker.generate import runner as runner_module

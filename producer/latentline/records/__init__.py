@@ -3,9 +3,11 @@
 from .dead import dead_letter, dead_letters, drop_dead_letter
 from .driving import Call, Operation, arun, run
 from .fleet import Fleet, durability, fleet, models, workers
+from .held import MAX_ERRORS, Backoff, Beat, Verdict
 from .jobs import MAX_PAGE, cancel, events, follow, get, list_jobs, submit
+from .maintenance import MAX_WAKE
 from .outbox import callbacks, replay_callback
-from .worker import MAX_ERRORS, MAX_WAKE, Backoff, Beat, Records, Verdict
+from .worker import Records
 
 __all__ = [
     "MAX_ERRORS", "MAX_PAGE", "MAX_WAKE", "Backoff", "Beat", "Call", "Fleet", "Operation", "Records", "Verdict", "arun", "callbacks",

@@ -1,4 +1,4 @@
-"""Dead letters: jobs that were given up and messages that nobody could read."""
+"""Dead letters: jobs that failed for good, and messages that could not be read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from latentline import routing
 from latentline.errors import JobNotFound
+from latentline.scripts import BURY
 
-from .driving import Operation
+from .driving import Operation, call_script
 
 
 def dead_letters() -> Operation[list[dict[str, Any]]]:
-    """Jobs that were given up and messages that nobody could read, newest first."""
+    """All of them, newest first."""
     raw = yield lambda client: client.hgetall(routing.dead_key())
     return sorted((json.loads(letter) for letter in raw.values()), key=lambda letter: float(letter["at"]), reverse=True)
 
@@ -31,3 +32,8 @@ def drop_dead_letter(dead_id: str) -> Operation[None]:
     yield from dead_letter(dead_id)
     yield lambda client: client.hdel(routing.dead_key(), dead_id)
     yield lambda client: client.zrem(routing.dead_times_key(), dead_id)
+
+
+def bury(dead_id: str, kind: str, reason: str, **more: Any) -> Operation[None]:
+    """Keep what could not be read, with its cause."""
+    yield from call_script(BURY, id=dead_id, letter=json.dumps({"id": dead_id, "kind": kind, "reason": reason, **more}))

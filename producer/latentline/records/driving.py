@@ -1,22 +1,29 @@
 """How operations on Redis are written once and driven by a blocking client or an asyncio one.
 
-An operation is a generator that yields Redis calls and returns its result.
+An operation is a generator that yields Redis calls and returns its result. There is one way to drive it: :func:`run`, and
+:func:`arun` for asyncio, which is the same but for one ``await``; a function is either a coroutine or not, so they are two.
+Applications, the command line and workers all go through them. Workers hold a client for good: what they do are methods of
+classes over :class:`Driven`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import redis
 import redis.asyncio
 
 from latentline import routing
 from latentline.errors import BrokerUnavailable
+from latentline.jobs import LEVEL
 from latentline.scripts import Script
 
 T = TypeVar("T")
+P = ParamSpec("P")
+D = TypeVar("D", bound="Driven")
 Call = Callable[[Any], Any]
 Operation = Generator[Call, Any, T]
 # A broker that is away, that has become a replica, or that is full.
@@ -59,6 +66,28 @@ async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
         except StopIteration as done:
             result: T = done.value
     return result
+
+
+class Driven:
+    """What a worker does with records, on its own blocking client.
+
+    Args:
+        retention_s: how long an ended job is kept.
+        level: of the requests that this worker can read, see :data:`latentline.models.LEVEL`.
+    """
+
+    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400, level: int = LEVEL) -> None:
+        self._client, self._retention_s, self._level = client, retention_s, level
+
+
+def driven(method: Callable[Concatenate[D, P], Operation[T]]) -> Callable[Concatenate[D, P], T]:
+    """A method that is written as an operation and called as a function: driven by the client of its object."""
+
+    def call(self: D, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return run(self._client, method(self, *args, **kwargs))
+
+    functools.update_wrapper(call, method)
+    return call
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Callbacks as operators see them. They are delivered through :class:`latentline.records.Records`."""
+"""Callbacks, as operators see them and as deliverers take them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 from latentline import routing
 from latentline.errors import JobNotFound
-from latentline.scripts import REPLAY_CALLBACK
+from latentline.scripts import PUT_BACK_CALLBACK, REPLAY_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
 
-from .driving import Operation, call_script, hgetall_many, pairs
+from .driving import Driven, Operation, call_script, driven, hgetall_many, pairs
 from .jobs import record_of
+
+MAX_WAKE_CALLBACKS = 1000  # callbacks that one look wakes
 
 
 def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict[str, Any]]]:
@@ -24,6 +26,39 @@ def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict
 def replay_callback(callback_id: str) -> Operation[bool]:
     """Send a callback once more, whatever came of it, also to a receiver that said Gone; False when it is not known."""
     return bool((yield from call_script(REPLAY_CALLBACK, id=callback_id)))
+
+
+class Outbox(Driven):
+    """What a process that delivers callbacks does with them."""
+
+    @driven
+    def take_callback(self, callback_id: str, lock_s: float) -> Operation[dict[str, Any] | None]:
+        """A due callback for one try within ``lock_s``; None when it has ended, is not due yet, or another deliverer has it."""
+        reply = yield from call_script(TAKE_CALLBACK, id=callback_id, lock_s=lock_s)
+        return callback_of(pairs(reply)) if reply else None
+
+    @driven
+    def settle_callback(self, callback_id: str, tries: int, entry: dict[str, Any], status: str, delay_s: float = 0.0) -> Operation[None]:
+        """Log a try: ``pending`` and due again after ``delay_s``, or ended (delivered, failed, refused, gone).
+
+        Nothing when another deliverer has taken it since: ``tries`` is the number of the try, as it was taken.
+        """
+        yield from call_script(SETTLE_CALLBACK, id=callback_id, tries=tries, entry=json.dumps(entry), status=status, delay_s=delay_s)
+
+    @driven
+    def put_back_callback(self, callback_id: str, tries: int, delay_s: float) -> Operation[None]:
+        """A callback that was taken and not tried: due again after ``delay_s``; ``tries`` as in :meth:`settle_callback`."""
+        yield from call_script(PUT_BACK_CALLBACK, id=callback_id, tries=tries, delay_s=delay_s)
+
+    @driven
+    def wake_callbacks(self) -> Operation[int]:
+        """Hand every callback whose next try is due to the deliverers; how many."""
+        return int((yield from call_script(WAKE_CALLBACKS, most=MAX_WAKE_CALLBACKS)))
+
+    @driven
+    def receiver_disabled(self, url: str) -> Operation[bool]:
+        """Whether this receiver has answered 410 Gone."""
+        return bool((yield lambda client: client.hexists(routing.disabled_receivers_key(), url)))
 
 
 def callback_of(raw: dict[str, str]) -> dict[str, Any]:
