@@ -28,7 +28,7 @@ from latentline.errors import (
     TenantQuotaExceeded,
     WaitTimeout,
 )
-from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status
+from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput
 from latentline.settings import Settings
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
@@ -121,6 +121,14 @@ def test_urls_are_made_when_read_and_never_stored(client: Any, worker: FakeWorke
 def test_submit_takes_a_request_too(client: Any, worker: FakeWorker) -> None:
     request = JobRequest.parse({"prompt": "a cat", "seed": 3})
     assert client.submit(request).request.seed == 3
+
+
+def test_the_request_of_a_record_can_be_submitted_again(client: Any, worker: FakeWorker) -> None:
+    first = client.submit(prompt="a cat", output={"format": "webp"}, metadata={"order": 7})
+    again = client.submit(first.request)
+    assert again.id != first.id and again.request == first.request
+    with pytest.raises(InvalidRequest, match=r"output\.format"):
+        client.submit(first.request.model_copy(update={"output": StoredOutput(format="avif")}))
 
 
 def test_many_are_queued_in_order(client: Any, worker: FakeWorker) -> None:
