@@ -121,7 +121,7 @@ def fleet(cluster: Cluster, receiver: Receiver, full: bool) -> Iterator[Fleet]:
 
 @pytest.mark.parametrize("first", ["API first", "workers first"])
 def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: bool, figure: Figure, first: str) -> None:
-    cluster, count, kills = fleet.cluster, 12 if full else 1, 6 if full else 1
+    cluster, count, kills = fleet.cluster, 6 if full else 1, 4 if full else 1
     fleet.allow(old_code)
     worker = fleet.start_worker(old_code, wait=False)  # loads its model meanwhile
     cluster.start_callbacks(code=old_code, role="callbacks")
@@ -153,7 +153,7 @@ def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: boo
         if kill < kills - 1:
             worker, new_worker = (fleet.start_worker(code), new_worker) if code is old_code else (worker, fleet.start_worker(code))
     fleet.look()
-    done = cluster.finish()
+    done = cluster.finish(timeout_s=600)
     cluster.until(lambda: len(fleet.receiver.answered) == len(cluster.accepted))
     ended = cluster.check_invariants()
     served_by = {str(record.worker) for record in done}
