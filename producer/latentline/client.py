@@ -16,12 +16,14 @@ from . import records
 from .connection import connect, connect_async
 from .errors import InvalidRequest, JobFailed, LatentlineError, WaitTimeout
 from .images import Images
-from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, Status, Submission
+from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, ResolvedRequest, Status, Submission
 from .records import Fleet, Operation, arun, run
 from .settings import Settings
 
 POLL_MS = 1000  # how long one read of an event stream waits; below every socket timeout
 SUBMIT_CHUNK = 500  # jobs of one pipeline
+
+Request = JobRequest | ResolvedRequest
 
 Outcome = JobRecord | LatentlineError
 """What became of one of many submissions: the accepted record, or why there is none."""
@@ -59,10 +61,12 @@ class _Operations:
         return record.model_copy(update={"images": signed})
 
 
-def _accept(requests: Sequence[JobRequest], fleet: Fleet) -> list[Submission | LatentlineError]:
+def _accept(requests: Sequence[Request], fleet: Fleet) -> list[Submission | LatentlineError]:
     accepted: list[Submission | LatentlineError] = []
     for request in requests:
         try:
+            if isinstance(request, ResolvedRequest):  # a record's own: checked as what any client sends
+                request = JobRequest.parse(request.model_dump(mode="json", exclude_defaults=True))
             accepted.append(fleet.accept(request))
         except LatentlineError as error:
             accepted.append(error)
@@ -96,7 +100,7 @@ def _finish(record: JobRecord, check: bool) -> JobRecord:
     return record
 
 
-def _request(request: JobRequest | None, fields: dict[str, Any]) -> JobRequest:
+def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     if request is None:
         return JobRequest.parse(fields)
     if fields:
@@ -111,11 +115,11 @@ class Client(_Operations):
         super().__init__(settings)
         self._redis = connect(self.settings.redis_url.get_secret_value())
 
-    def submit(self, request: JobRequest | None = None, **fields: Any) -> JobRecord:
-        """Enqueue one job, given as a request or as its fields."""
+    def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
+        """Enqueue one job, given as a request, as the request of a record, or as its fields."""
         return _record(self.submit_many([_request(request, fields)])[0])
 
-    def submit_many(self, requests: Sequence[JobRequest]) -> Sequence[Outcome]:
+    def submit_many(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Enqueue many jobs in few round trips, in order.
 
         Returns:
@@ -198,11 +202,11 @@ class AsyncClient(_Operations):
         super().__init__(settings)
         self._redis = connect_async(self.settings.redis_url.get_secret_value())
 
-    async def submit(self, request: JobRequest | None = None, **fields: Any) -> JobRecord:
-        """Enqueue one job, given as a request or as its fields."""
+    async def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
+        """Enqueue one job, given as a request, as the request of a record, or as its fields."""
         return _record((await self.submit_many([_request(request, fields)]))[0])
 
-    async def submit_many(self, requests: Sequence[JobRequest]) -> Sequence[Outcome]:
+    async def submit_many(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Enqueue many jobs in few round trips, in order; returns and raises as :meth:`Client.submit_many`."""
         await self.check_store()
         accepted = _accept(requests, await arun(self._redis, records.fleet()))

@@ -74,8 +74,8 @@ class Fleet:
     def start_api(self, name: str, code: Code) -> None:
         self.apis[name] = self._open.enter_context(closing(self.cluster.start_api(code=code, role="producer")))
 
-    def start_worker(self, code: Code) -> Child:
-        return self.cluster.start_worker(code=code, role="worker")
+    def start_worker(self, code: Code, *, wait: bool = True) -> Child:
+        return self.cluster.start_worker(wait=wait, code=code, role="worker")
 
     def body(self, **fields: Any) -> dict[str, Any]:
         number = next(self._numbers)
@@ -121,11 +121,12 @@ def fleet(cluster: Cluster, receiver: Receiver, full: bool) -> Iterator[Fleet]:
 
 @pytest.mark.parametrize("first", ["API first", "workers first"])
 def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: bool, figure: Figure, first: str) -> None:
-    cluster, count, kills = fleet.cluster, 12 if full else 1, 6 if full else 1
+    cluster, count, kills = fleet.cluster, 6 if full else 1, 4 if full else 1
     fleet.allow(old_code)
+    worker = fleet.start_worker(old_code, wait=False)  # loads its model meanwhile
     cluster.start_callbacks(code=old_code, role="callbacks")
     fleet.start_api("old", old_code)
-    worker = fleet.start_worker(old_code)
+    cluster.until_ready([worker])
     fleet.submit(count)
     fleet.allow(THIS_CODE)
     fleet.submit(count)  # old processes under the new rules
@@ -133,9 +134,10 @@ def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: boo
     if first == "API first":
         fleet.start_api("new", THIS_CODE)
         assert [model["id"] for model in fleet.apis["new"].get("/v1/models").json()["models"]] == [cluster.model.name]
+        new_worker = fleet.start_worker(THIS_CODE, wait=False)
         fleet.submit(count)
         fleet.look()
-        new_worker = fleet.start_worker(THIS_CODE)
+        cluster.until_ready([new_worker])
     else:
         new_worker = fleet.start_worker(THIS_CODE)
         fleet.submit(count)
@@ -151,7 +153,7 @@ def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: boo
         if kill < kills - 1:
             worker, new_worker = (fleet.start_worker(code), new_worker) if code is old_code else (worker, fleet.start_worker(code))
     fleet.look()
-    done = cluster.finish()
+    done = cluster.finish(timeout_s=600)
     cluster.until(lambda: len(fleet.receiver.answered) == len(cluster.accepted))
     ended = cluster.check_invariants()
     served_by = {str(record.worker) for record in done}

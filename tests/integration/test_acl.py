@@ -326,6 +326,8 @@ PRODUCER_NOT = [
     ("HGETALL", routing.GENERATE_UNACKED),
     ("HSET", "latentline:models", "latentline-emoji", "{}"),
     ("ZADD", "latentline:workers", "1", "nobody"),
+    ("HSET", "latentline:announced", "nobody", "{}"),
+    ("ZADD", "latentline:announced:at", "1", "nobody"),
     ("CONFIG", "GET", "*"),
     ("RPUSH", "latentline.generate.latentline-emoji.0", "x"),
 ]

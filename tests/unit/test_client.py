@@ -28,8 +28,7 @@ from latentline.errors import (
     TenantQuotaExceeded,
     WaitTimeout,
 )
-from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status
-from latentline.records.fleet import ANNOUNCED_S
+from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput
 from latentline.settings import Settings
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
@@ -124,6 +123,14 @@ def test_submit_takes_a_request_too(client: Any, worker: FakeWorker) -> None:
     assert client.submit(request).request.seed == 3
 
 
+def test_the_request_of_a_record_can_be_submitted_again(client: Any, worker: FakeWorker) -> None:
+    first = client.submit(prompt="a cat", output={"format": "webp"}, metadata={"order": 7})
+    again = client.submit(first.request)
+    assert again.id != first.id and again.request == first.request
+    with pytest.raises(InvalidRequest, match=r"output\.format"):
+        client.submit(first.request.model_copy(update={"output": StoredOutput(format="avif")}))
+
+
 def test_many_are_queued_in_order(client: Any, worker: FakeWorker) -> None:
     made = client.submit_many([JobRequest.parse({"prompt": f"cat {i}", "num_inference_steps": 1}) for i in range(7)])
     assert [record.request.prompt for record in made] == [f"cat {i}" for i in range(7)]
@@ -169,15 +176,18 @@ def test_a_broker_that_fails_in_between_leaves_no_outcome_out(
 ) -> None:
     """What was accepted before is told, what may have been accepted is an error."""
     monkeypatch.setattr("latentline.client.SUBMIT_CHUNK", 2)
-    write, calls = records.submit, iter([None, None])
+    write, written = records.submit, 0
 
     def fails_later(*args: Any, **kwargs: Any) -> Any:
-        server.connected = next(calls, "gone") is None
+        nonlocal written
+        written += 1
+        server.connected = written <= 2
         return write(*args, **kwargs)
 
     monkeypatch.setattr("latentline.records.submit", fails_later)
     outcomes = client.submit_many(requests_of(*[{}] * 3, {"scheduler": "magic"}, *[{}] * 4))
     server.connected = True
+    assert written == 3, "a broker that is away takes seconds to say so: once is enough"
     assert [type(outcome) for outcome in outcomes] == [JobRecord] * 3 + [InvalidRequest, JobRecord] + [BrokerUnavailable] * 3
     assert {outcome.id for outcome in outcomes if isinstance(outcome, JobRecord)} == {record.id for record in client.list()[0]}
 
@@ -264,7 +274,7 @@ def test_a_key_that_version_0_1_0_has_written(client: Any, worker: FakeWorker) -
 
 def test_a_worker_that_says_nothing_is_not_counted_on(client: Any, worker: FakeWorker) -> None:
     client.submit(prompt="a cat")
-    age(worker, ANNOUNCED_S - 5)
+    age(worker, 55)
     assert set(client.models()) == {MODEL.id} and client.workers() == []
     client.submit(prompt="a cat")
     age(worker, 6)
@@ -288,8 +298,10 @@ def test_a_worker_of_version_0_1_0_is_seen_while_it_lives(client: Any, worker: F
     assert set(client.models()) == {"old"}
     record = client.submit(prompt="a cat", model="old")
     assert (record.num_steps, record.request.scheduler, record.request.width) == (20, "dpmpp_2m", 64)
-    worker.announce()
+    own = MODEL.model_copy(update={"default_num_inference_steps": 4})
+    worker.records.announce(worker.name, own)
     assert set(client.models()) == {"old", MODEL.id}
+    assert client.models()[MODEL.id] == own, "what it announces counts, and not what it writes for the older ones"
     age(worker, 11, routing.workers_key())
     worker.announce()
     assert set(client.models()) == {MODEL.id}
