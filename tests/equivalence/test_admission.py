@@ -1,4 +1,4 @@
-"""Who joins a lane first, and that nothing of an earlier job is left in its slots."""
+"""The order in which jobs join a lane, and slots that an earlier job left."""
 
 from __future__ import annotations
 
