@@ -1,7 +1,7 @@
 """``make bench``: one arrival trace through plain diffusers, static batches and the engine, side by side in one process.
 
-All run on the same model with the same seeds, without decoding. What is quoted are ratios from one run; seconds differ
-from machine to machine and from hour to hour.
+All run the same model with the same seeds, without decoding. Quote ratios within one run only: absolute times vary between
+machines, and on one machine from hour to hour.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from latentline_worker.samplers import sampler_table
 
 from . import real_shapes, report, runners, trace
 
-COMPUTE_BOUND_PX = 256  # 64x64 latents: on a CPU one row keeps all cores busy, and a batch gains nothing
+COMPUTE_BOUND_PX = 256  # 64x64 latents: on a CPU one row keeps all cores busy, so that batching gains nothing
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def measure(quick: bool) -> dict[str, Any]:
     engine.warm_up()
     side = family.info.default_width
     jobs = trace.closed(24 if quick else 48)
-    for job in jobs:  # compiled once in a worker's life
+    for job in jobs:  # a worker compiles each once
         sampler_table(job.scheduler, family.scheduler_config, job.steps)
     runners.pipelines(jobs[:2], pipeline, side, batched=False)  # warm-up, as the engine had
 
@@ -79,7 +79,7 @@ def measure(quick: bool) -> dict[str, Any]:
             sampler_table(job.scheduler, family.scheduler_config, job.steps)
         open_static, open_ours = runners.pipelines(arrivals, pipeline, side, batched=True), runners.engine(arrivals, engine, side)
         more: dict[str, Any] = {}
-        if not quick:  # one by one it falls ever further behind at these rates, which takes long to show
+        if not quick:  # one by one falls ever further behind at these rates, so the run takes long
             more["bare_network_share"] = runners.bare_network(engine, open_ours.batch_rows, side) / open_ours.busy_s
             more |= report.summary(one_by_one=runners.pipelines(arrivals, pipeline, side, batched=False))
         figures[f"open{percent}"] = {

@@ -1,6 +1,6 @@
 """``python -m benchmarks.checkpoints``: what checkpoints cost, the same load with and without them, in one process.
 
-A real broker, the worker's own heartbeat, the bundled model. Rounds with and without alternate, because machines drift.
+A real broker, the worker's own heartbeat, the bundled model. Rounds with and without alternate, because a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoint_s: float | None) -> dict[str, Any]:
-    """All jobs at once on a fresh engine; how long they took, and what checkpoints took of it."""
+    """Run all jobs at once on a fresh engine, and measure the time, and the checkpoints' share of it."""
     engine = Engine(family, checkpoint_s=checkpoint_s)
     engine.warm_up()
     leases = Leases(store, LEASE_S, checkpoint_schedule=engine.checkpoint_schedule)
@@ -83,7 +83,7 @@ def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoin
     requests, held = [], contextlib.ExitStack()
     started = time.perf_counter()
     for claim, job in zip(claims, jobs, strict=True):
-        assert claim is not None  # nobody else is there
+        assert claim is not None  # there is no other worker
         leased = held.enter_context(leases.hold(claim))
         requests.append(engine.submit(to_work(family, job, family.info.default_width)))
         leased.attach(requests[-1])

@@ -1,7 +1,7 @@
 """SD 1.5 at 512 px and SDXL at 1024 px on a GPU: real shapes, random weights (the speed does not depend on the weights).
 
-One call yields every GPU figure: images a second, the share of the device's matrix ceiling, throughput against plain
-pipelines, and the time outside of the forward. It needs a CUDA device.
+One call measures every GPU figure: images per second, the share of the device's matrix throughput, throughput against plain
+pipelines, and the time outside the forward. It needs a CUDA device.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from .runners import Outcome
 
 
 def summary(**outcomes: Outcome) -> dict[str, Any]:
-    """Absolute figures of each way, for the record."""
+    """Absolute figures of each way of running."""
     return {
         name: {
             "jobs_per_s": o.throughput(),
@@ -30,7 +30,7 @@ def summary(**outcomes: Outcome) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Four significant digits are more than a noisy machine gives."""
+    """Round to four significant digits: the measurements are not more precise."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,7 +1,7 @@
-"""The ways of running a trace: plain pipelines one by one, static batches, the engine, and the bare network as floor.
+"""The ways of running a trace: plain pipelines one by one, static batches, the engine, and the bare network as lower bound.
 
-Each runs the real computation and measures it. The clock that counts latencies advances by what was computed and skips
-to the next arrival when there is nothing to do, so that nobody sleeps and no arrival is late.
+Each runs the real computation and measures it. Latencies are counted on a clock that advances by the measured computing
+time and jumps to the next arrival when there is nothing to do, so no run sleeps and every arrival is on time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .trace import MAX_STATIC_BATCH, Job
 
 @dataclass
 class Outcome:
-    """What a run of a trace gave."""
+    """Figures of one run of a trace."""
 
     latency_s: dict[Job, float] = field(default_factory=dict)
     busy_s: float = 0.0  # computing
     makespan_s: float = 0.0  # from the first arrival's clock to the last end
     batch_rows: Counter[int] = field(default_factory=Counter)  # network calls by their number of rows
-    step_s: float = 0.0  # of steps with 8 rows or more that nothing joined: all of it,
-    forward_s: float = 0.0  # and the network's part
+    step_s: float = 0.0  # steps of 8 rows or more that no job joined
+    forward_s: float = 0.0  # the network's part of step_s
     mean_batch_jobs: float = 1.0
 
     def throughput(self) -> float:
@@ -51,10 +51,10 @@ class Outcome:
 
 
 def pipelines(trace: Sequence[Job], pipeline: Any, side_px: int, batched: bool) -> Outcome:
-    """Plain diffusers. ``batched``: what waits and has the head's step count, sampler and guidance shares one call.
+    """Plain diffusers. With ``batched``, waiting jobs with the first one's step count, sampler and guidance share a call.
 
-    That is as much as a pipeline's batch dimension can take: its scheduler and guidance are the call's, not the image's.
-    Kinder to static batching than celery-batches is: it never waits for a batch to fill.
+    A pipeline's batch cannot mix more than that: its scheduler and guidance belong to the call, not to the image. This
+    favours static batching over celery-batches, because it never waits for a batch to fill.
     """
     outcome = Outcome()
     todo, waiting, now, calls = deque(sorted(trace, key=lambda job: job.arrival_s)), deque[Job](), 0.0, 0
@@ -114,7 +114,7 @@ def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Outcome:
         outcome.batch_rows[rows] += 1
         batches, shared = batches + 1, shared + sum(request.phase == "denoising" for request in running)
         if rows >= 8 and not joined:
-            # Where the device runs on its own, its own clock tells; on a CPU the host's work counts as well.
+            # On a GPU the device's own clock; on a CPU the host's work is part of the step.
             outcome.step_s += engine.clock.step_s - step_s if torch.cuda.is_available() else elapsed
             outcome.forward_s += engine.clock.forward_s - forward_s
         now, outcome.busy_s = now + elapsed, outcome.busy_s + elapsed
@@ -127,7 +127,7 @@ def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Outcome:
 
 
 def bare_network(engine: Engine, batch_rows: Counter[int], side_px: int, repeats: int = 5) -> float:
-    """Seconds that the network alone takes for these calls: the floor under the engine's time."""
+    """Seconds that the network alone takes for these calls: a lower bound of the engine's time."""
     family = engine.family
     prompt_embeds = family.encode([""])[0]
     shape = family.latent_shape(side_px, side_px)
@@ -141,7 +141,7 @@ def bare_network(engine: Engine, batch_rows: Counter[int], side_px: int, repeats
 
 
 def to_work(family: Family, job: Job, side_px: int) -> Work:
-    """A trace's job for the engine; its result is the latents, as the pipelines' is here."""
+    """A trace's job as the engine's work. Its result is the latents, as that of the pipelines is."""
     return Work(
         job_id=str(job.seed),
         model=family.info.id,

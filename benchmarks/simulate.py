@@ -1,8 +1,8 @@
-"""Policies judged on thousands of jobs in seconds: a fleet in simulated time, with the engine's own planner and cost model.
+"""A fleet in simulated time, with the engine's own planner and cost model: policies can be compared on 100,000 jobs.
 
-A worker here is what it is in production but for the tensors: it takes jobs from one shared queue while it has room, and
-before each step asks the very same :class:`Planner` who takes part. How long a step takes comes from a file of measured
-step costs. ``python -m benchmarks.simulate --measure FILE`` writes one on this machine.
+A simulated worker has no tensors, and otherwise works as a real one: it takes jobs from a shared queue while it has room,
+and before each step asks the same :class:`Planner` which of them take part. Step times come from a file of measured
+costs. ``python -m benchmarks.simulate --measure FILE`` writes one on this machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEASURED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 class StepCosts:
-    """Seconds of a step by rows: measured points, straight lines between them, the last slope beyond."""
+    """Seconds of a step by rows: linear between measured points, extrapolated with the last slope."""
 
     def __init__(self, points: dict[int, float]) -> None:
         self._rows, self._seconds = zip(*sorted(points.items()), strict=True)
@@ -69,7 +69,7 @@ class Worker:
 
 @dataclass
 class Result:
-    """Latencies of all jobs, the time the last one ended, and how near any job came to its bound (1: at it)."""
+    """Latencies of all jobs, when the last one ended, and the largest share of its bound on waiting that any job used."""
 
     latency_s: list[float]
     makespan_s: float
@@ -87,8 +87,8 @@ class Result:
 
 
 def engine_fleet(jobs: Sequence[Job], costs: StepCosts, workers: int, concurrency: int) -> Result:
-    """Step-level batching on every worker; jobs wait in one queue, first come, first served, for a free place."""
-    model = CostModel(max_rows=64)  # one for the fleet: equal machines learn the same
+    """Step-level batching on every worker. Jobs wait in one queue, in order of arrival, until a worker has room."""
+    model = CostModel(max_rows=64)  # shared by the fleet: equal machines would learn the same
     fleet = [Worker(Planner(model)) for _ in range(workers)]
     waiting, latency, nearest = deque[InFlight](), [], 0.0
     events: list[tuple[float, int, int]] = [(job.arrival_s, 0, i) for i, job in enumerate(jobs)]  # time, 0 arrival or 1 step, which
@@ -138,7 +138,7 @@ def engine_fleet(jobs: Sequence[Job], costs: StepCosts, workers: int, concurrenc
 
 
 def static_fleet(jobs: Sequence[Job], costs: StepCosts, workers: int) -> Result:
-    """First come, first served; what waits and is like the head shares its batch from start to end."""
+    """Jobs run in order of arrival. Waiting jobs of the first one's kind share its batch from start to end."""
     waiting: OrderedDict[int, Job] = OrderedDict()
     alike: dict[tuple[int, str, float], OrderedDict[int, None]] = {}
     latency: list[float] = []
@@ -191,7 +191,7 @@ def measure_costs() -> dict[int, float]:
 
 
 def simulate(num_jobs: int, workers: int, load: float, concurrency: int, costs: StepCosts) -> dict[str, Any]:
-    """Both policies on one Poisson trace, at a share of what static batching can take with a queue that never empties."""
+    """Both policies on one Poisson trace, at a share of static batching's throughput with a full queue."""
     started = time.perf_counter()
     jobs = trace.closed(num_jobs)
     capacity = static_fleet(trace.closed(min(num_jobs, 500 * workers), seed=1), costs, workers).figures()["jobs_per_s"]

@@ -1,4 +1,4 @@
-"""The work that all ways of running are given: the same jobs, at the same moments."""
+"""Job traces: every way of running gets the same jobs at the same times."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 PROMPTS = ("a cat", "a rocket", "a red apple", "a robot", "a house", "a panda", "a guitar", "a sunflower")
 SCHEDULERS = ("ddim", "euler", "dpmpp_2m", "unipc")
-GUIDANCE = (1.0, 5.0)  # one row a step, or two
+GUIDANCE = (1.0, 5.0)  # one row in a step, or two
 MAX_STATIC_BATCH = 8  # jobs that static batching runs together
-SHORT_STEPS = 8  # jobs of at most this many steps are the short ones
+SHORT_STEPS = 8  # jobs of at most this many steps count as short
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Job:
 
 
 def closed(count: int, seed: int = 0, steps: tuple[int, int] = (4, 50)) -> list[Job]:
-    """``count`` mixed jobs that are all there at the start; step counts uniform."""
+    """``count`` mixed jobs that all arrive at the start, with uniformly distributed step counts."""
     rng = random.Random(seed)
     return [Job(rng.choice(PROMPTS), rng.choice(SCHEDULERS), rng.randint(*steps), rng.choice(GUIDANCE), seed=i) for i in range(count)]
 
 
 def poisson(jobs: Sequence[Job], rate: float, seed: int = 0) -> list[Job]:
-    """The jobs with exponential gaps between them, ``rate`` jobs a second."""
+    """The jobs with exponentially distributed gaps between arrivals, ``rate`` jobs per second on average."""
     rng = random.Random(seed)
     now = 0.0
     timed = []

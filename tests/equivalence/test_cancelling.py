@@ -1,4 +1,4 @@
-"""A cancelled job leaves wherever it stands."""
+"""A job can be cancelled in every phase."""
 
 from __future__ import annotations
 

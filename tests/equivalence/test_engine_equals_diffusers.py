@@ -1,4 +1,4 @@
-"""The same seed through the engine, in a mixed batch, and through a plain diffusers pipeline."""
+"""A job in a mixed batch of the engine gives the same latents as a plain diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_unguided_job_equals_plain_pipeline(pipeline: StableDiffusionPipeline, f
     subject = engine.submit(work(family, "subject", "a dog", "euler", 8, 1.0, (3,)))
     engine.submit(work(family, "mate", "a hat", "ddim", 5, 4.0, (4,)))
     engine.start()
-    latents = subject.result(60)  # before the pipeline runs: both use one tokenizer, which knows no threads
+    latents = subject.result(60)  # before the pipeline runs: both use one tokenizer, which is not thread-safe
     expected = alone(pipeline, "a dog", "euler", 8, 1.0, (3,))
     assert (latents - expected).abs().max() <= RELATIVE * expected.abs().max()
 

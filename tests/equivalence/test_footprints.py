@@ -1,4 +1,4 @@
-"""The memory model in fixed byte counts, worked out by hand: nothing here takes its expectation from the engine."""
+"""The memory model in byte counts worked out by hand: no expected value comes from the engine."""
 
 from __future__ import annotations
 

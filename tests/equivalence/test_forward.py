@@ -1,4 +1,4 @@
-"""The forward, recorded or captured, gives what Python gives."""
+"""A recorded or captured forward gives the same results as the one run through Python."""
 
 from __future__ import annotations
 

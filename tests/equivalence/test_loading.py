@@ -1,4 +1,4 @@
-"""Diffusers folders: a whole one gives the same model, a broken one is named by its file."""
+"""Loading diffusers folders: a complete one gives the same model, the error of a broken one names the file."""
 
 from __future__ import annotations
 

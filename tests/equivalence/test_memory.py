@@ -1,4 +1,4 @@
-"""No memory left: batches are split, the guilty job fails alone, and what cannot fit is refused before it starts."""
+"""Out of memory: batches are split, a job that does not fit fails alone, and one that cannot fit is refused before it starts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_job_of_more_rows_than_fit_does_not_run_out_of_memory_at_every_step(
 
 @once
 def test_no_forward_has_more_rows_than_are_allowed(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU nobody raises an error when memory runs out: the process is killed."""
+    """On a CPU there is no error when memory runs out: the kernel kills the process."""
     subject = work(family, seeds=(1, 2, 3, 4), steps=3)
     expected = solo(family, subject)
     calls = counted(family, monkeypatch)

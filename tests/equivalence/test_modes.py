@@ -1,4 +1,4 @@
-"""Same seed, same picture: the reproducible mode, half precision, and jobs that go on from a checkpoint."""
+"""Same seed, same picture: the reproducible mode, half precision, and jobs resumed from a checkpoint."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def generators(engine: Engine, requests: list[Request]) -> list[torch.Tensor]:
 
 
 def pair(family: StableDiffusion, scheduler: str) -> list[Work]:
-    """Two unlike jobs, which a retry in halves runs one after the other: default mode and all."""
+    """Two unlike jobs, which a retry in halves runs one after the other."""
     return [
         work(family, "first", scheduler, 5, guidance=1.0, seeds=(1,)),
         work(family, "second", "euler_ancestral", 6, guidance=1.0, seeds=(3, 4)),

@@ -31,10 +31,10 @@ from latentline_worker.engine.request import Cancelled, Request
 from latentline_worker.models.sd import StableDiffusion
 
 
-def test_an_engine_that_fails_itself_lets_nobody_wait(
+def test_an_engine_that_fails_ends_every_request(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not a job's failure, which the others survive, but one of the loop around them."""
+    """An error in the loop itself, which belongs to no job."""
     engine = make_engine(family)
     begun = threading.Event()
 
@@ -43,7 +43,7 @@ def test_an_engine_that_fails_itself_lets_nobody_wait(
     def fail(requests: Sequence[Request]) -> list[Request]:
         if engine.num_steps >= 2:
             begun.set()
-            raise RuntimeError("nobody expects this")
+            raise RuntimeError("not a job's error")
         return select(requests)
 
     monkeypatch.setattr(engine.planner, "select", fail)

@@ -1,4 +1,4 @@
-"""Engines, work for them, and what to compare their results with."""
+"""Engines, work for them, and reference results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from latentline_worker.samplers import sampler_table
 
 RELATIVE = 1e-4  # fp32: what the contract promises against solo runs
 FIXED_ROWS = 8
-MOST_STEPS = 2000  # of any test: an engine that does not get idle is a failure and no hang
+MOST_STEPS = 2000  # of any test: an engine that does not become idle fails the test instead of hanging it
 
 # For tests to which the prediction type makes no difference.
 once = pytest.mark.parametrize("pipeline", ["epsilon"], indirect=True)
@@ -29,7 +29,7 @@ Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Everything(CostModel):
-    """As many rows as memory allows: which jobs meet then does not depend on this machine's timings."""
+    """As many rows as memory allows, so that the jobs of a batch do not depend on this machine's timings."""
 
     def budget(self, lane: Hashable) -> int:
         return self.limit(lane)
@@ -121,7 +121,7 @@ def short_of_memory(
 
 
 def mates_of(family: StableDiffusion, seed: int, count: int = 5, **options: Any) -> list[Work]:
-    """Jobs that differ in all that a batch allows, and some of another size."""
+    """Jobs that differ in everything that may differ within a batch, and some of another size."""
     choose = random.Random(seed)
     return [
         work(

@@ -19,7 +19,7 @@ from latentline_worker.engine.tenants import TenantShares
 
 @dataclass(eq=False)
 class Candidate:
-    """What the planner reads of a request, and a name to tell it by."""
+    """What the planner reads of a request, and a name to recognise it."""
 
     name: str
     remaining: int
@@ -266,7 +266,7 @@ def test_a_tenant_over_its_share_is_behind_one_that_wants_more_than_the_mean() -
     assert shares.behind({"had much": 2, "wants much": 8}) == {"had much"}
 
 
-def test_rows_that_nobody_else_wanted_are_not_charged() -> None:
+def test_usage_is_charged_only_under_contention() -> None:
     plan = planner(2)
     for _ in range(50):
         plan.select([Candidate("a", 5, tenant="alone")])
@@ -359,7 +359,7 @@ def test_no_job_waits_longer_than_the_stated_bound_whatever_keeps_arriving(seed:
 
 
 def test_without_the_oldest_rule_the_same_attack_starves_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the bound is the rule's doing and not the scenario's."""
+    """The bound holds because of the rule, not because the scenario is harmless."""
 
     def turns_of_a_long_job() -> int:
         plan, long = planner(2), Candidate("long", 20)

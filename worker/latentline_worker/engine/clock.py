@@ -1,4 +1,4 @@
-"""How long a step takes, and how much of it the network's forward: on a CPU by the clock, on CUDA by events."""
+"""How long steps take, and how much of it is the network's forward: by the clock on a CPU, by events on CUDA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class StepClock:
-    """Marks four moments of each step, and gives the durations without making the host wait for the device.
+    """Marks four moments of each step and gives the durations, without making the host wait for the current step.
 
-    On CUDA the figures of a step come one step late, and the host is held from running further ahead than that:
-    a cancelled or urgent job would otherwise find steps already queued on the device.
+    On CUDA a step's durations are known one step later, and :meth:`take` waits for that step. So the host runs at most one
+    step ahead of the device, and a cancelled or urgent job does not have to wait for more steps that were queued before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class StepClock:
         self.forward_s = 0.0
 
     def mark(self) -> None:
-        """Called at a step's start, the forward's start, the forward's end, the step's end."""
+        """To be called at a step's start, the forward's start, the forward's end, and the step's end."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -36,11 +36,11 @@ class StepClock:
             self._marks = []
 
     def drop(self) -> None:
-        """Forget a step that failed half-way."""
+        """Forget the marks of a step that failed."""
         self._marks = []
 
     def take(self) -> float | None:
-        """Seconds of a step that has ended, oldest first; None when there is none yet."""
+        """Seconds of the oldest step that has ended and was not taken yet; None if there is none."""
         if not self._steps or (self._cuda and len(self._steps) < 2):
             return None
         marks = self._steps.popleft()

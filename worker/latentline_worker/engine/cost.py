@@ -1,4 +1,4 @@
-"""What a denoise step costs at each number of rows, learned while running. Torch-free."""
+"""How long a denoise step takes at each number of rows, learned while running. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections import defaultdict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-SAMPLES = 9  # times kept per row count; their median is what counts, so one disturbed step changes nothing
-TRUSTED = 3  # times after which a row count is judged
-WORTH = 0.95  # the fewest rows that reach this share of the best throughput are enough: more would only add latency
-LOOK_AGAIN = 512  # steps after which larger batches get another chance: an early bad time must not stick
-RECOVERY = 512  # steps within a lowered limit after which it is doubled: the memory may be free again
+SAMPLES = 9  # times kept per row count; the median is used, so that one disturbed step changes nothing
+TRUSTED = 3  # times needed before a row count is judged
+WORTH = 0.95  # of the best throughput: the fewest rows that reach it are used, since more would only add latency
+LOOK_AGAIN = 512  # steps after which larger batches are tried again, in case early times were disturbed
+RECOVERY = 512  # steps without trouble after which a lowered limit is doubled: the memory may be free again
 
 
 @dataclass
 class _Lane:
-    cap: int  # what memory was measured to allow
+    cap: int  # rows that fit by the memory measured at warm-up
     limit: int  # at most the cap; lower after memory ran out
     times: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
     steps: int = 0
     clean_steps: int = 0
-    known: list[tuple[int, float, int]] | None = None  # rows, median seconds, times; until the next observation
+    known: list[tuple[int, float, int]] | None = None  # (rows, median seconds, number of times); cached until the next time
     knee: int | None = None  # likewise
-    at_least: int = 1  # rows to be tried, whatever the times so far say
+    at_least: int = 1  # rows to use, whatever the times so far say
 
 
 class CostModel:
-    """Step seconds against rows for each lane, and the number of rows beyond which throughput stops rising.
+    """Step seconds by number of rows for each lane, and the number of rows beyond which throughput stops rising.
 
-    A lane starts at one row and doubles while that pays: throughput, rows per second, is what decides.
+    A lane starts at one row and doubles its rows while that raises throughput, in rows per second.
 
     Args:
         max_rows: rows that no step may exceed.
@@ -53,17 +53,17 @@ class CostModel:
             entry.limit, entry.clean_steps = min(entry.cap, 2 * entry.limit), 0
 
     def cap(self, lane: Hashable, rows: int) -> None:
-        """No step of this lane may ever have more rows."""
+        """Set the rows that no step of this lane may ever exceed."""
         entry = self._lanes[lane]
         entry.cap, entry.limit = rows, min(entry.limit, rows)
 
     def lower(self, lane: Hashable, rows: int) -> None:
-        """No step of more than ``rows`` rows for now: memory did not suffice."""
+        """Limit steps to ``rows`` rows for now, because more did not fit into memory."""
         entry = self._lanes[lane]
         entry.limit, entry.clean_steps, entry.knee = max(1, min(entry.limit, rows)), 0, None
 
     def explore(self, lane: Hashable, rows: int) -> None:
-        """Use at least so many rows from now on, as far as memory allows: times of the few smallest counts may mislead."""
+        """Use at least so many rows from now on, as far as memory allows: the times of small counts alone may be misleading."""
         self._lanes[lane].at_least = rows
 
     def limit(self, lane: Hashable) -> int:
@@ -71,7 +71,7 @@ class CostModel:
         return self._lanes[lane].limit
 
     def seconds(self, lane: Hashable, rows: int) -> float:
-        """What a step of ``rows`` rows will take: between known row counts a straight line, beyond them in proportion."""
+        """Expected seconds of a step of ``rows`` rows: linear between measured row counts, proportional beyond the largest."""
         known = self._known(self._lanes[lane])
         if not known:
             return 0.0
@@ -85,7 +85,7 @@ class CostModel:
         return low_s + (high_s - low_s) * (rows - low) / (high - low)
 
     def budget(self, lane: Hashable) -> int:
-        """Rows worth putting into one step."""
+        """Rows to put into one step."""
         entry = self._lanes[lane]
         if entry.knee is None:
             entry.knee = self._knee(entry)
@@ -101,7 +101,7 @@ class CostModel:
         best = max(count / seconds for count, seconds in known)
         enough = next(count for count, seconds in known if count / seconds >= WORTH * best)
         largest = known[-1][0]
-        # Still rising at the largest that was tried: try twice as many.
+        # Throughput still rises at the largest count tried: try twice as many.
         return 2 * largest if 2 * enough > largest else enough
 
     @staticmethod

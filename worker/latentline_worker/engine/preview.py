@@ -14,8 +14,8 @@ SIDE = 16  # latents along a side of a sample, whatever the model: decoding them
 class LatentToRgb:
     """(n, c, h, w) latents -> (n, h, w, 3) uint8, a pixel per latent.
 
-    The map is the least-squares fit of what the VAE decodes smooth random latents to, averaged over each latent's
-    pixels. It needs no data and no second network; shapes and colours come out, texture does not.
+    The map is fitted by least squares to the VAE's decodes of smooth random latents, averaged over each latent's pixels.
+    It needs no data and no second network. It shows shapes and colours, but no texture.
     """
 
     def __init__(self, weights: torch.Tensor) -> None:
@@ -25,13 +25,13 @@ class LatentToRgb:
     @torch.inference_mode()
     def fit(cls, family: Family, channels: int) -> LatentToRgb:
         generator = torch.Generator().manual_seed(0)
-        # Smooth at several scales, as pictures are: white noise would be decoded to texture.
+        # Smooth at several scales, as pictures are: the VAE decodes white noise to texture.
         z = torch.stack([_smooth(channels, 2 + i, generator) for i in range(NUM_SAMPLES)]).to(family.device)
         pixels = torch.cat([family.decode(z[i : i + 1], tiled=False) for i in range(NUM_SAMPLES)])
         rgb = F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float() / 255, (SIDE, SIDE))
         wanted = rgb.permute(0, 2, 3, 1).reshape(-1, 3)
         known = torch.cat([z, torch.ones_like(z[:, :1])], 1).permute(0, 2, 3, 1).reshape(-1, channels + 1)
-        # What is black or white somewhere may have been cut off there, and says nothing.
+        # Black and white values may have been clipped, and would bias the fit.
         inside = ((wanted > 0.01) & (wanted < 0.99)).all(1)
         if inside.sum() > 10 * (channels + 1):
             known, wanted = known[inside], wanted[inside]
@@ -43,7 +43,7 @@ class LatentToRgb:
 
 
 def _smooth(channels: int, cells: int, generator: torch.Generator) -> torch.Tensor:
-    """(channels, SIDE, SIDE) of about unit variance, ``cells`` blobs along a side."""
+    """(channels, SIDE, SIDE) of unit variance, with about ``cells`` blobs along a side."""
     coarse = torch.randn(1, channels, cells, cells, generator=generator)
     smooth = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic", align_corners=False)[0]
     return smooth / smooth.std()

@@ -1,4 +1,4 @@
-"""What the engine and the delivery need of a model family."""
+"""The interface of a model family, as the engine uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentline.jobs import ModelInfo
 
 
 class Family(Protocol):
-    """A loaded latent diffusion model. The thread that owns the device calls its methods, under ``torch.inference_mode``."""
+    """A loaded latent diffusion model. Its methods are called by the thread that owns the device, under ``torch.inference_mode``."""
 
     info: ModelInfo
     device: torch.device
@@ -27,7 +27,7 @@ class Family(Protocol):
         ...
 
     def count_tokens(self, text: str) -> tuple[int, int]:
-        """(tokens in the text, tokens that the encoder reads): the rest of a longer text is cut."""
+        """(tokens in the text, tokens that the encoder reads at most); a longer text is cut."""
         ...
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ def load(device: torch.device, dtype: torch.dtype) -> StableDiffusion:
     """The bundled model, ready for the engine.
 
     Raises:
-        ModelError: a part of it is missing or broken; the message names the file.
+        ModelError: a file is missing or broken; the message names it.
     """
     vae, unet, config = _load_parts()
     tokenizer, encoder = load_minilm()
@@ -81,7 +81,7 @@ def _load_parts() -> tuple[AutoencoderKL, UNet2DConditionModel, dict[str, Any]]:
     checksums.check(FOLDER)
     try:
         config = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text())
-        # fp16 on disk, fp32 in memory: the family casts to the device's own type.
+        # Stored as fp16, loaded as fp32: the family then casts to the type it is asked for.
         vae = AutoencoderKL.from_pretrained(FOLDER / "vae", use_safetensors=True).float()
         unet = UNet2DConditionModel.from_pretrained(FOLDER / "unet", use_safetensors=True).float()
     except (OSError, ValueError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""SHA-256 sums of a model folder: a flipped bit in the weights is found at start and not in the pictures."""
+"""SHA-256 sums of a model folder, so that damaged weights are found at start and not in the pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Compare with the sums that the folder brings; one without them is not checked.
+    """Compare the files with the folder's own sums. A folder without sums is not checked.
 
     Raises:
         ModelError: a file is missing or has changed; the message names it.

@@ -1,4 +1,4 @@
-"""Which family loads a model, and under which id jobs ask for it."""
+"""Chooses the family that loads a model, and the id under which jobs request it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Family:
     A directory is served under its own name, a hub id under itself.
 
     Raises:
-        ModelError: nothing there, or something broken; the message names the file.
+        ModelError: the model is missing or broken; the message names the file.
     """
     if source == bundled_model.MODEL_ID:
         return bundled_model.load(device, dtype)

@@ -46,15 +46,15 @@ class StableDiffusion:
             part.to(device).eval().requires_grad_(False)
             if part.dtype != dtype:
                 part.to(dtype)
-        if device.type == "cuda":  # convolutions on tensor cores read this layout; on a CPU it measured no faster
+        if device.type == "cuda":  # the layout of tensor-core convolutions; on a CPU it measured no faster
             for part in (vae, unet):
                 part.to(memory_format=torch.channels_last)
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
         self.device, self.dtype = device, dtype
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # f: pixels per latent along a side
-        # The U-Net halves its input at each block but the last; SD's own pipelines ask for multiples of 8.
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent along a side
+        # The U-Net halves its input at each block except the last; SD's own pipelines require multiples of 8.
         side = max(MIN_SIZE_PX, unet.config.sample_size * self.vae_scale_factor)
         self.info = ModelInfo(
             id=model_id,
@@ -101,7 +101,7 @@ class StableDiffusion:
         return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        # Exactly what StableDiffusionPipeline.encode_prompt does without LoRA and clip_skip.
+        # The same computation as StableDiffusionPipeline.encode_prompt without LoRA and clip_skip.
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         mask = tokens.attention_mask.to(self.device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
@@ -129,7 +129,7 @@ class StableDiffusion:
 
 
 def check_folder(folder: Path) -> None:
-    """Look at every file that loading needs, so that a broken model is named by its file.
+    """Check every file that loading needs, so that the error names the broken file.
 
     Raises:
         ModelError: a file is missing, is not JSON, or is not a whole safetensors file.

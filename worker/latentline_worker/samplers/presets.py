@@ -1,4 +1,4 @@
-"""The scheduler names of the contract, as diffusers schedulers on a model's own noise schedule."""
+"""The contract's scheduler names as diffusers schedulers, with the model's own noise schedule."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """The diffusers scheduler that ``name`` stands for, on the model's ``config``.
+    """The diffusers scheduler of this name, with the model's ``config``.
 
-    DDIM and LCM clip the predicted sample by default, which latents never want; a config that asks for it
-    by name keeps it and is then refused by the compiler.
+    DDIM and LCM clip the predicted sample by default, which is wrong for latents, so the default here is not to clip. A
+    config that sets ``clip_sample=True`` keeps it, and the compiler refuses it.
 
     Raises:
         CompileError: the name is not known.
