@@ -19,6 +19,7 @@ from latentline.records import Records
 from latentline.testing import MODEL
 from latentline_worker.maintenance import reaper as reaper_module
 from latentline_worker.maintenance.callback_wakes import CallbackWakes
+from latentline_worker.maintenance.deadlines import Deadlines
 from latentline_worker.maintenance.expiry import Expiry
 from latentline_worker.maintenance.liveness import LivenessFile
 from latentline_worker.maintenance.reaper import Reaper
@@ -220,6 +221,21 @@ def test_a_job_of_a_lost_worker_is_queued_again_on_real_records(client: fakeredi
     monkeypatch.setattr(store, "up_s", lambda: 3600.0)
     Reaper(store, MODEL.id, 30).run_once()
     assert store.get(job_id).status is Status.QUEUED
+
+
+def test_an_overdue_job_that_waits_is_ended_although_no_worker_takes_it(client: fakeredis.FakeRedis) -> None:
+    overdue, in_time, running = submit(client, deadline_s=1000), submit(client, deadline_s=1000), submit(client, deadline_s=1000)
+    store = Records(client)
+    assert store.claim(running, "busy@test", 30) is not None
+    for job_id in (overdue, running):
+        client.hset(routing.job_key(job_id), "deadline_at", 1)
+        client.zadd(routing.deadlines_key(), {job_id: 1})
+    Deadlines(store).run_once()
+    error = store.get(overdue).error
+    assert error is not None and error.code == "deadline_exceeded"
+    assert [event.type for event in records.run(client, records.events(overdue))][-1] == "job.failed"
+    assert store.get(in_time).status is Status.QUEUED
+    assert store.get(running).status is Status.RUNNING, "its worker hears of it with its next beat"
 
 
 def test_due_callbacks_are_woken(client: fakeredis.FakeRedis) -> None:

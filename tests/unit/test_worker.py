@@ -59,6 +59,15 @@ def test_everything_stops_in_the_order_of_the_data(client: fakeredis.FakeRedis, 
     assert not any(thread.is_alive() for thread in threads), "nothing beats or announces after the worker is gone"
 
 
+def test_the_maintenance_services_run_from_start_to_stop(client: fakeredis.FakeRedis) -> None:
+    worker = make_worker(client, StubEngine())
+    services = (worker._watchdog, worker._reaper, worker._deadlines, worker._expiry, worker._announcer)
+    worker.start()
+    assert all(service._thread.is_alive() for service in services)
+    worker.stop()
+    assert all(service.stopped for service in services)
+
+
 def test_the_liveness_file_goes_with_the_worker(client: fakeredis.FakeRedis, tmp_path: Path) -> None:
     path = tmp_path / "ready"
     worker = make_worker(client, StubEngine(), ready_file=path)

@@ -11,9 +11,9 @@ from latentline.settings import Settings
 
 
 class ProcessSettings(Settings):
-    """What every process of the worker side has."""
+    """Settings of every process of the worker side."""
 
-    ready_file: Path | None = None  # touched all the time while the process is well, for container probes
+    ready_file: Path | None = None  # touched continually while the process is well, for container probes
 
 
 class WorkerSettings(ProcessSettings):
@@ -21,17 +21,17 @@ class WorkerSettings(ProcessSettings):
 
     model: str = "latentline-emoji"  # the bundled model's id, a diffusers folder, or a hub id
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
-    # Jobs in flight per process of one tenant (of one shard of tenants); there is room for as many of others.
+    # Jobs in flight per process and shard of tenants; the process takes as many again of other shards.
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16
-    # Network rows of one forward, at most; a guided image costs two. Measured costs and memory may allow fewer.
+    # Most network rows of one forward; a guided image takes two. Measured costs and memory may allow fewer.
     max_rows: Annotated[int, Field(ge=1, le=1024)] = 64
-    # Same seed, same bits: every forward has exactly this many rows, padded, so that a picture does not depend on its batch.
+    # The reproducible mode: every forward is padded to exactly this many rows, so that an image does not depend on its batch.
     reproducible_rows: Annotated[int, Field(ge=1, le=1024)] | None = None
-    memory_limit_mb: Annotated[int, Field(ge=1)] | None = None  # beside the weights; default: most of what is free
+    memory_limit_mb: Annotated[int, Field(ge=1)] | None = None  # besides the weights; default: most of what is free
     decode_batch: Annotated[int, Field(ge=1, le=64)] = 4  # images per VAE call; larger is often slower per image
-    lease_s: Annotated[float, Field(ge=1)] = 30.0  # a worker that says nothing for this long has lost its jobs
-    checkpoint_s: Annotated[float, Field(gt=0)] = 1.0  # between two checkpoints of a job, or more where they cost over 1%
-    # An engine that finishes nothing for this long has lost its jobs, and the process ends for another to take its place.
+    lease_s: Annotated[float, Field(ge=1)] = 30.0  # a worker that does not renew its leases for this long loses its jobs
+    checkpoint_s: Annotated[float, Field(gt=0)] = 1.0  # between two checkpoints of a job; more if they would cost over 1% of the time
+    # An engine that finishes nothing for this long loses its jobs, and the process ends so that its supervisor starts another.
     stall_s: Annotated[float, Field(ge=1)] = 120.0
-    # After SIGTERM jobs that denoise go back to the queue at once; those that upload have this long.
+    # After SIGTERM, jobs that denoise go back to the queue at once; those that upload have this many seconds.
     drain_s: Annotated[float, Field(ge=0)] = 10.0

@@ -28,14 +28,14 @@ class Broker:
         return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        """Start and wait for an authenticated PING; another port is tried when one was lost in a race."""
+        """Start and wait until an authenticated PING is answered. If another process takes the port first, try another one."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._child:
             self._child.stop()
         for attempt in range(3):
             self.port = self.port if self.port and not attempt else free_port()  # a restart keeps its port
             config = self._folder / "valkey.conf"
-            config.touch(mode=0o600)  # the password stands in a file and not on the command line
+            config.touch(mode=0o600)  # the password is in a file, because every user can read command lines
             config.write_text(
                 f'bind 127.0.0.1\nport {self.port}\nrequirepass {self._password}\ndir "{self._folder}"\n'
                 "appendonly yes\nappendfsync everysec\nsave ''\nmaxmemory-policy noeviction\nmaxmemory 1gb\n".replace("''", '""')

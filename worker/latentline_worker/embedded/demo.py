@@ -1,4 +1,4 @@
-"""``latentline demo``: the whole main job on embedded services, from words to pictures in a folder."""
+"""``latentline demo``: a set of different jobs on embedded services, from prompts to images in a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentline.jobs import JobRecord, JobRequest, Phase, Status
 
 from .stack import Stack
 
-# prompt, scheduler, steps, guidance: unlike on purpose, so that the batch is mixed in every way.
+# prompt, scheduler, steps, guidance: different on purpose, so that each batch mixes them all.
 SHOWCASE: tuple[tuple[str, str, int, float], ...] = (
     ("a red apple", "dpmpp_2m", 20, 4.0),
     ("a smiling cat", "euler", 30, 4.0),
@@ -153,7 +153,7 @@ def _report(console: Console, records: list[JobRecord]) -> None:
 
 
 def contact_sheet(saved: list[tuple[JobRecord, Path]], path: Path) -> None:
-    """All pictures on one page, each above its prompt."""
+    """All images on one page, each above its prompt."""
     columns = min(COLUMNS, len(saved))
     rows = -(-len(saved) // columns)
     sheet = Image.new("RGB", (columns * TILE_PX, rows * (TILE_PX + CAPTION_PX)), "white")

@@ -1,4 +1,4 @@
-"""No child outlives its parent, also when the parent dies hard."""
+"""Lets the kernel end a child process when its parent dies, also if the parent is killed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import signal
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
-# Loaded here, because between fork and exec only what is already there is safe to call.
+# Loaded on import: between fork and exec it is not safe to load anything.
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent() -> Callable[[], None]:
-    """For ``preexec_fn`` of a child of this process: the kernel sends it SIGTERM when its parent has died (Linux).
+    """A ``preexec_fn`` for a child of this process: the kernel sends it SIGTERM when its parent dies (Linux only).
 
-    The signal follows the thread that starts the child, which therefore has to be the main thread or one that lives as long.
+    The signal is sent when the thread that starts the child ends, so that must be the main thread or one that lives as long.
     """
     parent = os.getpid()
 
-    def ask_for_it() -> None:
+    def request_signal() -> None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the line above
+        if os.getppid() != parent:  # the parent died before the line above
             os._exit(1)
 
-    return ask_for_it
+    return request_signal

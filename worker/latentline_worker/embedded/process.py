@@ -17,14 +17,14 @@ LOG_TAIL_LINES = 12
 
 
 def free_port(offset: int = 0) -> int:
-    """A loopback port that is free now, and ``offset`` above it as well."""
+    """A loopback port that is free now; with an ``offset``, the port that far above it is free too."""
     for _ in range(200):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
         if not offset:
             return port
-        # The kernel hands out high ports; with an offset they may leave the range.
+        # The kernel assigns high ports; with an offset they may exceed the range.
         port = port if port + offset < 65536 else port - offset
         with socket.socket() as low, socket.socket() as high:
             try:
@@ -40,7 +40,7 @@ class Child:
     """One service process: its log in a file, stopped by SIGTERM and then by SIGKILL.
 
     It runs in a session of its own, so that Ctrl-C reaches only the parent, which then stops its children in order; and
-    the kernel stops it when the parent dies hard (:func:`latentline_worker.embedded.orphans.die_with_parent`).
+    the kernel stops it when the parent is killed (:func:`latentline_worker.embedded.orphans.die_with_parent`).
     """
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
@@ -67,7 +67,11 @@ class Child:
         return self.process.poll() is None
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Return once ``ready()``; raise with the log's last lines when the child ends or time runs out first."""
+        """Return once ``ready()`` is true.
+
+        Raises:
+            ConfigurationError: the child ended or the time ran out first; the message ends with its log's last lines.
+        """
         deadline = time.monotonic() + timeout_s
         while not ready():
             if not self.alive:

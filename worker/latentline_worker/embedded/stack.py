@@ -28,11 +28,11 @@ from .process import Child, clean_env
 from .store import Store
 
 READY_TIMEOUT_S = 180.0  # a cold start imports torch and loads a model
-DRAIN_S = 5.0  # jobs that upload at the end have this long
+DRAIN_S = 5.0  # how long jobs that upload at the end may take
 
 
 class Stack:
-    """All of latentline on embedded services. Stopped in the order of the work: worker, API, store, broker.
+    """All of latentline on embedded services. Stopped in data-flow order: worker, API, store, broker.
 
     Args:
         data_dir: where broker and store keep their data, credentials and logs; kept between runs.
@@ -79,10 +79,10 @@ class Stack:
             self._store = Store(self._folder / "store", keys["access_key"], keys["secret_key"])
             self._broker.start()
             with contextlib.closing(connect(self._broker.url)) as client:
-                client.delete(workers_key())  # a beat kept from the last run would make this one ready too early
+                client.delete(workers_key())  # a worker announced in the last run would make this one ready too early
             self._store.start()
             env = self.environment | {"LATENTLINE_CALLBACK_SECRET": keys["callback_secret"], "LATENTLINE_DRAIN_S": str(DRAIN_S)}
-            # What the operator chose about callbacks, model and batching counts here as well; where the services are does not.
+            # The operator's settings for callbacks, model and batching apply here too; addresses of services do not.
             given = {key: value for key, value in os.environ.items() if key.startswith("LATENTLINE_") and key not in env}
             env = clean_env(**(given | env))
             worker = [sys.executable, "-m", "latentline_worker.generate.launch", *(["--model", self._model] if self._model else [])]
@@ -100,7 +100,7 @@ class Stack:
             raise
 
     def stop(self) -> None:
-        """End every process, the work's end first; then the port and the folder are free."""
+        """End every process, in data-flow order; then the port and the folder are free."""
         if self._worker:
             self._worker.stop(DRAIN_S + 10)
         if self._callbacks:
@@ -138,7 +138,7 @@ class Stack:
             raise ConfigurationError(f"--data-dir: {self._folder} is in use by another latentline up") from None
 
     def _take_port(self) -> None:
-        # Bound here and handed to the API, so that nobody can take the port in between.
+        # Bound here and handed to the API, so that no other process can take the port in between.
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

