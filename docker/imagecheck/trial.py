@@ -23,7 +23,7 @@ NUM_JOBS = 20
 NUM_LONG_JOBS = 6  # in flight when the worker is stopped
 LONG = {"num_inference_steps": 100, "num_images": 2}
 SCHEDULERS = ("dpmpp_2m", "euler_ancestral", "unipc", "lms")  # the last one needs scipy, which only a dependency brings
-PATIENCE_S = 300.0  # what the manifests give a worker to load its model
+PATIENCE_S = 600.0  # twice what the manifests give a worker to load its model: other work may run on this machine
 POLL_S = 0.1
 EXIT_STATUSES = (0, 143)  # 143: ended by SIGTERM itself, as uvicorn does once it has closed everything
 
