@@ -377,6 +377,12 @@ def test_a_full_disk_ends_the_training_and_keeps_the_older_state(source: BuiltDa
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
 
 
+def test_a_log_or_sheet_that_cannot_be_written_ends_the_training(source: BuiltData, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(TrainingError, match=r"log\.jsonl.*the last saved state is whole"):
+        Training(AutoencoderTask(autoencoder_recipe(), source), tmp_path, quiet).run()
+
+
 def test_states_of_another_recipe_and_damaged_ones_are_refused(source: BuiltData, tmp_path: Path) -> None:
     Training(AutoencoderTask(autoencoder_recipe(), source), tmp_path, quiet).save()
     other = dataclasses.replace(autoencoder_recipe(), moment_weight=0.5)

@@ -80,7 +80,8 @@ class Training:
             self.ema.load_state_dict(found["ema"])
             self.ema.to(self.device)
         self.step, self.start = found["step"], found["start"]
-        self._trim_log()
+        if self.rank == 0:
+            self._trim_log()
         for name, number in (("threads", torch.get_num_threads()), ("processes", num_processes())):
             if found.get(name, number) != number:
                 self.say(f"the state was made with {found[name]} {name}: with another number, weights differ from an uninterrupted run's")
@@ -112,8 +113,14 @@ class Training:
         """Train to the end of the schedule; False where a signal stopped it before, with its state saved.
 
         Raises:
-            TrainingError: the loss is no longer a finite number, or the state cannot be saved.
+            TrainingError: the loss is no longer a finite number, or something cannot be written.
         """
+        try:
+            return self._run()
+        except OSError as error:
+            raise TrainingError(f"{self.folder}: {error}; the last saved state is whole") from error
+
+    def _run(self) -> bool:
         saved_at = logged_at = time.monotonic()
         last_logged = self.step
         losses: list[float] = []
