@@ -20,7 +20,7 @@ from latentline_worker.training import build, splits
 from latentline_worker.training.compositions import Catalogue, Composition, Sprite, Thing
 from latentline_worker.training.concepts import OBJECT_COLOURS, counted_words, is_plural, make_concept, object_words, plural
 from latentline_worker.training.errors import TrainingError
-from latentline_worker.training.manifest import HELD_BACK_STYLE, find_leaks, held_out, load_catalogue, load_sprites
+from latentline_worker.training.manifest import HELD_BACK_STYLE, KINDS, find_leaks, held_out, load_catalogue, load_sprites
 from latentline_worker.training.pictures import grey_share, recolour, render
 from latentline_worker.training.sources import BuiltData
 
@@ -154,10 +154,10 @@ def test_captions_say_what_is_drawn(folder: Path) -> None:
 
 def test_held_out_prompts_are_always_the_same_and_of_trained_things(folder: Path) -> None:
     catalogue = load_catalogue(folder)
-    for layout in ("single", "pair"):
+    for layout in KINDS:
         first, second = (held_out(catalogue, "test", layout, 5) for _ in range(2))
         assert first == second and len({one.caption for one in first}) == 5
-        assert all(catalogue.split(one) == "test" and one.things[0].sprite.split == "train" for one in first)
+        assert all(one.layout == layout and catalogue.split(one) == "test" and one.things[0].sprite.split == "train" for one in first)
 
 
 # Pictures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import free_port
 from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from support.training import TINY_AUTOENCODER, TINY_KL, autoencoder_recipe, denoiser_recipe, toml, write_data
@@ -286,6 +288,7 @@ assert fork(out, lambda task, training: None) == 0
 """
 
 
+@pytest.mark.slow
 def test_killed_at_five_points_the_weights_are_the_same_to_the_bit(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), str(tmp_path / "whole")],
@@ -299,6 +302,50 @@ def test_killed_at_five_points_the_weights_are_the_same_to_the_bit(folder: Path,
     assert torch.equal(*momentum)
     steps = [[line["step"] for line in log(tmp_path / name)] for name in ("out", "whole")]
     assert steps[0] == sorted(steps[0]) and set(steps[0]) <= set(steps[1])
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from latentline_worker.training import autoencoder, loop
+from latentline_worker.training.autoencoder import AutoencoderTask
+from latentline_worker.training.processes import processes
+from latentline_worker.training.sources import BuiltData
+from support.training import autoencoder_recipe
+
+autoencoder.NUM_MEASURED = autoencoder.NUM_SHOWN = 4
+data, out = map(Path, sys.argv[1:])
+source = BuiltData(data, 32)
+with processes(torch.device("cpu")) as rank:
+    def train(name, stop_at):
+        def on_step(step, loss):
+            if step == stop_at and rank == 1:
+                training.stopping.set()  # one process is told to stop: both do
+        training = loop.Training(AutoencoderTask(autoencoder_recipe(), source), out / name, lambda line: None, on_step, rank)
+        training.resume()
+        done = training.run()
+        torch.save((done, training.step, training.task.model.state_dict()), out / f"{name}-{stop_at}-{rank}.pt")
+        torch.distributed.barrier()  # rank 0 has written the state
+
+    train("whole", 0)
+    train("parts", 3)
+    train("parts", 0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_resume_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", TOGETHER, str(folder), str(tmp_path)]
+    started = [subprocess.Popen(command, cwd=ROOT / "tests", env=os.environ | address | {"RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(240) for process in started] == [0, 0]
+    ends = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
+    assert [ends[f"parts-3-{rank}"][:2] for rank in range(2)] == [(False, 3)] * 2
+    for name in ("whole-0-0", "whole-0-1", "parts-0-0", "parts-0-1"):
+        assert ends[name][:2] == (True, 8)
+        assert all(torch.equal(ends[name][2][key], value) for key, value in ends["whole-0-0"][2].items())
 
 
 # What is refused
@@ -328,6 +375,12 @@ def test_a_full_disk_ends_the_training_and_keeps_the_older_state(source: BuiltDa
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
+
+
+def test_a_log_or_sheet_that_cannot_be_written_ends_the_training(source: BuiltData, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(TrainingError, match=r"log\.jsonl.*the last saved state is whole"):
+        Training(AutoencoderTask(autoencoder_recipe(), source), tmp_path, quiet).run()
 
 
 def test_states_of_another_recipe_and_damaged_ones_are_refused(source: BuiltData, tmp_path: Path) -> None:

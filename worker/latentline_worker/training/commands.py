@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,7 @@ from .folders import FolderData
 from .latents import LatentCache
 from .loop import Task, Training
 from .manifest import MANIFEST, find_leaks
+from .processes import processes
 from .progress import progress
 from .recipe import AUTOENCODERS, AutoencoderRecipe, DenoiserRecipe
 from .sources import BuiltData, Source
@@ -78,7 +80,8 @@ class Run:
         if self.threads:
             torch.set_num_threads(self.threads)
         try:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            # torchrun gives each process on a machine a number: its GPU.
+            device = torch.device(self.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # CPU builds of torch answer with an AssertionError
             raise TrainingError(f"device {self.device}: {str(error).splitlines()[0]}") from error
@@ -89,21 +92,29 @@ def autoencoder(recipe_name: str, folder: Path, run: Run, say: Say) -> bool:
     """Train an autoencoder; False where it was stopped before its end."""
     made = _recipe(recipe_name, AutoencoderRecipe)
     device = run.prepare()
-    fits.check_autoencoder(made, device)
-    model = _load(run.init, made.model["class"]) if run.init else None
-    return _train(AutoencoderTask(made, _source(folder, made.size_px, say, False), model, device), run, say)
+    with processes(device) as rank:
+        say = say if rank == 0 else _silent
+        fits.check_autoencoder(made, device)
+        model = _load(run.init, made.model["class"]) if run.init else None
+        return _train(AutoencoderTask(made, _source(folder, made.size_px, say, False), model, device), run, say, rank)
 
 
 def denoiser(recipe_name: str, folder: Path, autoencoder_folder: Path, run: Run, say: Say) -> bool:
     """Train a denoiser on an autoencoder's latents; False where it was stopped before its end."""
     made = _recipe(recipe_name, DenoiserRecipe)
     device = run.prepare()
-    vae = _load(autoencoder_folder, _class_name(autoencoder_folder))
-    source = _source(folder, made.size_px, say, True)
-    cache = LatentCache(run.out, source, vae, f"{_data_key(folder)}/{made.size_px}", say, device)
-    fits.check_denoiser(made, cache, device)
-    model = _load(run.init, made.model["class"]) if run.init else None
-    return _train(DenoiserTask(made, cache, model, device), run, say)
+    with processes(device) as rank:
+        say = say if rank == 0 else _silent
+        vae = _load(autoencoder_folder, _class_name(autoencoder_folder))
+        source = _source(folder, made.size_px, say, True)
+        cache = LatentCache(run.out, source, vae, f"{_data_key(folder)}/{made.size_px}", say, device, rank)
+        fits.check_denoiser(made, cache, device)
+        model = _load(run.init, made.model["class"]) if run.init else None
+        return _train(DenoiserTask(made, cache, model, device), run, say, rank)
+
+
+def _silent(line: str) -> None:
+    """Of several processes, the first one speaks."""
 
 
 def export(run_folder: Path, target: Path, say: Say) -> None:
@@ -112,10 +123,10 @@ def export(run_folder: Path, target: Path, say: Say) -> None:
     say(f"wrote {target}: the weights of step {step}")
 
 
-def _train(task: Task, run: Run, say: Say) -> bool:
+def _train(task: Task, run: Run, say: Say, rank: int) -> bool:
     total = task.recipe.schedule.steps
-    with progress(total) as on_step:
-        training = Training(task, run.out, say, on_step)
+    with progress(total, shown=rank == 0) as on_step:
+        training = Training(task, run.out, say, on_step, rank)
         if training.resume():
             say(f"going on at step {training.step} of {total}" + (f"; {run.init} is not read" if run.init else ""))
         elif run.init and (step := place_of(run.init)):

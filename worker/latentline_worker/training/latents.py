@@ -17,6 +17,7 @@ import torch
 
 from .autoencoder import CPU, encode
 from .errors import TrainingError
+from .processes import wait_for_all
 from .seeds import python_random
 from .sheets import to_tensor
 from .sources import Source
@@ -31,12 +32,20 @@ class LatentCache:
     Args:
         folder: shards are kept in a subfolder whose name depends on ``key`` and on the autoencoder's weights.
         key: names data, size and whatever else decides what is in a shard.
+        rank: of several processes, number 0 makes the shards.
     """
 
     def __init__(
-        self, folder: Path, source: Source, autoencoder: Any, key: str, say: Callable[[str], None], device: torch.device = CPU
+        self,
+        folder: Path,
+        source: Source,
+        autoencoder: Any,
+        key: str,
+        say: Callable[[str], None],
+        device: torch.device = CPU,
+        rank: int = 0,
     ) -> None:
-        self.source, self.say, self.device = source, say, device
+        self.source, self.say, self.device, self.rank = source, say, device, rank
         self.folder = folder / f"latents-{_fingerprint(autoencoder, key)}"
         self.autoencoder = autoencoder.eval().to(device)
         self.scale: float = autoencoder.config.scaling_factor
@@ -77,9 +86,10 @@ class LatentCache:
     def _shard(self, number: int) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
         """Latents in fp16, in memory, and states in fp16, mapped from the file: they are the larger part by far."""
         latents_file, states_file = (self.folder / f"{number:03}-{what}.npy" for what in ("latents", "states"))
-        if not (latents_file.exists() and states_file.exists()):
+        if self.rank == 0 and not (latents_file.exists() and states_file.exists()):
             self.say(f"encoding picture {number} of each of {self.source.num_items} items")
             self._make(number, latents_file, states_file)
+        wait_for_all()  # the other processes read what rank 0 wrote
         return torch.from_numpy(np.load(latents_file)), np.load(states_file, mmap_mode="r")
 
     def _make(self, number: int, latents_file: Path, states_file: Path) -> None:

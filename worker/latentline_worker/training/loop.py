@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from . import state as states
 from .errors import TrainingError
 from .optimisers import Optimisers, rate_share
+from .processes import any_of, average_gradients, num_processes
 from .recipe import Schedule
 
 SAVE_EVERY_S = 300  # what a kill costs at most; saving takes well under a second
@@ -79,9 +80,11 @@ class Training:
             self.ema.load_state_dict(found["ema"])
             self.ema.to(self.device)
         self.step, self.start = found["step"], found["start"]
-        self._trim_log()
-        if found["threads"] != torch.get_num_threads():
-            self.say(f"the state was made with {found['threads']} threads: with another number, weights differ in their last bits")
+        if self.rank == 0:
+            self._trim_log()
+        for name, number in (("threads", torch.get_num_threads()), ("processes", num_processes())):
+            if found.get(name, number) != number:
+                self.say(f"the state was made with {found[name]} {name}: with another number, weights differ from an uninterrupted run's")
         return True
 
     def begin_at(self, step: int) -> None:
@@ -101,6 +104,7 @@ class Training:
             "ema": self.ema.state_dict() if self.ema else None,
             "recipe": dataclasses.asdict(self.task.recipe),
             "threads": torch.get_num_threads(),
+            "processes": num_processes(),
         }
         if self.rank == 0:
             states.save(self.folder, payload)
@@ -109,8 +113,14 @@ class Training:
         """Train to the end of the schedule; False where a signal stopped it before, with its state saved.
 
         Raises:
-            TrainingError: the loss is no longer a finite number, or the state cannot be saved.
+            TrainingError: the loss is no longer a finite number, or something cannot be written.
         """
+        try:
+            return self._run()
+        except OSError as error:
+            raise TrainingError(f"{self.folder}: {error}; the last saved state is whole") from error
+
+    def _run(self) -> bool:
         saved_at = logged_at = time.monotonic()
         last_logged = self.step
         losses: list[float] = []
@@ -120,13 +130,13 @@ class Training:
             self.on_step(self.step, losses[-1])
             if self.step % self.schedule.log_every_steps == 0:
                 now = time.monotonic()
-                per_s = (self.step - last_logged) * self.schedule.batch / (now - logged_at)
+                per_s = (self.step - last_logged) * self.schedule.batch * num_processes() / (now - logged_at)
                 self._log({"loss": sum(losses) / len(losses), "images_per_s": per_s, "rate": self._share()})
                 logged_at, last_logged, losses = time.monotonic(), self.step, []
             if self.step % self.schedule.sample_every_steps == 0 and self.rank == 0:
                 self._log(self._averaged(self.task.sample))
                 logged_at, last_logged = time.monotonic(), self.step
-            if self.stopping.is_set():
+            if any_of(self.stopping.is_set()):
                 self.save()
                 return False
             if time.monotonic() - saved_at > SAVE_EVERY_S:
@@ -153,9 +163,10 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bf16"):
             loss = self.task.loss(self.step, self.rank)
         value = float(loss.detach())
-        if not math.isfinite(value):
+        if any_of(not math.isfinite(value)):
             raise TrainingError(f"the loss is {value} at step {self.step}: lower the learning rate; the last saved state is from before")
         loss.backward()
+        average_gradients(self.optimisers.params)
         self.optimisers.step(self._share())
         if self.ema:
             self.ema.step(self.task.model.parameters())

@@ -76,6 +76,8 @@ def held_out(catalogue: Catalogue, split: Split, layout: Layout, count: int) -> 
             composition = catalogue.draw(rng.choice(trained), rng, split, layout)
         except LookupError:
             continue  # this sprite has no such combination; the next draw takes another
+        if composition.layout != layout:
+            continue  # plural nouns make no groups
         if all(thing.sprite.split == "train" for thing in composition.things) and composition.caption not in seen:
             seen.add(composition.caption)
             found.append(composition)

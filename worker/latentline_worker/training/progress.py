@@ -13,9 +13,9 @@ SMOOTHING = 0.98  # of the loss that is shown, a step
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[int, float], None]]:
+def progress(total: int, shown: bool) -> Iterator[Callable[[int, float], None]]:
     """Yields what takes the number of steps done and the last loss."""
-    if not sys.stderr.isatty():
+    if not (shown and sys.stderr.isatty()):
         yield lambda step, loss: None
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn())
