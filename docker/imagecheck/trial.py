@@ -27,6 +27,10 @@ PATIENCE_S = 600.0  # twice what the manifests give a worker to load its model: 
 POLL_S = 0.1
 EXIT_STATUSES = (0, 143)  # 143: ended by SIGTERM itself, as uvicorn does once it has closed everything
 
+# On top of what deploy/ sets. The receiver listens on loopback, where callbacks must not go unless this says so. Several
+# threads of one forward wait for each other at every operator, and for minutes where other work takes a core from one of them.
+EXTRA = {"callbacks": {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1"}, "worker": {"OMP_NUM_THREADS": "1"}}
+
 # Printed by a process inside: who it is, what it may do, and what the image holds.
 LOOK = """
 import glob, importlib.metadata as m, json, os, shutil, sysconfig
@@ -94,10 +98,8 @@ class Trial:
             self._http.close()
 
     def start(self, name: str) -> None:
-        # The receiver listens on loopback, where callbacks must not go unless this says so.
-        extra = {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1"} if name == "callbacks" else {}
         self._started[name] = time.monotonic()
-        self._running[name] = self.engine.start(self.deploy.spec(name, **extra))
+        self._running[name] = self.engine.start(self.deploy.spec(name, **EXTRA.get(name, {})))
 
     def until(self, what: str, true: Callable[[], Any]) -> Any:
         """The first true value; raises when time runs out or a container has ended."""
