@@ -210,7 +210,8 @@ def test_a_full_broker_ends_jobs_whose_deadline_has_passed(client: redis.Redis, 
     by_worker, by_reader = (run(client, durable(deadline_s=600))[0].id for _ in range(2))
     for job_id in (by_worker, by_reader):
         client.hset(routing.job_key(job_id), "deadline_at", 1)
-    client.zadd(routing.deadlines_key(), {by_worker: 1})
+    running = claimed(client, deadline_s=600)
+    client.zadd(routing.deadlines_key(), {running.record.id: 0, by_worker: 1})  # looked at in this order
     full()
     assert Records(client).end_overdue() == [by_worker]
     assert {run(client, records.get(job_id)).status for job_id in (by_worker, by_reader)} == {Status.FAILED}

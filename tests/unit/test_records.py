@@ -465,6 +465,7 @@ def test_the_deadline_of_a_running_job_is_its_workers_until_that_is_lost(client:
     assert store.end_overdue() == [held], "given back past its deadline"
     run_out(client, lost)
     assert store.reclaim() == [lost]
+    assert client.hget(routing.job_key(lost), "status") == "failed", "not queued again (a reader would end it then)"
     error = store.get(lost).error
     assert error is not None and error.code == "deadline_exceeded"
 
