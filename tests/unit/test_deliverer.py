@@ -864,5 +864,5 @@ def test_private_receivers_are_allowed_by_network(
 
 @pytest.mark.parametrize("text", ["10.1.0.0/40", "everything", "10.1.2.3/16"])
 def test_an_allow_list_that_is_none_is_refused_at_the_start(text: str) -> None:
-    with pytest.raises(ValueError, match="networks or addresses with commas between"):
+    with pytest.raises(ValueError, match="networks or addresses separated by commas"):
         Settings(callback_allow=text)
