@@ -84,6 +84,7 @@ def test_a_device_that_is_lost_while_stopping_leaves_the_jobs_to_others(family: 
     engine = make_engine(family)
     requests = [engine.submit(work(family, seeds=(i,), steps=9)) for i in range(2)]
     engine.step()
+    requests.append(engine.submit(work(family, "came last")))  # no step has admitted it
     monkeypatch.setattr(Lane, "snapshot", lost)
     engine.stop()
     engine.start()

@@ -161,8 +161,7 @@ class Engine:
                 self._lost = self._stopping = True
                 unfinished = [*self._unfinished, *self._incoming]
             for request in unfinished:
-                if not request.future.done():
-                    request.future.set_exception(Cancelled("lost"))
+                request.future.set_exception(Cancelled("lost"))
 
     def _run_until_stopped(self) -> None:
         while True:
@@ -171,8 +170,7 @@ class Engine:
                 if self._stopping:
                     break
             self.step()
-        with self._wake:
-            incoming, self._incoming = self._incoming, []
+        incoming = self._take_incoming()
         for request in self._active:
             self._publisher.checkpoint(request, self.lanes[request.lane])
         self._publisher.publish_all()
@@ -182,12 +180,16 @@ class Engine:
             self._decoder.decode_some()
         self._publisher.publish_all()
 
-    def _admit(self) -> None:
-        """Drop cancelled requests; encode one micro-batch of text; move requests whose text is encoded into their lanes."""
+    def _take_incoming(self) -> list[Request]:
+        """The requests that other threads have submitted; from now on this thread answers for them."""
         with self._wake:
             incoming, self._incoming = self._incoming, []
             self._unfinished.update(incoming)
-        self._arriving = sorted([*self._arriving, *incoming], key=lambda r: (r.priority, r.arrival))
+        return incoming
+
+    def _admit(self) -> None:
+        """Drop cancelled requests; encode one micro-batch of text; move requests whose text is encoded into their lanes."""
+        self._arriving = sorted([*self._arriving, *self._take_incoming()], key=lambda r: (r.priority, r.arrival))
         for request in [*self._active, *self._arriving]:
             if request.cancel_reason:
                 self._finish(request, Cancelled(request.cancel_reason))
