@@ -235,3 +235,14 @@ def test_a_full_broker_hears_who_is_alive_and_keeps_dead_letters(client: redis.R
     assert store.workers() == ["one"] and set(store.models()) == {"m"}
     (letter,) = run(client, records.dead_letters())
     assert (letter["id"], letter["reason"], letter["message"]) == ("lost", "a reason", "half a pair: \ud800")
+
+
+def test_a_broker_that_misses_its_replicas_accepts_nothing_and_can_be_read(client: redis.Redis) -> None:
+    (kept,) = run(client, durable())
+    client.config_set("min-replicas-to-write", "1")
+    (refused,) = run(client, records.submit([JobRequest.parse({"prompt": "a cat"})], 600))
+    assert isinstance(refused, BrokerUnavailable) and "NOREPLICAS" in refused.message
+    with pytest.raises(BrokerUnavailable, match="NOREPLICAS"):
+        Records(client).claim(kept.id, "worker", 30)
+    assert run(client, records.get(kept.id)).status is Status.QUEUED
+    client.config_set("min-replicas-to-write", "0")

@@ -461,8 +461,7 @@ def test_the_deadline_of_a_running_job_is_its_workers_until_that_is_lost(client:
     assert store.end_overdue() == [] and min(score for _, score in client.zrange(routing.deadlines_key(), 0, -1, withscores=True)) > 1
     assert claims[0] and store.beat([Beat(held, claims[0].token, Phase.DENOISING, 1, 30)]) == [Verdict.EXPIRED]
     assert store.release(held, claims[0].token)
-    passed(client, held)
-    assert store.end_overdue() == [held], "given back past its deadline"
+    assert store.end_overdue() == [held], "given back past its deadline: it does not wait until it would have been looked at again"
     run_out(client, lost)
     assert store.reclaim() == [lost]
     assert client.hget(routing.job_key(lost), "status") == "failed", "not queued again (a reader would end it then)"
@@ -560,6 +559,13 @@ def test_a_preview_goes_when_its_job_ends(client: redis.Redis, store: Records, e
     assert not client.exists(routing.preview_key(job_id))
     if end == "succeeded":
         assert shown(client, job_id) == []
+
+
+def test_a_preview_event_without_a_number_is_passed_over(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    for kind in ("job.preview", "job.progress"):
+        client.xadd(routing.events_key(job_id), {"type": kind, "at": "1", "data": "{}"})
+    assert kinds(client, job_id) == ["job.queued", "job.progress"]
 
 
 def test_previews_of_a_worker_of_before_are_read_as_they_are(client: redis.Redis, store: Records) -> None:
@@ -960,6 +966,23 @@ def test_pages_skip_no_job_where_records_have_expired_between_them(client: redis
     assert len(seen) == len(made) - len(gone)
 
 
+def test_pages_of_queued_jobs_skip_none_where_overdue_ones_are_failed_between_them(client: redis.Redis) -> None:
+    made = [submit(client, deadline_s=600) for _ in range(14)]
+    newest_first = [record.id for record in run(client, records.list_jobs())[0]]
+    overdue = set(newest_first[:3] + newest_first[7:9])
+    for job_id in overdue:
+        passed(client, job_id)
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page, cursor = run(client, records.list_jobs(Status.QUEUED, cursor, limit=5))
+        seen += [record.id for record in page]
+        if cursor is None:
+            break
+    assert seen == [job_id for job_id in newest_first if job_id not in overdue]
+    assert len(seen) == len(made) - len(overdue)
+
+
 def test_list_by_status_and_without_expired_records(client: redis.Redis, store: Records) -> None:
     gone, queued, running = submit(client), submit(client), submit(client)
     store.claim(running, "w", 30)
@@ -1024,6 +1047,38 @@ def test_a_settled_failure_tells_why(client: redis.Redis, store: Records) -> Non
     error = JobError(code="numerical_error", message="not finite")
     assert store.settle(job_id, claim.token, Status.FAILED, error=error).error == error
     assert run(client, records.events(job_id))[-1].data["error"]["code"] == "numerical_error"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("NOREPLICAS Not enough good replicas to write.", "NOREPLICAS"),
+        ("BUSY Valkey is busy running a script.", "BUSY"),
+        ("WRONGTYPE Operation against a key of alice@10.0.0.7", "WRONGTYPE"),
+        ("user_script:12: attempt to index a nil value of alice@10.0.0.7", "ResponseError"),
+    ],
+)
+def test_whatever_the_broker_refuses_is_a_domain_error_without_its_text(client: redis.Redis, text: str, code: str) -> None:
+    def refused() -> records.Operation[None]:
+        def call(_: object) -> None:
+            raise redis.ResponseError(text)
+
+        yield call
+
+    with pytest.raises(BrokerUnavailable, match=f": {code}$"):
+        run(client, refused())
+
+
+@pytest.mark.parametrize("error", [redis.exceptions.ClusterDownError("down"), redis.exceptions.MasterDownError("no link")])
+def test_a_broker_without_its_primary_is_unavailable(client: redis.Redis, error: redis.ResponseError) -> None:
+    def refused() -> records.Operation[None]:
+        def call(_: object) -> None:
+            raise error
+
+        yield call
+
+    with pytest.raises(BrokerUnavailable, match=type(error).__name__):
+        run(client, refused())
 
 
 def test_a_dead_broker_is_an_error_in_both_worlds() -> None:

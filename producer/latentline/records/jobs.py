@@ -35,7 +35,7 @@ from latentline.jobs import (
 )
 from latentline.scripts import CANCEL, END_IF_OVERDUE, SUBMIT
 
-from .driving import Call, Operation, call_script, call_script_many, domain_errors, hgetall_many, pairs, zrem
+from .driving import Call, Operation, broker_time, call_script, call_script_many, hgetall_many, pairs, unavailable, zrem
 
 MAX_PAGE = 200
 AOF_TIMEOUT_MS = 2000
@@ -71,6 +71,8 @@ def submit(
             outcomes.append((yield from _accepted(one, reply, tenant_cap)))
         except LatentlineError as error:
             outcomes.append(error)
+        except redis.ResponseError as error:  # the other jobs of the pipeline may be accepted: their ids must not be lost
+            outcomes.append(unavailable(error))
     return outcomes
 
 
@@ -89,8 +91,7 @@ def _check_written(reply: Any) -> None:
 def _accepted(one: Submission, reply: Any, tenant_cap: int) -> Operation[JobRecord]:
     """The record that came of one submission; raises the error with which it was refused."""
     if isinstance(reply, redis.ResponseError):
-        with domain_errors():
-            raise reply
+        raise reply
     (outcome, payload, *position), request = reply, one.request
     if outcome == "conflict":
         raise IdempotencyConflict(f"idempotency key {request.idempotency_key!r} was used with another request (job {payload})")
@@ -140,7 +141,11 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
         if gone:  # expired: the index is trimmed when somebody looks
             yield zrem(key, gone)
             offset -= len(gone)
-        for raw in (yield from _end_overdue([raw for raw in raws if raw])):
+        found = [raw for raw in raws if raw]
+        current = yield from _end_overdue(found)
+        if status is Status.QUEUED:  # the overdue ones have left this index, so those behind them have moved up
+            offset -= sum(raw is not before for raw, before in zip(current, found, strict=True) if raw.get("status") != Status.QUEUED)
+        for raw in current:
             with contextlib.suppress(JobNotFound):  # a version that this code cannot read: the others are listed
                 record = record_of(raw)
                 if status in (None, record.status):
@@ -220,8 +225,7 @@ def _end_overdue(raws: list[dict[str, str]]) -> Operation[list[dict[str, str]]]:
     dated = [raw for raw in raws if raw.get("status") == Status.QUEUED and "deadline_at" in raw]
     if not dated:
         return raws
-    seconds, microseconds = yield lambda client: client.time()
-    now = seconds + microseconds / 1e6
+    now = yield from broker_time()
     overdue = [raw["id"] for raw in dated if float(raw["deadline_at"]) <= now]
     if not overdue:
         return raws
@@ -240,15 +244,15 @@ def _with_preview(job_id: str, found: list[JobEvent]) -> Operation[list[JobEvent
 
     The last event stays in any case, so that a reader gets ahead.
     """
-    without = [event for event in found if event.type == "job.preview" and not event.data.get("images")]
+    without = {event.id for event in found if event.type == "job.preview" and not event.data.get("images")}
     if not without:  # workers of version 0.1.0 write the images into the stream
         return found
     seq, data = yield lambda client: client.hmget(routing.preview_key(job_id), "seq", "data")
     kept = []
     for event in found:
-        if event in without and str(event.data["seq"]) == seq:
+        if event.id in without and str(event.data.get("seq")) == seq:
             kept.append(event.model_copy(update={"data": json.loads(data)}))
-        elif event not in without or event is found[-1]:
+        elif event.id not in without or event is found[-1]:
             kept.append(event)
     return kept
 

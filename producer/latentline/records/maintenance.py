@@ -10,7 +10,7 @@ from latentline import routing
 from latentline.jobs import LEVEL
 from latentline.scripts import END_OVERDUE, EXPIRE, RECLAIM, WAKE
 
-from .driving import Driven, Operation, call_script, driven, zrem
+from .driving import Driven, Operation, broker_time, call_script, driven, zrem
 
 # Workers that may be lost with a job that ran alone and was no further than ever, before it fails. Before that it has run
 # beside others: a job that kills its process takes its neighbours with it, and they must not be blamed.
@@ -38,8 +38,7 @@ class Maintenance(Driven):
         A job that was alone on ``MAX_CRASHES_ALONE`` lost workers, no further than in its lives before, fails with
         ``worker_lost``: it is what kills them.
         """
-        seconds, microseconds = yield lambda client: client.time()
-        now = seconds + microseconds / 1e6
+        now = yield from broker_time()
         over = yield lambda client: client.zrangebyscore(routing.leases_key(), "-inf", now, 0, MAX_RECLAIM)
         taken = []
         for job_id in over:
