@@ -6,7 +6,9 @@ record and its wake-up are written in one atomic step and producers need no Cele
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 
 PREFIX = "latentline"
 GENERATE_TASK = "latentline.generate"
@@ -44,6 +46,12 @@ def queue_prefix(model: str, level: int = 1) -> str:
 def queue_names(model: str, level: int = 1) -> list[str]:
     """The queues from which workers of this level that hold ``model`` take their wake-ups."""
     return [queue_name(model, shard, one) for one in range(1, level + 1) for shard in range(NUM_SHARDS)]
+
+
+@functools.lru_cache(maxsize=1024)
+def level_1_queue(queue: str) -> str:
+    """The queue of the same model and shard at level 1. A tenant's jobs of a model lie in one shard at every level."""
+    return re.sub(r"@\d+(?=\.\d+$)", "", queue)
 
 
 def priority_step(priority: int) -> int:
