@@ -80,6 +80,14 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
         data = images.objects.get(key)
         return Response(status_code=404) if data is None else Response(data + b"!" * images.damaged, media_type="image/png")
 
+    @app.api_route("/other/v1/{path:path}", methods=["GET", "POST"])
+    async def other_json(path: str) -> Any:
+        return {"status": "ok"}
+
+    @app.get("/wrong/v1/jobs/x")
+    async def other_error() -> Response:
+        return Response('{"error": "text"}', status_code=418, media_type="application/json")
+
     @app.get("/html/v1/models")
     async def something_else() -> Response:
         return Response("<html>", media_type="text/html")
@@ -391,3 +399,14 @@ def test_the_api_waits_for_the_append_only_file_when_asked_to(monkeypatch: pytes
     result = click.testing.CliRunner().invoke(main, ["api", *(["--durable"] if durable else [])])
     assert result.exit_code == 0, result.output
     assert [settings.durable for settings in served] == [durable]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", [["status", "x"], ["cancel", "x"], ["jobs"], ["models"], ["submit", "a cat"]])
+def test_json_of_something_else_is_one_line(service: Service, command: list[str], as_json: bool) -> None:
+    url = f"{service.url}/other"
+    assert refused(*command, "--url", url, *["--json"] * as_json, code=3) == f"latentline: {url} is not a latentline API (its answer has another form)"
+
+
+def test_an_error_of_something_else_is_one_line(service: Service) -> None:
+    assert refused("status", "x", "--url", f"{service.url}/wrong", code=2) == "latentline: status 418"
