@@ -18,6 +18,7 @@ from pydantic import Field
 
 from .models import LEVEL, SCHEDULERS, UNANNOUNCED, Announcement, ModelInfo, level_of
 from .requests import (
+    DEFAULT_RETENTION_S,
     MAX_BODY_BYTES,
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -37,9 +38,9 @@ from .requests import (
 )
 
 __all__ = [
-    "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES", "MAX_PROMPT_CHARS",
-    "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX", "Announcement",
-    "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo", "Output", "Phase",
+    "DEFAULT_RETENTION_S", "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES",
+    "MAX_PROMPT_CHARS", "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX",
+    "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo", "Output", "Phase",
     "ResolvedRequest", "Status", "StoredCallback", "StoredOutput", "Submission", "resolve",
 ]  # fmt: skip
 

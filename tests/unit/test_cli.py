@@ -27,7 +27,7 @@ from latentline import AsyncClient, records
 from latentline.api.app import create_app
 from latentline.cli import main
 from latentline.connection import connect
-from latentline.jobs import JobError, JobRequest
+from latentline.jobs import JobError, JobRequest, resolve
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
 
@@ -63,7 +63,7 @@ class Service:
 
     def submit(self, **fields: Any) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, **fields})
-        return records.run(self.worker.redis, records.submit([request], 600))[0].id
+        return records.run(self.worker.redis, records.submit([resolve(request)], 600))[0].id
 
 
 @pytest.fixture
@@ -360,7 +360,7 @@ def test_the_api_command_ends_open_streams_when_it_is_stopped(valkey_url: str) -
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     redis = connect(valkey_url)
-    job_id = records.run(redis, records.submit([JobRequest.parse({"prompt": "a cat"})], 600))[0].id
+    job_id = records.run(redis, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600))[0].id
     redis.close()
     env = {**os.environ, "LATENTLINE_REDIS_URL": valkey_url}
     command = [sys.executable, "-m", "latentline.cli", "api", "--port", str(port)]
@@ -405,7 +405,10 @@ def test_the_api_waits_for_the_append_only_file_when_asked_to(monkeypatch: pytes
 @pytest.mark.parametrize("command", [["status", "x"], ["cancel", "x"], ["jobs"], ["models"], ["submit", "a cat"]])
 def test_json_of_something_else_is_one_line(service: Service, command: list[str], as_json: bool) -> None:
     url = f"{service.url}/other"
-    assert refused(*command, "--url", url, *["--json"] * as_json, code=3) == f"latentline: {url} is not a latentline API (its answer has another form)"
+    assert (
+        refused(*command, "--url", url, *["--json"] * as_json, code=3)
+        == f"latentline: {url} is not a latentline API (its answer has another form)"
+    )
 
 
 def test_an_error_of_something_else_is_one_line(service: Service) -> None:

@@ -30,7 +30,7 @@ from latentline.errors import (
     TenantQuotaExceeded,
     WaitTimeout,
 )
-from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput
+from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput, resolve
 from latentline.settings import Settings
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
@@ -122,7 +122,7 @@ def test_urls_are_made_when_read_and_never_stored(client: Any, worker: FakeWorke
     worker.records.settle(job_id, claim.token, Status.SUCCEEDED, images=[image])
     stored = worker.redis.hgetall(routing.job_key(job_id))
     assert '"key"' in stored["images"] and "signed.example" not in json.dumps(stored)
-    assert worker.records.get(job_id).images[0].url is None
+    assert records.run(worker.redis, records.get(job_id)).images[0].url is None
     assert client.get(job_id).images[0].url == client.list()[0][0].images[0].url == "memory://k"
 
 
@@ -607,7 +607,7 @@ def test_a_job_cancelled_in_the_queue_expires_as_every_ended_job(client: Any, wo
 
 def test_the_fake_worker_obeys_a_deadline(server: fakeredis.FakeServer, worker: FakeWorker) -> None:
     client = fakeredis.FakeRedis(server=server, decode_responses=True)
-    (record,) = records.run(client, records.submit([JobRequest.parse({"prompt": "a cat", "deadline_s": 600})], 600))
+    (record,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat", "deadline_s": 600}))], 600))
     claim = worker.records.claim(record.id, worker.name, 30)
     client.hset(f"latentline:job:{record.id}", "deadline_at", 1)
     assert claim is not None

@@ -15,7 +15,7 @@ from support.jobs import accepted
 from latentline import records, routing
 from latentline.connection import connect, connect_async
 from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken, TenantQuotaExceeded
-from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status
+from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status, resolve
 from latentline.records import Backoff, Beat, Records, Verdict, arun, run
 
 BACKOFF = Backoff(first_s=60, most_s=1000, jitter=0.5)
@@ -40,7 +40,7 @@ def store(client: redis.Redis) -> Records:
 
 def submit(client: redis.Redis, **fields: Any) -> str:
     request = JobRequest.parse({"prompt": "a cat", **fields})
-    return accepted(run(client, records.submit([request], 600)))[0].id
+    return accepted(run(client, records.submit([resolve(request)], 600)))[0].id
 
 
 def queue(priority: int) -> str:
@@ -102,7 +102,7 @@ def test_the_whole_life_of_a_job(client: redis.Redis, store: Records) -> None:
     assert (claim.record.status, claim.record.phase, claim.record.attempt, claim.record.worker) == ("running", "encoding", 1, "cpu@host")
     beat = Beat(job_id, claim.token, Phase.DENOISING, 3, 30, batch_jobs=2)
     assert store.beat([beat, beat]) == [Verdict.GO, Verdict.GO]
-    running = store.get(job_id)
+    running = run(client, records.get(job_id))
     assert (running.phase, running.step, running.queue_position) == (Phase.DENOISING, 3, None)
     done = store.settle(job_id, claim.token, Status.SUCCEEDED, images=[IMAGE], timings={"denoising_s": 1.5})
     assert (done.status, done.step, done.images, done.timings) == (Status.SUCCEEDED, 20, (IMAGE,), {"denoising_s": 1.5})
@@ -166,12 +166,12 @@ def test_a_lost_workers_job_is_queued_again_and_runs_alone_after_two(client: red
     for _ in range(2):
         assert not store.suspect(job_id)
         lose(client, store, job_id, alone=False)
-        assert store.get(job_id).status is Status.QUEUED
+        assert run(client, records.get(job_id)).status is Status.QUEUED
     assert store.suspect(job_id)
     lose(client, store, job_id, alone=True)
-    assert store.get(job_id).status is Status.QUEUED
+    assert run(client, records.get(job_id)).status is Status.QUEUED
     lose(client, store, job_id, alone=True)
-    record = store.get(job_id)
+    record = run(client, records.get(job_id))
     assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "worker_lost")
     assert [letter["job_id"] for letter in run(client, records.dead_letters())] == [job_id]
     assert store.reclaim() == []
@@ -182,17 +182,17 @@ def test_a_job_that_gets_further_in_each_life_is_not_what_kills_its_workers(clie
     job_id = submit(client)
     for step in range(1, 10):
         lose(client, store, job_id, alone=True, at=step)
-    assert store.get(job_id).status is Status.QUEUED and not store.suspect(job_id)
+    assert run(client, records.get(job_id)).status is Status.QUEUED and not store.suspect(job_id)
     for _ in range(2):  # the same step over and over is another matter
         lose(client, store, job_id, alone=True, at=9)
-    assert store.get(job_id).status is Status.FAILED
+    assert run(client, records.get(job_id)).status is Status.FAILED
 
 
 def test_what_kills_its_workers_at_one_step_ends_after_five_of_them(client: redis.Redis, store: Records) -> None:
     """Wherever its checkpoints let each life begin."""
     job_id = submit(client)
     lives = 0
-    while store.get(job_id).status is Status.QUEUED:
+    while run(client, records.get(job_id)).status is Status.QUEUED:
         alone = store.suspect(job_id)
         claim = store.claim(job_id, "w", 30, alone=alone)
         assert claim and claim.record.step == lives
@@ -201,7 +201,7 @@ def test_what_kills_its_workers_at_one_step_ends_after_five_of_them(client: redi
         store.beat([Beat(job_id, claim.token, Phase.DENOISING, 12, 30)])
         run_out(client, job_id)
         assert store.reclaim() == [job_id]
-    error = store.get(job_id).error
+    error = run(client, records.get(job_id)).error
     assert (lives, error and error.code) == (5, "worker_lost")
 
 
@@ -209,7 +209,7 @@ def test_company_in_a_crash_is_never_a_reason_to_fail(client: redis.Redis, store
     job_id = submit(client)
     for _ in range(10):
         lose(client, store, job_id, alone=False)
-    assert store.get(job_id).status is Status.QUEUED
+    assert run(client, records.get(job_id)).status is Status.QUEUED
 
 
 def test_errors_are_retried_later_and_end_as_a_dead_letter(client: redis.Redis, store: Records) -> None:
@@ -243,11 +243,11 @@ def test_only_the_newest_holder_may_ask_for_another_try(client: redis.Redis, sto
     new = store.claim(job_id, "heir", 30)
     with pytest.raises(StaleToken):
         store.retry(job_id, old.token, error, BACKOFF)
-    assert new and store.get(job_id).status is Status.RUNNING
+    assert new and run(client, records.get(job_id)).status is Status.RUNNING
     store.settle(job_id, new.token, Status.SUCCEEDED)
     with pytest.raises(StaleToken):
         store.retry(job_id, new.token, error, BACKOFF)
-    assert store.get(job_id).status is Status.SUCCEEDED and run(client, records.dead_letters()) == []
+    assert run(client, records.get(job_id)).status is Status.SUCCEEDED and run(client, records.dead_letters()) == []
 
 
 def test_a_failed_try_of_a_job_whose_cancel_was_asked_for_cancels_it(client: redis.Redis, store: Records) -> None:
@@ -255,7 +255,7 @@ def test_a_failed_try_of_a_job_whose_cancel_was_asked_for_cancels_it(client: red
     claim = store.claim(job_id, "w", 30)
     run(client, records.cancel(job_id, 600))
     assert claim and store.retry(job_id, claim.token, JobError(code="internal", message="x"), BACKOFF)[0] is Status.CANCELLED
-    assert store.get(job_id).status is Status.CANCELLED and not client.exists(routing.delayed_key(), routing.dead_key())
+    assert run(client, records.get(job_id)).status is Status.CANCELLED and not client.exists(routing.delayed_key(), routing.dead_key())
 
 
 @pytest.mark.parametrize(("deadline_in_s", "status"), [(29, Status.FAILED), (600, Status.QUEUED)])
@@ -266,7 +266,7 @@ def test_a_try_that_would_begin_after_the_deadline_is_not_waited_for(
     claim = store.claim(job_id, "w", 30)
     error = JobError(code="store_unavailable", message="no answer")
     assert claim and store.retry(job_id, claim.token, error, BACKOFF) == (status, 30)
-    assert store.get(job_id).error == (error if status is Status.FAILED else None)
+    assert run(client, records.get(job_id)).error == (error if status is Status.FAILED else None)
     assert len(run(client, records.dead_letters())) == (status is Status.FAILED)
 
 
@@ -310,7 +310,7 @@ def test_a_checkpoint_is_kept_for_the_next_owner_and_fenced(client: redis.Redis,
     assert old and store.load_checkpoint(job_id) is None
     assert store.checkpoint(job_id, old.token, 7, data)
     assert store.release(job_id, old.token)
-    assert store.get(job_id).step == 7
+    assert run(client, records.get(job_id)).step == 7
     new = store.claim(job_id, "v", 30)
     assert new and new.record.step == 7 and store.load_checkpoint(job_id) == data
     assert not store.checkpoint(job_id, old.token, 9, b"zombie")
@@ -344,7 +344,7 @@ def test_one_lost_message_among_many_is_found_and_the_others_stay_as_they_are(cl
 
 def test_lost_messages_of_many_jobs_are_found_page_by_page(client: redis.Redis, store: Records) -> None:
     requests = [JobRequest.parse({"prompt": "a cat"}) for _ in range(records.MAX_WAKE + 10)]
-    made = [record.id for record in accepted(run(client, records.submit(requests, 600)))]
+    made = [record.id for record in accepted(run(client, records.submit([resolve(one) for one in requests], 600)))]
     client.delete(queue(5))
     assert set(store.wake("latentline-emoji", 0)) == set(made[: records.MAX_WAKE])
     assert set(store.wake("latentline-emoji", 0)) == set(made[records.MAX_WAKE :])
@@ -438,7 +438,7 @@ def test_a_queued_job_past_its_deadline_is_ended_without_being_claimed(client: r
     assert 0 < client.ttl(routing.job_key(overdue)) <= 600, "kept as this worker's retention says"
     assert client.zrange(routing.deadlines_key(), 0, -1) == [in_time]
     assert store.claim(overdue, "w", 30) is None, "its message comes too late"
-    assert {store.get(job_id).status for job_id in (in_time, without)} == {Status.QUEUED}
+    assert {run(client, records.get(job_id)).status for job_id in (in_time, without)} == {Status.QUEUED}
     assert store.end_overdue() == []
 
 
@@ -465,7 +465,7 @@ def test_the_deadline_of_a_running_job_is_its_workers_until_that_is_lost(client:
     run_out(client, lost)
     assert store.reclaim() == [lost]
     assert client.hget(routing.job_key(lost), "status") == "failed", "not queued again (a reader would end it then)"
-    error = store.get(lost).error
+    error = run(client, records.get(lost)).error
     assert error is not None and error.code == "deadline_exceeded"
 
 
@@ -596,7 +596,7 @@ def test_a_stream_stays_small_however_many_previews_there_were(valkey_url: str) 
 def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     def give(tenant: str) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10, "tenant": tenant})  # 20 rows
-        return accepted(run(client, records.submit([request], 600, tenant_cap=50)))[0].id
+        return accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=50)))[0].id
 
     first, second = give("a"), give("a")
     with pytest.raises(TenantQuotaExceeded, match="tenant 'a' has 40 rows"):
@@ -609,34 +609,34 @@ def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     for job in run(client, records.list_jobs(Status.QUEUED))[0]:
         run(client, records.cancel(job.id, 600))
     assert client.hgetall(routing.tenants_key()) == {}
-    assert store.get(second).status is Status.CANCELLED
+    assert run(client, records.get(second)).status is Status.CANCELLED
 
 
 @pytest.mark.parametrize("steps", [10, 20])
 def test_a_tenant_with_nothing_queued_may_have_one_job_however_costly(client: redis.Redis, steps: int) -> None:
     request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": steps})  # twice as many rows
-    assert accepted(run(client, records.submit([request], 600, tenant_cap=19)))
+    assert accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=19)))
     with pytest.raises(TenantQuotaExceeded):
-        accepted(run(client, records.submit([request], 600, tenant_cap=19)))
+        accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=19)))
 
 
 def test_a_tenant_may_fill_its_cap_exactly(client: redis.Redis) -> None:
     request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10})  # 20 rows
-    accepted(run(client, records.submit([request, request], 600, tenant_cap=40)))
+    accepted(run(client, records.submit([resolve(request), resolve(request)], 600, tenant_cap=40)))
     with pytest.raises(TenantQuotaExceeded, match="has 40 rows"):
-        accepted(run(client, records.submit([request], 600, tenant_cap=59)))
-    accepted(run(client, records.submit([request], 600, tenant_cap=60)))
+        accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=59)))
+    accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=60)))
 
 
 def test_a_refused_request_may_be_sent_again_under_its_key(client: redis.Redis) -> None:
     blocking = submit(client)
     request = JobRequest.parse({"prompt": "a cat", "idempotency_key": "k"})
     with pytest.raises(TenantQuotaExceeded):
-        accepted(run(client, records.submit([request], 600, tenant_cap=10)))
+        accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=10)))
     assert not client.exists(routing.idempotency_key("default", "k"))
     run(client, records.cancel(blocking, 600))
-    (record,) = accepted(run(client, records.submit([request], 600, tenant_cap=10)))
-    assert record.status is Status.QUEUED and accepted(run(client, records.submit([request], 600, tenant_cap=10))) == [record]
+    (record,) = accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=10)))
+    assert record.status is Status.QUEUED and accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=10))) == [record]
 
 
 def test_one_settle_one_callback(client: redis.Redis, store: Records) -> None:
@@ -727,7 +727,7 @@ def test_records_and_what_belongs_to_them_expire_together(client: redis.Redis, s
     store.forget([f"t/{job_id}"])
     assert store.expired() == []
     with pytest.raises(JobNotFound):
-        store.get(job_id)
+        run(client, records.get(job_id))
     assert client.zcard(routing.index_key()) == 0
 
 
@@ -781,7 +781,7 @@ def test_the_lease_of_a_job_that_ended_otherwise_is_cleared(client: redis.Redis,
     job_id = submit(client)
     client.zadd(routing.leases_key(), {job_id: 1})
     assert store.reclaim() == [] and client.zcard(routing.leases_key()) == 0
-    assert store.get(job_id).status is Status.QUEUED
+    assert run(client, records.get(job_id)).status is Status.QUEUED
 
 
 def test_a_record_of_another_version_is_failed_and_kept(client: redis.Redis, store: Records) -> None:
@@ -818,7 +818,7 @@ def test_a_lost_job_whose_cancel_was_asked_for_is_cancelled(client: redis.Redis,
     run(client, records.cancel(job_id, 600))
     run_out(client, job_id)
     assert store.reclaim() == [job_id]
-    assert store.get(job_id).status is Status.CANCELLED
+    assert run(client, records.get(job_id)).status is Status.CANCELLED
 
 
 def test_nothing_to_claim(store: Records) -> None:
@@ -830,7 +830,7 @@ def test_release_puts_it_back_with_a_fresh_wake_up(client: redis.Redis, store: R
     job_id = submit(client)
     claim = store.claim(job_id, "w", 30)
     assert claim and store.release(job_id, claim.token)
-    record = store.get(job_id)
+    record = run(client, records.get(job_id))
     assert (record.status, record.queue_position, record.worker) == (Status.QUEUED, 0, None)
     assert client.llen(queue(5)) == 2
     again = store.claim(job_id, "w", 30)
@@ -858,7 +858,7 @@ def test_a_job_whose_cancel_was_asked_for_is_not_queued_again(client: redis.Redi
     claim = store.claim(job_id, "w", 30)
     run(client, records.cancel(job_id, 600))
     assert claim and store.release(job_id, claim.token)
-    assert store.get(job_id).status is Status.CANCELLED
+    assert run(client, records.get(job_id)).status is Status.CANCELLED
     assert kinds(client, job_id)[-1] == "job.cancelled"
 
 
@@ -884,7 +884,7 @@ def test_deadlines(client: redis.Redis, store: Records) -> None:
     waiting = submit(client, deadline_s=600)
     client.hset(routing.job_key(waiting), "deadline_at", 1)
     assert store.claim(waiting, "w", 30) is None
-    record = store.get(waiting)
+    record = run(client, records.get(waiting))
     assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "deadline_exceeded")
     started = submit(client, deadline_s=600)
     claim = store.claim(started, "w", 30)
@@ -897,7 +897,7 @@ def test_a_key_and_its_record_expire_together(client: redis.Redis) -> None:
     for worker_s, api_s in ((600, 60), (60, 600), (60, 60)):
         store = Records(client, retention_s=worker_s)
         request = JobRequest.parse({"prompt": "a cat", "idempotency_key": f"{worker_s}/{api_s}", "tenant": "t"})
-        (record,) = accepted(run(client, records.submit([request], api_s)))
+        (record,) = accepted(run(client, records.submit([resolve(request)], api_s)))
         key = routing.idempotency_key("t", f"{worker_s}/{api_s}")
         assert client.ttl(key) > 600, "while the job waits or runs, whatever the retention"
         claim = store.claim(record.id, "w", 30)
@@ -1024,10 +1024,10 @@ def test_unknown_ids(client: redis.Redis) -> None:
 def test_models_and_workers(client: redis.Redis, store: Records) -> None:
     info = ModelInfo(id="m", family="sd", default_width=64, default_height=64, max_pixels=4096)
     store.announce("cpu@a", info)
-    assert store.models() == {"m": info}
-    assert store.workers() == ["cpu@a"]
+    assert run(client, records.models()) == {"m": info}
+    assert run(client, records.workers()) == ["cpu@a"]
     store.worker_gone("cpu@a")
-    assert store.workers() == []
+    assert run(client, records.workers()) == []
 
 
 def test_a_worker_that_says_nothing_vanishes_and_its_name_goes(client: redis.Redis, store: Records) -> None:
@@ -1036,7 +1036,7 @@ def test_a_worker_that_says_nothing_vanishes_and_its_name_goes(client: redis.Red
         store.announce(name, info)
     client.zadd(routing.workers_key(), {"silent": seconds(client) - 12, "forgotten": seconds(client) - 3700})
     store.announce("alive", info)
-    assert store.workers() == ["alive"]
+    assert run(client, records.workers()) == ["alive"]
     assert set(client.zrange(routing.workers_key(), 0, -1)) == {"alive", "silent"}
 
 

@@ -11,6 +11,6 @@ from .worker import Records
 
 __all__ = [
     "MAX_ERRORS", "MAX_PAGE", "MAX_WAKE", "Backoff", "Beat", "Call", "Fleet", "Operation", "Records", "Verdict", "arun", "callbacks",
-    "cancel", "dead_letter", "dead_letters", "domain_errors", "drop_dead_letter", "durability", "events", "fleet", "follow", "get", "list_jobs",
-    "models", "replay_callback", "run", "submit", "workers",
+    "cancel", "dead_letter", "dead_letters", "domain_errors", "drop_dead_letter", "durability", "events", "fleet", "follow", "get",
+    "list_jobs", "models", "replay_callback", "run", "submit", "workers",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ import redis.asyncio
 
 from latentline import routing
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import LEVEL
+from latentline.jobs import DEFAULT_RETENTION_S, LEVEL
 from latentline.scripts import Script
 
 _CODE = re.compile(r"[A-Z]{3,20}")
@@ -78,7 +78,7 @@ class Driven:
         level: of the requests that this worker can read, see :data:`latentline.models.LEVEL`.
     """
 
-    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400, level: int = LEVEL) -> None:
+    def __init__(self, client: redis.Redis, retention_s: int = DEFAULT_RETENTION_S, level: int = LEVEL) -> None:
         self._client, self._retention_s, self._level = client, retention_s, level
 
 

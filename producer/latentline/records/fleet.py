@@ -93,8 +93,8 @@ def fleet() -> Operation[Fleet]:
     # Workers of version 0.1.0 announce into one hash without names. Its models are served while one of them is alive.
     if any(at > seconds - WORKER_ALIVE_S and name not in announced for name, at in beats):
         for model_id, text in first.items():
-            if model_id not in offers and (info := _read(ModelInfo, f"model {model_id}", text)):
-                offers[model_id] = [(1, info)]
+            if model_id not in offers and (old := _read(ModelInfo, f"model {model_id}", text)):
+                offers[model_id] = [(1, old)]
     # In an order that does not depend on who announced last: the defaults must not change while nothing changes.
     ordered = {
         key: tuple(sorted(found, key=lambda offer: (-offer[0], offer[1].model_dump_json()))) for key, found in sorted(offers.items())

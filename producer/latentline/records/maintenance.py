@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import redis
 
 from latentline import routing
-from latentline.jobs import LEVEL
+from latentline.jobs import DEFAULT_RETENTION_S, LEVEL
 from latentline.scripts import END_OVERDUE, EXPIRE, RECLAIM, WAKE
 
 from .driving import Driven, Operation, broker_time, call_script, driven, zrem
@@ -27,7 +27,7 @@ DEAD_KEPT_S, DEAD_MOST = 30 * 86400, 10_000  # dead letters are kept for a month
 class Maintenance(Driven):
     """Each of these is one look; services of the worker repeat them."""
 
-    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400, level: int = LEVEL) -> None:
+    def __init__(self, client: redis.Redis, retention_s: int = DEFAULT_RETENTION_S, level: int = LEVEL) -> None:
         super().__init__(client, retention_s, level)
         self._wake_rank = 0  # where the next look for lost messages begins
 
