@@ -144,7 +144,7 @@ class Client(_Operations):
         Raises:
             ServiceUnavailable: the object store or the broker does not answer, and nothing was submitted.
         """
-        self.images.check()  # refused now, and not after all the work when the images cannot be stored
+        self.images.check()  # fails before anything is queued if the images could not be stored
         return run(self._redis, self._submit(requests))
 
     def get(self, job_id: str) -> JobRecord:

@@ -40,8 +40,8 @@ from .requests import (
 __all__ = [
     "DEFAULT_RETENTION_S", "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES",
     "MAX_PROMPT_CHARS", "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX",
-    "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo", "Output", "Phase",
-    "ResolvedRequest", "Status", "StoredCallback", "StoredOutput", "Submission", "resolve",
+    "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo",
+    "Output", "Phase", "ResolvedRequest", "Status", "StoredCallback", "StoredOutput", "Submission", "resolve",
 ]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def events_key(job_id: str) -> str:
 
 
 def checkpoint_key(job_id: str) -> str:
-    """String of bytes: the sampler history from which another worker goes on."""
+    """String of bytes: the sampler history from which another worker continues."""
     return f"{PREFIX}:checkpoint:{job_id}"
 
 
@@ -161,7 +161,7 @@ def disabled_receivers_key() -> str:
 
 
 def dead_key() -> str:
-    """Hash: id -> a dead letter (JSON): a job that failed for good, or an unreadable message."""
+    """Hash: id -> a dead letter (JSON): a job that failed permanently, or an unreadable message."""
     return f"{PREFIX}:dead"
 
 

@@ -733,8 +733,7 @@ def test_records_and_what_belongs_to_them_expire_together(client: redis.Redis, s
 
 @pytest.mark.parametrize("status", [Status.SUCCEEDED, Status.FAILED, Status.CANCELLED])
 def test_nothing_is_left_of_a_job_that_is_forgotten(client: redis.Redis, store: Records, status: Status) -> None:
-    fields: dict[str, Any] = {"idempotency_key": "k", "deadline_s": 600, "tenant": "t"}
-    job_id = submit(client, **fields)
+    job_id = submit(client, deadline_s=600, tenant="t")
     taken_from_any(client)
     claim = store.claim(job_id, "w", 30)
     assert claim and store.checkpoint(job_id, claim.token, 1, b"x")
@@ -908,23 +907,11 @@ def test_a_key_and_its_record_expire_together(client: redis.Redis) -> None:
 
 
 def test_a_key_whose_record_is_gone_is_free(client: redis.Redis) -> None:
-    """A worker of version 0.1.0 ends a job and leaves its key."""
+    """A worker of version 0.1.0 does not shorten the key's time to live when it ends a job."""
     first = submit(client, idempotency_key="k")
     client.delete(routing.job_key(first))
     second = submit(client, idempotency_key="k", prompt="a dog")
     assert second != first and submit(client, idempotency_key="k", prompt="a dog") == second
-
-
-def test_a_key_goes_with_a_record_that_is_forgotten_and_not_with_another(client: redis.Redis, store: Records) -> None:
-    first = submit(client, idempotency_key="k", tenant="t")
-    other = submit(client, idempotency_key="other", tenant="t")
-    client.hset(routing.job_key(other), "idempotency_key", "k")  # the key was free, and the first job has it now
-    client.zadd(routing.expiring_key(), {f"t/{other}": 1})
-    store.expired()
-    assert client.hget(routing.idempotency_key("t", "k"), "id") == first
-    client.zadd(routing.expiring_key(), {f"t/{first}": 1})
-    store.expired()
-    assert not client.exists(routing.idempotency_key("t", "k"))
 
 
 def test_idempotency(client: redis.Redis) -> None:

@@ -1,9 +1,8 @@
 """How operations on Redis are written once and driven by a blocking client or an asyncio one.
 
-An operation is a generator that yields Redis calls and returns its result. There is one way to drive it: :func:`run`, and
-:func:`arun` for asyncio, which is the same but for one ``await``; a function is either a coroutine or not, so they are two.
-Applications, the command line and workers all go through them. Workers hold a client for good: what they do are methods of
-classes over :class:`Driven`.
+An operation is a generator that yields Redis calls and returns its result. :func:`run` drives it with a blocking client,
+:func:`arun` with an asyncio client; the two differ in one ``await``. Applications, the command line and workers all use them.
+Workers keep one client, so their operations are methods of subclasses of :class:`Driven`.
 """
 
 from __future__ import annotations

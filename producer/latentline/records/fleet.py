@@ -30,8 +30,8 @@ NOBODY = "a model that a worker serves (none has announced one yet)"
 class Fleet:
     """What the workers serve now.
 
-    ``offers`` holds what is announced of each model, as (level, info): the one whose defaults count comes first.
-    ``known`` are all models that some worker has announced since the broker's state began.
+    ``offers`` holds what is announced of each model, as (level, info), beginning with the one whose defaults count.
+    ``known`` holds every model that any worker has announced since the broker's data was created.
     """
 
     offers: Mapping[str, tuple[tuple[int, ModelInfo], ...]]

@@ -135,7 +135,7 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
         wanted = [job_id for job_id, score in page if not (last_id and score == float(before) and job_id >= last_id)]
         raws = yield hgetall_many(wanted)
         gone = [job_id for job_id, raw in zip(wanted, raws, strict=True) if not raw]
-        if gone:  # expired: the index is trimmed when somebody looks
+        if gone:  # expired records are removed from the index when it is read
             yield zrem(key, gone)
             offset -= len(gone)
         found = [raw for raw in raws if raw]
@@ -143,7 +143,7 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
         if status is Status.QUEUED:  # the overdue ones have left this index, so those behind them have moved up
             offset -= sum(raw is not before for raw, before in zip(current, found, strict=True) if raw.get("status") != Status.QUEUED)
         for raw in current:
-            with contextlib.suppress(JobNotFound):  # a version that this code cannot read: the others are listed
+            with contextlib.suppress(JobNotFound):  # a record of a version that this code cannot read is left out
                 record = record_of(raw)
                 if status in (None, record.status):
                     records.append(record)

@@ -15,7 +15,7 @@ from .held import HeldJobs
 from .maintenance import Maintenance
 from .outbox import Outbox
 
-WORKER_FORGOTTEN_S = 3600  # the name of a worker that said nothing for this long goes
+WORKER_FORGOTTEN_S = 3600  # workers that have been silent for this long are removed from the list
 
 
 class Records(HeldJobs, Maintenance, Outbox):
@@ -51,5 +51,5 @@ class Records(HeldJobs, Maintenance, Outbox):
 
     @driven
     def bury(self, /, dead_id: str, kind: str, reason: str, **more: Any) -> Operation[None]:
-        """Keep what could not be read, with its cause."""
+        """Store a dead letter for something unreadable, with its cause."""
         return bury(dead_id, kind, reason, **more)

@@ -1,11 +1,11 @@
--- The moves between states that several transitions share. The state machine is drawn in docs/job-states.md.
+-- The state changes that several scripts share. The state machine is drawn in docs/job-states.md.
 --
 -- Invariants:
 -- * finish() is the only way into a terminal status. Its callers have checked that the job is not terminal yet, so there is
 --   one terminal event per job.
--- * Every move out of `running` raises the token, so whoever held the job before can change nothing any more.
+-- * Every move out of `running` raises the token, so the previous holder can no longer change the job.
 -- * A job is in the index of its status and in no other, and in `waiting` exactly while it is queued.
--- * The record and its idempotency key expire together.
+-- * finish() gives the record and its idempotency key the same time to live.
 -- * A tenant's cost in `tenants` and its job in `open` are taken off once, in finish().
 -- uses: clock, events, outbox, wakeups
 
