@@ -173,7 +173,7 @@ class JobEvent(Message):
     """One entry of a job's event stream; ``id`` is the Redis stream id that ``Last-Event-ID`` resumes from.
 
     Types: job.queued, job.running, job.progress, job.preview, job.succeeded, job.failed, job.cancelled; newer workers may
-    write others.
+    write others. The ``images`` of a job.preview may be empty: only the newest preview is kept.
     """
 
     id: str

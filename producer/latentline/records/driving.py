@@ -8,6 +8,7 @@ Workers keep one client, so their operations are methods of subclasses of :class
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from latentline.errors import BrokerUnavailable
 from latentline.jobs import DEFAULT_RETENTION_S, LEVEL
 from latentline.scripts import Script
 
+log = logging.getLogger(__name__)
 _CODE = re.compile(r"[A-Z]{3,20}")
 
 T = TypeVar("T")
@@ -28,6 +30,7 @@ P = ParamSpec("P")
 D = TypeVar("D", bound="Driven")
 Call = Callable[[Any], Any]
 Operation = Generator[Call, Any, T]
+# What a broker raises that is unreachable, full, read-only, or that refuses or fails a command.
 FAILURES = (redis.ConnectionError, redis.TimeoutError, redis.ResponseError, OSError)
 
 
@@ -101,7 +104,8 @@ def domain_errors() -> Iterator[None]:
 
 
 def unavailable(error: Exception) -> BrokerUnavailable:
-    """A redis error as the domain error that says what can be done about it."""
+    """The domain error for a redis error. The original text goes to the log at debug level only."""
+    log.debug("the broker failed", exc_info=error)
     return BrokerUnavailable(_reason(error))
 
 
