@@ -20,7 +20,7 @@ import torch
 
 from latentline import records
 from latentline.connection import connect
-from latentline.jobs import JobRequest
+from latentline.jobs import JobRequest, resolve
 from latentline.records import Records
 from latentline_worker.embedded.broker import Broker
 from latentline_worker.engine.checkpoint import SHARE
@@ -78,7 +78,7 @@ def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoin
     engine.warm_up()
     leases = Leases(store, LEASE_S, checkpoint_schedule=engine.checkpoint_schedule)
     client = connect(url)
-    accepted = records.run(client, records.submit([JobRequest.parse({"prompt": job.prompt}) for job in jobs], 600))
+    accepted = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": job.prompt})) for job in jobs], 600))
     claims = [store.claim(record.id, "benchmark", LEASE_S) for record in accepted]
     requests, held = [], contextlib.ExitStack()
     started = time.perf_counter()

@@ -42,6 +42,19 @@ class _Operations:
         )
         return [one if isinstance(one, LatentlineError) else self._with_urls(one) for one in outcomes]
 
+    def _submit(self, requests: Sequence[Request]) -> Operation[list[Outcome]]:
+        accepted = _accept(requests, (yield from records.fleet()))
+        written: list[Outcome] = []
+        failure: LatentlineError | None = None
+        for chunk in _chunks(accepted):
+            try:
+                with records.domain_errors():
+                    written += yield from self._write(chunk)
+            except LatentlineError as error:
+                failure = error
+                break  # a broker that fails would take seconds to fail again for each chunk
+        return _outcomes(accepted, written, failure)
+
     def _get(self, job_id: str) -> Operation[JobRecord]:
         return self._with_urls((yield from records.get(job_id)))
 
@@ -65,8 +78,10 @@ def _accept(requests: Sequence[Request], fleet: Fleet) -> list[Submission | Late
     accepted: list[Submission | LatentlineError] = []
     for request in requests:
         try:
-            if isinstance(request, ResolvedRequest):  # a record's own: checked as what any client sends
-                request = JobRequest.parse(request.model_dump(mode="json", exclude_defaults=True))
+            if isinstance(request, ResolvedRequest):  # of a record: checked as what any client sends
+                # Without its idempotency key, which stands for what was sent before the defaults were filled in.
+                fields = request.model_dump(mode="json", exclude={"idempotency_key"}, exclude_defaults=True)
+                request = JobRequest.parse(fields)
             accepted.append(fleet.accept(request))
         except LatentlineError as error:
             accepted.append(error)
@@ -116,7 +131,7 @@ class Client(_Operations):
         self._redis = connect(self.settings.redis_url.get_secret_value())
 
     def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
-        """Enqueue one job, given as a request, as the request of a record, or as its fields."""
+        """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
         return _record(self.submit_many([_request(request, fields)])[0])
 
     def submit_many(self, requests: Sequence[Request]) -> Sequence[Outcome]:
@@ -129,17 +144,8 @@ class Client(_Operations):
         Raises:
             ServiceUnavailable: the object store or the broker does not answer, and nothing was submitted.
         """
-        self.images.check()  # refused now, and not after all the work when the images cannot be stored
-        accepted = _accept(requests, run(self._redis, records.fleet()))
-        written: list[Outcome] = []
-        failure: LatentlineError | None = None
-        for chunk in _chunks(accepted):
-            try:
-                written += run(self._redis, self._write(chunk))
-            except LatentlineError as error:
-                failure = error
-                break  # a broker that fails would take seconds to fail again for each chunk
-        return _outcomes(accepted, written, failure)
+        self.images.check()  # fails before anything is queued if the images could not be stored
+        return run(self._redis, self._submit(requests))
 
     def get(self, job_id: str) -> JobRecord:
         return run(self._redis, self._get(job_id))
@@ -203,22 +209,13 @@ class AsyncClient(_Operations):
         self._redis = connect_async(self.settings.redis_url.get_secret_value())
 
     async def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
-        """Enqueue one job, given as a request, as the request of a record, or as its fields."""
+        """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
         return _record((await self.submit_many([_request(request, fields)]))[0])
 
     async def submit_many(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Enqueue many jobs in few round trips, in order; returns and raises as :meth:`Client.submit_many`."""
         await self.check_store()
-        accepted = _accept(requests, await arun(self._redis, records.fleet()))
-        written: list[Outcome] = []
-        failure: LatentlineError | None = None
-        for chunk in _chunks(accepted):
-            try:
-                written += await arun(self._redis, self._write(chunk))
-            except LatentlineError as error:
-                failure = error
-                break  # a broker that fails would take seconds to fail again for each chunk
-        return _outcomes(accepted, written, failure)
+        return await arun(self._redis, self._submit(requests))
 
     async def check_store(self) -> None:
         """Raise StoreUnavailable when the object store does not answer (boto3 blocks, hence the thread)."""

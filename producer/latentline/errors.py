@@ -8,7 +8,7 @@
     ├── IdempotencyConflict            idempotency_conflict, 409 same key, another body
     ├── TenantQuotaExceeded            tenant_quota_exceeded, 429 the tenant has too much work queued; try again later
     ├── ServiceUnavailable             503
-    │   ├── BrokerUnavailable          broker_unavailable        Redis does not answer
+    │   ├── BrokerUnavailable          broker_unavailable        Redis does not answer, or answers with an error
     │   ├── StoreUnavailable           store_unavailable         the object store does not answer
     │   └── NoWorker                   no_worker                 no worker of the model has been heard of lately
     ├── ConfigurationError             configuration_error, 500  a setting is wrong, or an extra is missing

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from .models import LEVEL, SCHEDULERS, UNANNOUNCED, Announcement, ModelInfo, level_of
 from .requests import (
+    DEFAULT_RETENTION_S,
     MAX_BODY_BYTES,
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -37,10 +38,10 @@ from .requests import (
 )
 
 __all__ = [
-    "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES", "MAX_PROMPT_CHARS",
-    "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX", "Announcement",
-    "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo", "Output", "Phase",
-    "ResolvedRequest", "Status", "StoredCallback", "StoredOutput", "Submission", "resolve",
+    "DEFAULT_RETENTION_S", "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES",
+    "MAX_PROMPT_CHARS", "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX",
+    "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo",
+    "Output", "Phase", "ResolvedRequest", "Status", "StoredCallback", "StoredOutput", "Submission", "resolve",
 ]  # fmt: skip
 
 
@@ -172,7 +173,7 @@ class JobEvent(Message):
     """One entry of a job's event stream; ``id`` is the Redis stream id that ``Last-Event-ID`` resumes from.
 
     Types: job.queued, job.running, job.progress, job.preview, job.succeeded, job.failed, job.cancelled; newer workers may
-    write others.
+    write others. The ``images`` of a job.preview may be empty: only the newest preview is kept.
     """
 
     id: str

@@ -94,9 +94,6 @@ class Announcement(Message):
     level: PositiveInt
     models: tuple[ModelInfo, ...]
 
-    def to_json(self) -> str:
-        return self.model_dump_json()
-
 
 def common(infos: Sequence[ModelInfo]) -> ModelInfo:
     """What every one of these announcements of one model allows, with the defaults of the first.

@@ -31,6 +31,8 @@ MAX_METADATA_BYTES = 4096
 MAX_KEY_CHARS = 200
 MAX_BODY_BYTES = 64 * 1024  # of a submission over HTTP
 
+DEFAULT_RETENTION_S = 7 * 86400  # how long an ended job's record and images are kept where no setting says otherwise
+
 Side = Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multiple_of=SIZE_MULTIPLE_PX)]
 Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)]
 Guidance = Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE)]

@@ -6,7 +6,9 @@ record and its wake-up are written in one atomic step and producers need no Cele
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 
 PREFIX = "latentline"
 GENERATE_TASK = "latentline.generate"
@@ -46,6 +48,12 @@ def queue_names(model: str, level: int = 1) -> list[str]:
     return [queue_name(model, shard, one) for one in range(1, level + 1) for shard in range(NUM_SHARDS)]
 
 
+@functools.lru_cache(maxsize=1024)
+def level_1_queue(queue: str) -> str:
+    """The queue of the same model and shard at level 1. A tenant's jobs of a model lie in one shard at every level."""
+    return re.sub(r"@\d+(?=\.\d+$)", "", queue)
+
+
 def priority_step(priority: int) -> int:
     """The step to which a priority is rounded down: jobs of one step are served in order of arrival."""
     return max(step for step in PRIORITY_STEPS if step <= priority)
@@ -68,7 +76,7 @@ def events_key(job_id: str) -> str:
 
 
 def checkpoint_key(job_id: str) -> str:
-    """String of bytes: the sampler history from which another worker goes on."""
+    """String of bytes: the sampler history from which another worker continues."""
     return f"{PREFIX}:checkpoint:{job_id}"
 
 
@@ -153,7 +161,7 @@ def disabled_receivers_key() -> str:
 
 
 def dead_key() -> str:
-    """Hash: id -> a dead letter (JSON): a job that failed for good, or an unreadable message."""
+    """Hash: id -> a dead letter (JSON): a job that failed permanently, or an unreadable message."""
     return f"{PREFIX}:dead"
 
 

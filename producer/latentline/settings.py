@@ -9,6 +9,8 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .requests import DEFAULT_RETENTION_S
+
 Network = IPv4Network | IPv6Network
 
 
@@ -36,7 +38,7 @@ class Settings(BaseSettings):
     s3_access_key_id: SecretStr | None = None
     s3_secret_access_key: SecretStr | None = None
     presign_ttl_s: Annotated[int, Field(ge=1, le=7 * 86400)] = 3600  # S3 allows a week at most
-    retention_s: Annotated[int, Field(ge=1)] = 7 * 86400  # how long an ended job's record and images are kept
+    retention_s: Annotated[int, Field(ge=1)] = DEFAULT_RETENTION_S  # how long an ended job's record and images are kept
     durable: bool = False  # accept a job only once the broker's append-only file holds it
     tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
     # whsec_..., or several separated by commas during a rotation: each callback is signed with all of them. Needed for callbacks.

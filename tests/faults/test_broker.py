@@ -183,7 +183,7 @@ def test_a_wiped_state_is_told_and_never_silence(cluster: Cluster, figure: Figur
             cluster.client.wait(job_id, timeout_s=30)
     cluster.until(lambda: worker.log.read_text().count("another worker owns it now") >= 4)
     cluster.accepted.clear()
-    cluster.until(lambda: cluster.client.models() or cluster.records.models())
+    cluster.until(cluster.client.models)
     cluster.submit(2, num_inference_steps=4)
     cluster.finish()
     figure("state wiped", told=len(ids), later_jobs=cluster.check_invariants())

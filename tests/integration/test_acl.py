@@ -22,7 +22,7 @@ from support.receiver import Receiver
 from latentline import records, routing
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Status
+from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Status, resolve
 from latentline.records import Backoff, Beat, Records, Verdict
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, GENERATE_TASK, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
@@ -104,7 +104,7 @@ def broker(guarded: Guarded) -> Guarded:
 def test_a_producer_submits_reads_lists_follows_and_cancels(broker: Guarded) -> None:
     client = broker.client("producer")
     callback = {"url": "http://127.0.0.1:9/hook"}
-    (durable,) = records.run(client, records.submit([JobRequest.parse({"prompt": "a cat"})], 600, durable=True, tenant_cap=1000))
+    (durable,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600, durable=True, tenant_cap=1000))
     first, second = submit(client, 2, idempotency_key=None, callback=callback, deadline_s=60)
     assert submit(client, idempotency_key="once") == submit(client, idempotency_key="once")
     assert records.run(client, records.get(first)).queue_position == 1
@@ -150,12 +150,12 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     producer, client = broker.client("producer"), broker.client("worker")
     store = Records(client, 600)
     store.announce("one", MODEL)
-    assert store.models() and store.workers() == ["one"]
+    assert records.run(client, records.models()) and records.run(client, records.workers()) == ["one"]
     store.worker_gone("one")
     failure = JobError(code="internal", message="once more")
 
     (job,) = submit(producer)
-    assert store.get(job).queue_position == 0 and not store.suspect(job)
+    assert records.run(client, records.get(job)).queue_position == 0 and not store.suspect(job)
     claim = store.claim(job, "one", 30)
     assert claim is not None
     assert store.beat([Beat(job, claim.token, Phase.DENOISING, 1, 30, 1, ("data:,",))]) == [Verdict.GO]
@@ -174,7 +174,7 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     claim = store.claim(job, "five", 30)
     assert claim is not None
     assert store.settle(job, claim.token, Status.FAILED, error=failure).error == failure
-    assert store.get(job).status is Status.FAILED
+    assert records.run(client, records.get(job)).status is Status.FAILED
 
     (cancelled,) = submit(producer)
     claim = store.claim(cancelled, "six", 30)
@@ -376,7 +376,7 @@ def test_the_deliverer_can_neither_submit_nor_claim_nor_settle_nor_cancel_nor_re
         lambda: submit(client),
         lambda: store.claim(job, "the deliverer", 30),
         lambda: store.settle(job, claim.token, Status.SUCCEEDED),
-        lambda: store.get(job),
+        lambda: records.run(client, records.get(job)),
         lambda: records.run(client, records.cancel(job, 600)),
         lambda: records.run(client, records.list_jobs()),
         lambda: store.announce("one", ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096)),
@@ -384,7 +384,7 @@ def test_the_deliverer_can_neither_submit_nor_claim_nor_settle_nor_cancel_nor_re
     for attempt in attempts:
         with pytest.raises(BrokerUnavailable, match="does not let the user"):
             attempt()
-    record = Records(broker.client("worker")).get(job)
+    record = records.run(broker.client("worker"), records.get(job))
     assert (record.status, record.worker, record.attempt) == (Status.RUNNING, "a worker", 1)
 
 

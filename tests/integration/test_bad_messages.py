@@ -17,7 +17,7 @@ from support.stubs import RunnerBench
 from latentline import records, routing
 from latentline.connection import connect
 from latentline.errors import JobNotFound
-from latentline.jobs import JobRequest, Status
+from latentline.jobs import JobRequest, Status, resolve
 from latentline.records import Records
 from latentline.testing import MODEL
 from latentline_worker.settings import WorkerSettings
@@ -52,7 +52,7 @@ class Bench:
 
     def submit(self) -> str:
         request = JobRequest.parse({"prompt": PROMPT, "num_inference_steps": 2})
-        return records.run(self.client, records.submit([request], 600))[0].id
+        return records.run(self.client, records.submit([resolve(request)], 600))[0].id
 
     def run(self) -> Any:
         options = {"pool": "threads", "concurrency": 1, "perform_ping_check": False, "shutdown_timeout": PATIENCE_S}
@@ -170,7 +170,7 @@ def test_a_bad_message_becomes_a_dead_letter_and_the_worker_takes_the_next_job(
     assert float(letter["at"]) > 0
     assert PROMPT not in caplog.text
     assert not any(record.exc_info for record in caplog.records if record.levelno >= logging.ERROR)
-    assert {bench.store.get(one).status for one in (good, last)} == {Status.SUCCEEDED}
+    assert {records.run(bench.client, records.get(one)).status for one in (good, last)} == {Status.SUCCEEDED}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_record_of_another_version_fails_and_is_kept_as_the_job_s_letter(bench
     raw = bench.client.hgetall(routing.job_key(strange))
     assert (raw["status"], json.loads(raw["error"])["code"]) == ("failed", "unreadable_record")
     with pytest.raises(JobNotFound, match="cannot read"):
-        bench.store.get(strange)
+        records.run(bench.client, records.get(strange))
     assert PROMPT not in caplog.text
 
 

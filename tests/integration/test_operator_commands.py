@@ -17,7 +17,7 @@ from latentline.cli import main
 from latentline.connection import connect
 from latentline.errors import JobNotFound
 from latentline.images import Images
-from latentline.jobs import JobError, JobRequest, Status
+from latentline.jobs import JobError, JobRequest, Status, resolve
 from latentline.records import MAX_ERRORS, Backoff, Records, run
 from latentline.testing import MODEL, FakeImages, FakeWorker
 from latentline_worker.callbacks.deliverer import Deliverer
@@ -60,7 +60,7 @@ def latentline() -> Command:
 
 def submit(client: redis.Redis, **fields: Any) -> str:
     request = JobRequest.parse({"prompt": PROMPT, "num_inference_steps": 2, **fields})
-    return run(client, records.submit([request], 600))[0].id
+    return run(client, records.submit([resolve(request)], 600))[0].id
 
 
 def exhaust_tries(client: redis.Redis, store: Records, **fields: Any) -> str:
@@ -127,7 +127,7 @@ def test_a_dropped_dead_letter_is_gone_and_its_job_is_not(client: redis.Redis, s
     other = exhaust_tries(client, store)
     assert latentline("dead", "drop", job_id).exit_code == 0
     assert [letter["id"] for letter in run(client, records.dead_letters())] == [other]
-    assert store.get(job_id).status is Status.FAILED
+    assert run(client, records.get(job_id)).status is Status.FAILED
     assert failed_with(latentline("dead", "drop", job_id), job_id)
 
 
@@ -140,10 +140,10 @@ def test_a_replayed_job_is_a_new_one_with_the_same_request(client: redis.Redis, 
     assert (result.exit_code, result.stderr) == (0, "")
     fresh = result.stdout.strip()
     assert fresh != dead
-    assert store.get(fresh).request == store.get(dead).request.model_copy(update={"idempotency_key": None})
+    assert run(client, records.get(fresh)).request == run(client, records.get(dead)).request.model_copy(update={"idempotency_key": None})
     assert run(client, records.dead_letters()) == []
     worker.run_all()
-    assert (store.get(fresh).status, store.get(dead).status) == (Status.SUCCEEDED, Status.FAILED)
+    assert (run(client, records.get(fresh)).status, run(client, records.get(dead)).status) == (Status.SUCCEEDED, Status.FAILED)
 
 
 def test_a_replay_that_is_refused_keeps_the_dead_letter(client: redis.Redis, store: Records, images: None, latentline: Command) -> None:

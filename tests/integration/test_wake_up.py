@@ -13,7 +13,7 @@ from celery.contrib.testing.worker import start_worker
 
 from latentline import records
 from latentline.connection import connect
-from latentline.jobs import JobRequest, Status
+from latentline.jobs import JobRequest, Status, resolve
 from latentline.records import Records
 from latentline.routing import GENERATE_TASK, GENERATE_UNACKED, queue_list, queue_name, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
@@ -41,7 +41,7 @@ def app(valkey_url: str) -> Iterator[Celery]:
 
 def submit(client: redis.Redis, *priorities: int, **fields: Any) -> list[str]:
     requests = [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "priority": p, **fields}) for p in priorities]
-    return [record.id for record in records.run(client, records.submit(requests, 600))]
+    return [record.id for record in records.run(client, records.submit([resolve(one) for one in requests], 600))]
 
 
 def run_worker(app: Celery, pool: str = "solo") -> Any:
@@ -84,7 +84,7 @@ def test_from_submission_to_a_settled_record_through_celery(client: redis.Redis,
         while last is None or not last.terminal:
             new = records.run(client, records.events(job_id, last.id if last else None, 1000))
             last = new[-1] if new else last
-    record = Records(client).get(job_id)
+    record = records.run(client, records.get(job_id))
     assert (record.status, record.worker, record.attempt) == (Status.SUCCEEDED, worker.name, 1)
 
 
@@ -104,4 +104,4 @@ def test_a_released_job_is_taken_again_before_those_that_wait(client: redis.Redi
     app.task(generate, name=GENERATE_TASK, shared=False)
     with run_worker(app):
         assert heard.wait(PATIENCE_S)
-    assert taken == [first] and store.get(second).status is Status.QUEUED
+    assert taken == [first] and records.run(client, records.get(second)).status is Status.QUEUED

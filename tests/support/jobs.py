@@ -13,7 +13,7 @@ from celery.contrib.testing.worker import start_worker
 from latentline import records
 from latentline.connection import connect
 from latentline.errors import LatentlineError
-from latentline.jobs import JobRecord, JobRequest
+from latentline.jobs import JobRecord, JobRequest, resolve
 from latentline.records import Records
 from latentline.routing import GENERATE_UNACKED
 from latentline.settings import Settings
@@ -32,7 +32,7 @@ def accepted(outcomes: Sequence[JobRecord | LatentlineError]) -> list[JobRecord]
 
 def submit(client: redis.Redis, count: int = 1, **fields: Any) -> list[str]:
     requests = [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": i, **fields}) for i in range(count)]
-    return [record.id for record in accepted(records.run(client, records.submit(requests, 600)))]
+    return [record.id for record in accepted(records.run(client, records.submit([resolve(one) for one in requests], 600)))]
 
 
 @contextlib.contextmanager

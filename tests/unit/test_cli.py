@@ -27,7 +27,7 @@ from latentline import AsyncClient, records
 from latentline.api.app import create_app
 from latentline.cli import main
 from latentline.connection import connect
-from latentline.jobs import JobError, JobRequest
+from latentline.jobs import JobError, JobRequest, resolve
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
 
@@ -63,7 +63,7 @@ class Service:
 
     def submit(self, **fields: Any) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, **fields})
-        return records.run(self.worker.redis, records.submit([request], 600))[0].id
+        return records.run(self.worker.redis, records.submit([resolve(request)], 600))[0].id
 
 
 @pytest.fixture
@@ -79,6 +79,14 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     async def store(key: str) -> Response:
         data = images.objects.get(key)
         return Response(status_code=404) if data is None else Response(data + b"!" * images.damaged, media_type="image/png")
+
+    @app.api_route("/other/v1/{path:path}", methods=["GET", "POST"])
+    async def other_json(path: str) -> Any:
+        return {"status": "ok"}
+
+    @app.get("/wrong/v1/jobs/x")
+    async def other_error() -> Response:
+        return Response('{"error": "text"}', status_code=418, media_type="application/json")
 
     @app.get("/html/v1/models")
     async def something_else() -> Response:
@@ -352,7 +360,7 @@ def test_the_api_command_ends_open_streams_when_it_is_stopped(valkey_url: str) -
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     redis = connect(valkey_url)
-    job_id = records.run(redis, records.submit([JobRequest.parse({"prompt": "a cat"})], 600))[0].id
+    job_id = records.run(redis, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600))[0].id
     redis.close()
     env = {**os.environ, "LATENTLINE_REDIS_URL": valkey_url}
     command = [sys.executable, "-m", "latentline.cli", "api", "--port", str(port)]
@@ -391,3 +399,17 @@ def test_the_api_waits_for_the_append_only_file_when_asked_to(monkeypatch: pytes
     result = click.testing.CliRunner().invoke(main, ["api", *(["--durable"] if durable else [])])
     assert result.exit_code == 0, result.output
     assert [settings.durable for settings in served] == [durable]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", [["status", "x"], ["cancel", "x"], ["jobs"], ["models"], ["submit", "a cat"]])
+def test_json_of_something_else_is_one_line(service: Service, command: list[str], as_json: bool) -> None:
+    url = f"{service.url}/other"
+    assert (
+        refused(*command, "--url", url, *["--json"] * as_json, code=3)
+        == f"latentline: {url} is not a latentline API (its answer has another form)"
+    )
+
+
+def test_an_error_of_something_else_is_one_line(service: Service) -> None:
+    assert refused("status", "x", "--url", f"{service.url}/wrong", code=2) == "latentline: status 418"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import inspect
 import json
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 
 import fakeredis
 import pytest
+import redis
 
 from latentline import AsyncClient, Client, models, records, routing
 from latentline.connection import connect
@@ -28,7 +30,7 @@ from latentline.errors import (
     TenantQuotaExceeded,
     WaitTimeout,
 )
-from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput
+from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput, resolve
 from latentline.settings import Settings
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
@@ -59,6 +61,12 @@ def server() -> fakeredis.FakeServer:
 @pytest.fixture
 def images() -> FakeImages:
     return FakeImages()
+
+
+@pytest.fixture(autouse=True)
+def nothing_reported_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read is logged once in a process."""
+    monkeypatch.setattr(importlib.import_module("latentline.records.fleet"), "_unreadable", set())
 
 
 @pytest.fixture
@@ -114,7 +122,7 @@ def test_urls_are_made_when_read_and_never_stored(client: Any, worker: FakeWorke
     worker.records.settle(job_id, claim.token, Status.SUCCEEDED, images=[image])
     stored = worker.redis.hgetall(routing.job_key(job_id))
     assert '"key"' in stored["images"] and "signed.example" not in json.dumps(stored)
-    assert worker.records.get(job_id).images[0].url is None
+    assert records.run(worker.redis, records.get(job_id)).images[0].url is None
     assert client.get(job_id).images[0].url == client.list()[0][0].images[0].url == "memory://k"
 
 
@@ -137,6 +145,14 @@ def test_many_are_queued_in_order(client: Any, worker: FakeWorker) -> None:
     assert [record.id for record in worker.run_all()] == [record.id for record in made]
 
 
+def test_the_request_of_a_record_with_a_key_is_a_new_job(client: Any, worker: FakeWorker) -> None:
+    """Its key stands for what was sent then, before the defaults were filled in."""
+    first = client.submit(prompt="a cat", idempotency_key="k")
+    again = client.submit(first.request)
+    assert again.id != first.id and again.request == first.request.model_copy(update={"idempotency_key": None})
+    assert client.submit(prompt="a cat", idempotency_key="k").id == first.id
+
+
 def requests_of(*fields: dict[str, Any]) -> list[JobRequest]:
     return [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 1, **one}) for one in fields]
 
@@ -154,6 +170,30 @@ def test_every_outcome_of_many_is_told_in_order(client: Any, worker: FakeWorker)
     assert outcomes[3].id == first.id and outcomes[5].request.seed == 7
     accepted = [first.id, outcomes[0].id, outcomes[5].id]
     assert [record.id for record in worker.run_all()] == accepted
+
+
+def test_a_submission_that_the_broker_fails_on_costs_no_other_its_outcome(client: Any, worker: FakeWorker) -> None:
+    worker.redis.set(routing.idempotency_key("default", "k"), "not a hash")
+    outcomes = client.submit_many(requests_of({}, {"idempotency_key": "k"}, {"seed": 7}))
+    assert [type(outcome) for outcome in outcomes] == [JobRecord, BrokerUnavailable, JobRecord]
+    assert {outcomes[0].id, outcomes[2].id} == {record.id for record in client.list()[0]}
+
+
+def test_a_key_whose_job_cannot_be_read_costs_no_other_its_outcome(
+    client: Any, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.submit(prompt="a cat", num_inference_steps=1, idempotency_key="k")
+    (request,) = requests_of({"idempotency_key": "k"})
+
+    def refused(_: str) -> Any:
+        def call(_: object) -> None:
+            raise redis.ResponseError("MISCONF")
+
+        yield call
+
+    monkeypatch.setattr("latentline.records.jobs.get", refused)
+    outcomes = client.submit_many([*requests_of({}), request, *requests_of({})])
+    assert [type(outcome) for outcome in outcomes] == [JobRecord, BrokerUnavailable, JobRecord]
 
 
 @pytest.mark.parametrize("settings", [Settings(tenant_cap=9)])
@@ -339,7 +379,22 @@ def test_an_announcement_that_cannot_be_read_costs_no_other(client: Any, worker:
     worker.redis.hset(routing.announced_key(), mapping=texts)
     worker.redis.zadd(routing.announced_at_key(), dict.fromkeys([*texts, "without a word"], seconds))
     assert set(client.models()) == {MODEL.id}
-    assert {f"worker {name} " in caplog.text for name in texts} == {True}
+    assert set(client.models()) == {MODEL.id}
+    assert all(caplog.text.count(f"worker {name} ") == 1 for name in texts), "once for each, not at each call"
+
+
+def test_a_model_of_version_0_1_0_that_cannot_be_read_costs_no_other(
+    client: Any, worker: FakeWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker.redis.hset(routing.models_key(), mapping={"old": MODEL.model_copy(update={"id": "old"}).first_fields(), "bad": "{}"})
+    worker.redis.zadd(routing.workers_key(), {"old@host": worker.redis.time()[0]})
+    assert set(client.models()) == {MODEL.id, "old"}
+    assert client.submit(prompt="a cat", model="old").status is Status.QUEUED
+    assert [message.startswith("the announcement of model bad ") for message in caplog.messages] == [True], "not at each call"
+    worker.redis.hset(routing.models_key(), "bad", MODEL.model_copy(update={"id": "bad"}).first_fields())
+    assert "bad" in client.models()
+    worker.redis.hset(routing.models_key(), "bad", "[]")
+    assert "bad" not in client.models() and len(caplog.messages) == 2
 
 
 # Levels
@@ -552,7 +607,7 @@ def test_a_job_cancelled_in_the_queue_expires_as_every_ended_job(client: Any, wo
 
 def test_the_fake_worker_obeys_a_deadline(server: fakeredis.FakeServer, worker: FakeWorker) -> None:
     client = fakeredis.FakeRedis(server=server, decode_responses=True)
-    (record,) = records.run(client, records.submit([JobRequest.parse({"prompt": "a cat", "deadline_s": 600})], 600))
+    (record,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat", "deadline_s": 600}))], 600))
     claim = worker.records.claim(record.id, worker.name, 30)
     client.hset(f"latentline:job:{record.id}", "deadline_at", 1)
     assert claim is not None

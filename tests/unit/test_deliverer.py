@@ -23,7 +23,7 @@ import standardwebhooks
 
 from latentline import records, routing
 from latentline.errors import ConfigurationError, JobNotFound, WebhookError
-from latentline.jobs import ImageRef, JobError, JobRequest, Status
+from latentline.jobs import ImageRef, JobError, JobRequest, Status, resolve
 from latentline.records import Records, run
 from latentline.settings import Settings, parse_networks
 from latentline.webhooks import generate_secret, verify
@@ -65,7 +65,7 @@ class Outbox(Records):
     def job(self, url: str, events: Sequence[str] | None = None) -> str:
         chosen = {"events": events} if events else {}
         request = JobRequest.parse({"prompt": PROMPT, "seed": 1, "metadata": {"order": 7}, "callback": {"url": url, **chosen}})
-        return run(self.client, records.submit([request], 600))[0].id
+        return run(self.client, records.submit([resolve(request)], 600))[0].id
 
     def end(self, job_id: str, status: Status = Status.SUCCEEDED, images: Sequence[ImageRef] = (IMAGE,)) -> str:
         """Claim and settle; the id of the callback that reports it."""
@@ -295,7 +295,7 @@ def test_only_the_chosen_events_are_told(outbox: Outbox, deliverer: Deliverer) -
 
 
 def test_a_job_without_a_callback_writes_none(outbox: Outbox) -> None:
-    job_id = run(outbox.client, records.submit([JobRequest.parse({"prompt": PROMPT})], 600))[0].id
+    job_id = run(outbox.client, records.submit([resolve(JobRequest.parse({"prompt": PROMPT}))], 600))[0].id
     outbox.end(job_id)
     assert run(outbox.client, records.callbacks()) == []
 

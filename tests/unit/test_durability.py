@@ -14,7 +14,7 @@ from support.jobs import accepted
 from latentline import records, routing
 from latentline.connection import OPTIONS, connect
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import Claim, JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
+from latentline.jobs import Claim, JobError, JobRecord, JobRequest, ModelInfo, Phase, Status, resolve
 from latentline.records import Backoff, Beat, Call, Operation, Records, Verdict, run
 from latentline_worker.embedded.broker import Broker
 
@@ -34,7 +34,7 @@ def client(broker: Broker) -> Iterator[redis.Redis]:
 
 
 def durable(**fields: Any) -> Operation[list[JobRecord]]:
-    return accepted((yield from records.submit([JobRequest.parse({"prompt": "a cat", **fields})], 600, durable=True)))
+    return accepted((yield from records.submit([resolve(JobRequest.parse({"prompt": "a cat", **fields}))], 600, durable=True)))
 
 
 def test_a_durable_job_is_accepted_once_the_append_only_file_holds_it(client: redis.Redis) -> None:
@@ -143,7 +143,7 @@ def test_a_broker_that_has_become_a_replica_is_not_available_for_writes(broker: 
     client.execute_command("REPLICAOF", "127.0.0.1", "1")  # nothing listens there
     with pytest.raises(BrokerUnavailable, match="is a replica"):
         run(client, durable())
-    (refused,) = run(client, records.submit([JobRequest.parse({"prompt": "a cat"})], 600))
+    (refused,) = run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600))
     assert isinstance(refused, BrokerUnavailable) and "ReadOnlyError" in refused.message
     with pytest.raises(BrokerUnavailable, match="ReadOnlyError"):
         Records(client).claim(record.id, "worker", 30)
@@ -232,6 +232,17 @@ def test_a_full_broker_hears_who_is_alive_and_keeps_dead_letters(client: redis.R
     full()
     store.announce("one", ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096))
     store.bury("lost", "message", "a reason", message="half a pair: \ud800")
-    assert store.workers() == ["one"] and set(store.models()) == {"m"}
+    assert run(client, records.workers()) == ["one"] and set(run(client, records.models())) == {"m"}
     (letter,) = run(client, records.dead_letters())
     assert (letter["id"], letter["reason"], letter["message"]) == ("lost", "a reason", "half a pair: \ud800")
+
+
+def test_a_broker_that_misses_its_replicas_accepts_nothing_and_can_be_read(client: redis.Redis) -> None:
+    (kept,) = run(client, durable())
+    client.config_set("min-replicas-to-write", "1")
+    (refused,) = run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600))
+    assert isinstance(refused, BrokerUnavailable) and "NOREPLICAS" in refused.message
+    with pytest.raises(BrokerUnavailable, match="NOREPLICAS"):
+        Records(client).claim(kept.id, "worker", 30)
+    assert run(client, records.get(kept.id)).status is Status.QUEUED
+    client.config_set("min-replicas-to-write", "0")

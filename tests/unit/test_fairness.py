@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from latentline import routing
 from latentline_worker.transport.fairness import HeldMessages, LeastServedFirst
 
 
@@ -58,3 +59,22 @@ def test_a_queue_at_its_in_flight_limit_waits_and_leaves_room_for_others() -> No
     assert order.consume(2) == ["quiet"]
     held.end("busy")
     assert order.consume(2) == ["busy", "quiet"]
+
+
+def test_queues_of_several_levels_share_the_limit_of_their_shard() -> None:
+    """A tenant's jobs of a model lie in one shard at every level, and its limit is that of a tenant."""
+    old, new, other = (routing.queue_name("m", shard, level) for shard, level in ((3, 1), (3, 2), (4, 2)))
+    held = HeldMessages()
+    order = LeastServedFirst(held, max_per_queue=2)
+    order.update([old, new, other])
+    held.begin(old)
+    held.begin(new)
+    assert order.consume(3) == [other]
+    held.end(new)
+    assert set(order.consume(3)) == {old, new, other}
+
+
+def test_a_tenant_with_jobs_of_two_levels_gets_no_second_turn() -> None:
+    old, new, other = (routing.queue_name("m", shard, level) for shard, level in ((3, 1), (3, 2), (4, 1)))
+    order, filled = order_of(old, new, other), {old: 50, new: 50, other: 50}
+    assert Counter(take(order, filled) for _ in range(40)) == {old: 10, new: 10, other: 20}

@@ -17,7 +17,7 @@ from PIL import Image
 from latentline import records, routing
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import Claim, JobRequest, Phase
+from latentline.jobs import Claim, JobRequest, Phase, resolve
 from latentline.records import Records
 from latentline_worker.engine.request import Preview
 from latentline_worker.generate.leases import LeasedJob, Leases
@@ -43,7 +43,7 @@ def leases(store: Records) -> Leases:
 
 def claim(client: fakeredis.FakeRedis, **fields: Any) -> Claim:
     request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 20, **fields})
-    job = records.run(client, records.submit([request], 600))[0]
+    job = records.run(client, records.submit([resolve(request)], 600))[0]
     found = Records(client).claim(job.id, "w", 30)
     assert found is not None
     return found

@@ -14,7 +14,7 @@ import pytest
 
 from latentline import records, routing
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import JobRequest, Status
+from latentline.jobs import JobRequest, Status, resolve
 from latentline.records import Records
 from latentline.testing import MODEL
 from latentline_worker.maintenance import reaper as reaper_module
@@ -34,7 +34,7 @@ def client() -> fakeredis.FakeRedis:
 
 
 def submit(client: fakeredis.FakeRedis, **fields: Any) -> str:
-    return records.run(client, records.submit([JobRequest.parse({"prompt": "a cat", **fields})], 600))[0].id
+    return records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat", **fields}))], 600))[0].id
 
 
 class Counting(Service):
@@ -220,7 +220,7 @@ def test_a_job_of_a_lost_worker_is_queued_again_on_real_records(client: fakeredi
     client.zadd(routing.leases_key(), {job_id: 1})
     monkeypatch.setattr(store, "up_s", lambda: 3600.0)
     Reaper(store, MODEL.id, 30).run_once()
-    assert store.get(job_id).status is Status.QUEUED
+    assert records.run(client, records.get(job_id)).status is Status.QUEUED
 
 
 def test_an_overdue_job_that_waits_is_ended_although_no_worker_takes_it(client: fakeredis.FakeRedis) -> None:
@@ -231,11 +231,11 @@ def test_an_overdue_job_that_waits_is_ended_although_no_worker_takes_it(client: 
         client.hset(routing.job_key(job_id), "deadline_at", 1)
         client.zadd(routing.deadlines_key(), {job_id: 1})
     Deadlines(store).run_once()
-    error = store.get(overdue).error
+    error = records.run(client, records.get(overdue)).error
     assert error is not None and error.code == "deadline_exceeded"
     assert [event.type for event in records.run(client, records.events(overdue))][-1] == "job.failed"
-    assert store.get(in_time).status is Status.QUEUED
-    assert store.get(running).status is Status.RUNNING, "its worker hears of it with its next beat"
+    assert records.run(client, records.get(in_time)).status is Status.QUEUED
+    assert records.run(client, records.get(running)).status is Status.RUNNING, "its worker hears of it with its next beat"
 
 
 def test_due_callbacks_are_woken(client: fakeredis.FakeRedis) -> None:

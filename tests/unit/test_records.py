@@ -15,7 +15,7 @@ from support.jobs import accepted
 from latentline import records, routing
 from latentline.connection import connect, connect_async
 from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken, TenantQuotaExceeded
-from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status
+from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status, resolve
 from latentline.records import Backoff, Beat, Records, Verdict, arun, run
 
 BACKOFF = Backoff(first_s=60, most_s=1000, jitter=0.5)
@@ -40,7 +40,7 @@ def store(client: redis.Redis) -> Records:
 
 def submit(client: redis.Redis, **fields: Any) -> str:
     request = JobRequest.parse({"prompt": "a cat", **fields})
-    return accepted(run(client, records.submit([request], 600)))[0].id
+    return accepted(run(client, records.submit([resolve(request)], 600)))[0].id
 
 
 def queue(priority: int) -> str:
@@ -102,7 +102,7 @@ def test_the_whole_life_of_a_job(client: redis.Redis, store: Records) -> None:
     assert (claim.record.status, claim.record.phase, claim.record.attempt, claim.record.worker) == ("running", "encoding", 1, "cpu@host")
     beat = Beat(job_id, claim.token, Phase.DENOISING, 3, 30, batch_jobs=2)
     assert store.beat([beat, beat]) == [Verdict.GO, Verdict.GO]
-    running = store.get(job_id)
+    running = run(client, records.get(job_id))
     assert (running.phase, running.step, running.queue_position) == (Phase.DENOISING, 3, None)
     done = store.settle(job_id, claim.token, Status.SUCCEEDED, images=[IMAGE], timings={"denoising_s": 1.5})
     assert (done.status, done.step, done.images, done.timings) == (Status.SUCCEEDED, 20, (IMAGE,), {"denoising_s": 1.5})
@@ -166,12 +166,12 @@ def test_a_lost_workers_job_is_queued_again_and_runs_alone_after_two(client: red
     for _ in range(2):
         assert not store.suspect(job_id)
         lose(client, store, job_id, alone=False)
-        assert store.get(job_id).status is Status.QUEUED
+        assert run(client, records.get(job_id)).status is Status.QUEUED
     assert store.suspect(job_id)
     lose(client, store, job_id, alone=True)
-    assert store.get(job_id).status is Status.QUEUED
+    assert run(client, records.get(job_id)).status is Status.QUEUED
     lose(client, store, job_id, alone=True)
-    record = store.get(job_id)
+    record = run(client, records.get(job_id))
     assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "worker_lost")
     assert [letter["job_id"] for letter in run(client, records.dead_letters())] == [job_id]
     assert store.reclaim() == []
@@ -182,17 +182,17 @@ def test_a_job_that_gets_further_in_each_life_is_not_what_kills_its_workers(clie
     job_id = submit(client)
     for step in range(1, 10):
         lose(client, store, job_id, alone=True, at=step)
-    assert store.get(job_id).status is Status.QUEUED and not store.suspect(job_id)
+    assert run(client, records.get(job_id)).status is Status.QUEUED and not store.suspect(job_id)
     for _ in range(2):  # the same step over and over is another matter
         lose(client, store, job_id, alone=True, at=9)
-    assert store.get(job_id).status is Status.FAILED
+    assert run(client, records.get(job_id)).status is Status.FAILED
 
 
 def test_what_kills_its_workers_at_one_step_ends_after_five_of_them(client: redis.Redis, store: Records) -> None:
     """Wherever its checkpoints let each life begin."""
     job_id = submit(client)
     lives = 0
-    while store.get(job_id).status is Status.QUEUED:
+    while run(client, records.get(job_id)).status is Status.QUEUED:
         alone = store.suspect(job_id)
         claim = store.claim(job_id, "w", 30, alone=alone)
         assert claim and claim.record.step == lives
@@ -201,7 +201,7 @@ def test_what_kills_its_workers_at_one_step_ends_after_five_of_them(client: redi
         store.beat([Beat(job_id, claim.token, Phase.DENOISING, 12, 30)])
         run_out(client, job_id)
         assert store.reclaim() == [job_id]
-    error = store.get(job_id).error
+    error = run(client, records.get(job_id)).error
     assert (lives, error and error.code) == (5, "worker_lost")
 
 
@@ -209,7 +209,7 @@ def test_company_in_a_crash_is_never_a_reason_to_fail(client: redis.Redis, store
     job_id = submit(client)
     for _ in range(10):
         lose(client, store, job_id, alone=False)
-    assert store.get(job_id).status is Status.QUEUED
+    assert run(client, records.get(job_id)).status is Status.QUEUED
 
 
 def test_errors_are_retried_later_and_end_as_a_dead_letter(client: redis.Redis, store: Records) -> None:
@@ -243,11 +243,11 @@ def test_only_the_newest_holder_may_ask_for_another_try(client: redis.Redis, sto
     new = store.claim(job_id, "heir", 30)
     with pytest.raises(StaleToken):
         store.retry(job_id, old.token, error, BACKOFF)
-    assert new and store.get(job_id).status is Status.RUNNING
+    assert new and run(client, records.get(job_id)).status is Status.RUNNING
     store.settle(job_id, new.token, Status.SUCCEEDED)
     with pytest.raises(StaleToken):
         store.retry(job_id, new.token, error, BACKOFF)
-    assert store.get(job_id).status is Status.SUCCEEDED and run(client, records.dead_letters()) == []
+    assert run(client, records.get(job_id)).status is Status.SUCCEEDED and run(client, records.dead_letters()) == []
 
 
 def test_a_failed_try_of_a_job_whose_cancel_was_asked_for_cancels_it(client: redis.Redis, store: Records) -> None:
@@ -255,7 +255,7 @@ def test_a_failed_try_of_a_job_whose_cancel_was_asked_for_cancels_it(client: red
     claim = store.claim(job_id, "w", 30)
     run(client, records.cancel(job_id, 600))
     assert claim and store.retry(job_id, claim.token, JobError(code="internal", message="x"), BACKOFF)[0] is Status.CANCELLED
-    assert store.get(job_id).status is Status.CANCELLED and not client.exists(routing.delayed_key(), routing.dead_key())
+    assert run(client, records.get(job_id)).status is Status.CANCELLED and not client.exists(routing.delayed_key(), routing.dead_key())
 
 
 @pytest.mark.parametrize(("deadline_in_s", "status"), [(29, Status.FAILED), (600, Status.QUEUED)])
@@ -266,7 +266,7 @@ def test_a_try_that_would_begin_after_the_deadline_is_not_waited_for(
     claim = store.claim(job_id, "w", 30)
     error = JobError(code="store_unavailable", message="no answer")
     assert claim and store.retry(job_id, claim.token, error, BACKOFF) == (status, 30)
-    assert store.get(job_id).error == (error if status is Status.FAILED else None)
+    assert run(client, records.get(job_id)).error == (error if status is Status.FAILED else None)
     assert len(run(client, records.dead_letters())) == (status is Status.FAILED)
 
 
@@ -310,7 +310,7 @@ def test_a_checkpoint_is_kept_for_the_next_owner_and_fenced(client: redis.Redis,
     assert old and store.load_checkpoint(job_id) is None
     assert store.checkpoint(job_id, old.token, 7, data)
     assert store.release(job_id, old.token)
-    assert store.get(job_id).step == 7
+    assert run(client, records.get(job_id)).step == 7
     new = store.claim(job_id, "v", 30)
     assert new and new.record.step == 7 and store.load_checkpoint(job_id) == data
     assert not store.checkpoint(job_id, old.token, 9, b"zombie")
@@ -344,7 +344,7 @@ def test_one_lost_message_among_many_is_found_and_the_others_stay_as_they_are(cl
 
 def test_lost_messages_of_many_jobs_are_found_page_by_page(client: redis.Redis, store: Records) -> None:
     requests = [JobRequest.parse({"prompt": "a cat"}) for _ in range(records.MAX_WAKE + 10)]
-    made = [record.id for record in accepted(run(client, records.submit(requests, 600)))]
+    made = [record.id for record in accepted(run(client, records.submit([resolve(one) for one in requests], 600)))]
     client.delete(queue(5))
     assert set(store.wake("latentline-emoji", 0)) == set(made[: records.MAX_WAKE])
     assert set(store.wake("latentline-emoji", 0)) == set(made[records.MAX_WAKE :])
@@ -438,7 +438,7 @@ def test_a_queued_job_past_its_deadline_is_ended_without_being_claimed(client: r
     assert 0 < client.ttl(routing.job_key(overdue)) <= 600, "kept as this worker's retention says"
     assert client.zrange(routing.deadlines_key(), 0, -1) == [in_time]
     assert store.claim(overdue, "w", 30) is None, "its message comes too late"
-    assert {store.get(job_id).status for job_id in (in_time, without)} == {Status.QUEUED}
+    assert {run(client, records.get(job_id)).status for job_id in (in_time, without)} == {Status.QUEUED}
     assert store.end_overdue() == []
 
 
@@ -461,12 +461,11 @@ def test_the_deadline_of_a_running_job_is_its_workers_until_that_is_lost(client:
     assert store.end_overdue() == [] and min(score for _, score in client.zrange(routing.deadlines_key(), 0, -1, withscores=True)) > 1
     assert claims[0] and store.beat([Beat(held, claims[0].token, Phase.DENOISING, 1, 30)]) == [Verdict.EXPIRED]
     assert store.release(held, claims[0].token)
-    passed(client, held)
-    assert store.end_overdue() == [held], "given back past its deadline"
+    assert store.end_overdue() == [held], "given back past its deadline: it does not wait until it would have been looked at again"
     run_out(client, lost)
     assert store.reclaim() == [lost]
     assert client.hget(routing.job_key(lost), "status") == "failed", "not queued again (a reader would end it then)"
-    error = store.get(lost).error
+    error = run(client, records.get(lost)).error
     assert error is not None and error.code == "deadline_exceeded"
 
 
@@ -562,6 +561,13 @@ def test_a_preview_goes_when_its_job_ends(client: redis.Redis, store: Records, e
         assert shown(client, job_id) == []
 
 
+def test_a_preview_event_without_a_number_is_passed_over(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    for kind in ("job.preview", "job.progress"):
+        client.xadd(routing.events_key(job_id), {"type": kind, "at": "1", "data": "{}"})
+    assert kinds(client, job_id) == ["job.queued", "job.progress"]
+
+
 def test_previews_of_a_worker_of_before_are_read_as_they_are(client: redis.Redis, store: Records) -> None:
     job_id = submit(client)
     data = json.dumps({"seq": 2, "step": 1, "num_steps": 20, "images": ["data:,a"]})
@@ -590,7 +596,7 @@ def test_a_stream_stays_small_however_many_previews_there_were(valkey_url: str) 
 def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     def give(tenant: str) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10, "tenant": tenant})  # 20 rows
-        return accepted(run(client, records.submit([request], 600, tenant_cap=50)))[0].id
+        return accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=50)))[0].id
 
     first, second = give("a"), give("a")
     with pytest.raises(TenantQuotaExceeded, match="tenant 'a' has 40 rows"):
@@ -603,34 +609,34 @@ def test_a_tenants_cap(client: redis.Redis, store: Records) -> None:
     for job in run(client, records.list_jobs(Status.QUEUED))[0]:
         run(client, records.cancel(job.id, 600))
     assert client.hgetall(routing.tenants_key()) == {}
-    assert store.get(second).status is Status.CANCELLED
+    assert run(client, records.get(second)).status is Status.CANCELLED
 
 
 @pytest.mark.parametrize("steps", [10, 20])
 def test_a_tenant_with_nothing_queued_may_have_one_job_however_costly(client: redis.Redis, steps: int) -> None:
     request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": steps})  # twice as many rows
-    assert accepted(run(client, records.submit([request], 600, tenant_cap=19)))
+    assert accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=19)))
     with pytest.raises(TenantQuotaExceeded):
-        accepted(run(client, records.submit([request], 600, tenant_cap=19)))
+        accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=19)))
 
 
 def test_a_tenant_may_fill_its_cap_exactly(client: redis.Redis) -> None:
     request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 10})  # 20 rows
-    accepted(run(client, records.submit([request, request], 600, tenant_cap=40)))
+    accepted(run(client, records.submit([resolve(request), resolve(request)], 600, tenant_cap=40)))
     with pytest.raises(TenantQuotaExceeded, match="has 40 rows"):
-        accepted(run(client, records.submit([request], 600, tenant_cap=59)))
-    accepted(run(client, records.submit([request], 600, tenant_cap=60)))
+        accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=59)))
+    accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=60)))
 
 
 def test_a_refused_request_may_be_sent_again_under_its_key(client: redis.Redis) -> None:
     blocking = submit(client)
     request = JobRequest.parse({"prompt": "a cat", "idempotency_key": "k"})
     with pytest.raises(TenantQuotaExceeded):
-        accepted(run(client, records.submit([request], 600, tenant_cap=10)))
+        accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=10)))
     assert not client.exists(routing.idempotency_key("default", "k"))
     run(client, records.cancel(blocking, 600))
-    (record,) = accepted(run(client, records.submit([request], 600, tenant_cap=10)))
-    assert record.status is Status.QUEUED and accepted(run(client, records.submit([request], 600, tenant_cap=10))) == [record]
+    (record,) = accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=10)))
+    assert record.status is Status.QUEUED and accepted(run(client, records.submit([resolve(request)], 600, tenant_cap=10))) == [record]
 
 
 def test_one_settle_one_callback(client: redis.Redis, store: Records) -> None:
@@ -721,14 +727,13 @@ def test_records_and_what_belongs_to_them_expire_together(client: redis.Redis, s
     store.forget([f"t/{job_id}"])
     assert store.expired() == []
     with pytest.raises(JobNotFound):
-        store.get(job_id)
+        run(client, records.get(job_id))
     assert client.zcard(routing.index_key()) == 0
 
 
 @pytest.mark.parametrize("status", [Status.SUCCEEDED, Status.FAILED, Status.CANCELLED])
 def test_nothing_is_left_of_a_job_that_is_forgotten(client: redis.Redis, store: Records, status: Status) -> None:
-    fields: dict[str, Any] = {"idempotency_key": "k", "deadline_s": 600, "tenant": "t"}
-    job_id = submit(client, **fields)
+    job_id = submit(client, deadline_s=600, tenant="t")
     taken_from_any(client)
     claim = store.claim(job_id, "w", 30)
     assert claim and store.checkpoint(job_id, claim.token, 1, b"x")
@@ -775,7 +780,7 @@ def test_the_lease_of_a_job_that_ended_otherwise_is_cleared(client: redis.Redis,
     job_id = submit(client)
     client.zadd(routing.leases_key(), {job_id: 1})
     assert store.reclaim() == [] and client.zcard(routing.leases_key()) == 0
-    assert store.get(job_id).status is Status.QUEUED
+    assert run(client, records.get(job_id)).status is Status.QUEUED
 
 
 def test_a_record_of_another_version_is_failed_and_kept(client: redis.Redis, store: Records) -> None:
@@ -812,7 +817,7 @@ def test_a_lost_job_whose_cancel_was_asked_for_is_cancelled(client: redis.Redis,
     run(client, records.cancel(job_id, 600))
     run_out(client, job_id)
     assert store.reclaim() == [job_id]
-    assert store.get(job_id).status is Status.CANCELLED
+    assert run(client, records.get(job_id)).status is Status.CANCELLED
 
 
 def test_nothing_to_claim(store: Records) -> None:
@@ -824,7 +829,7 @@ def test_release_puts_it_back_with_a_fresh_wake_up(client: redis.Redis, store: R
     job_id = submit(client)
     claim = store.claim(job_id, "w", 30)
     assert claim and store.release(job_id, claim.token)
-    record = store.get(job_id)
+    record = run(client, records.get(job_id))
     assert (record.status, record.queue_position, record.worker) == (Status.QUEUED, 0, None)
     assert client.llen(queue(5)) == 2
     again = store.claim(job_id, "w", 30)
@@ -852,7 +857,7 @@ def test_a_job_whose_cancel_was_asked_for_is_not_queued_again(client: redis.Redi
     claim = store.claim(job_id, "w", 30)
     run(client, records.cancel(job_id, 600))
     assert claim and store.release(job_id, claim.token)
-    assert store.get(job_id).status is Status.CANCELLED
+    assert run(client, records.get(job_id)).status is Status.CANCELLED
     assert kinds(client, job_id)[-1] == "job.cancelled"
 
 
@@ -878,7 +883,7 @@ def test_deadlines(client: redis.Redis, store: Records) -> None:
     waiting = submit(client, deadline_s=600)
     client.hset(routing.job_key(waiting), "deadline_at", 1)
     assert store.claim(waiting, "w", 30) is None
-    record = store.get(waiting)
+    record = run(client, records.get(waiting))
     assert record.error is not None and (record.status, record.error.code) == (Status.FAILED, "deadline_exceeded")
     started = submit(client, deadline_s=600)
     claim = store.claim(started, "w", 30)
@@ -891,7 +896,7 @@ def test_a_key_and_its_record_expire_together(client: redis.Redis) -> None:
     for worker_s, api_s in ((600, 60), (60, 600), (60, 60)):
         store = Records(client, retention_s=worker_s)
         request = JobRequest.parse({"prompt": "a cat", "idempotency_key": f"{worker_s}/{api_s}", "tenant": "t"})
-        (record,) = accepted(run(client, records.submit([request], api_s)))
+        (record,) = accepted(run(client, records.submit([resolve(request)], api_s)))
         key = routing.idempotency_key("t", f"{worker_s}/{api_s}")
         assert client.ttl(key) > 600, "while the job waits or runs, whatever the retention"
         claim = store.claim(record.id, "w", 30)
@@ -902,23 +907,11 @@ def test_a_key_and_its_record_expire_together(client: redis.Redis) -> None:
 
 
 def test_a_key_whose_record_is_gone_is_free(client: redis.Redis) -> None:
-    """A worker of version 0.1.0 ends a job and leaves its key."""
+    """A worker of version 0.1.0 does not shorten the key's time to live when it ends a job."""
     first = submit(client, idempotency_key="k")
     client.delete(routing.job_key(first))
     second = submit(client, idempotency_key="k", prompt="a dog")
     assert second != first and submit(client, idempotency_key="k", prompt="a dog") == second
-
-
-def test_a_key_goes_with_a_record_that_is_forgotten_and_not_with_another(client: redis.Redis, store: Records) -> None:
-    first = submit(client, idempotency_key="k", tenant="t")
-    other = submit(client, idempotency_key="other", tenant="t")
-    client.hset(routing.job_key(other), "idempotency_key", "k")  # the key was free, and the first job has it now
-    client.zadd(routing.expiring_key(), {f"t/{other}": 1})
-    store.expired()
-    assert client.hget(routing.idempotency_key("t", "k"), "id") == first
-    client.zadd(routing.expiring_key(), {f"t/{first}": 1})
-    store.expired()
-    assert not client.exists(routing.idempotency_key("t", "k"))
 
 
 def test_idempotency(client: redis.Redis) -> None:
@@ -958,6 +951,23 @@ def test_pages_skip_no_job_where_records_have_expired_between_them(client: redis
             break
     assert seen == [job_id for job_id in newest_first if job_id not in gone]
     assert len(seen) == len(made) - len(gone)
+
+
+def test_pages_of_queued_jobs_skip_none_where_overdue_ones_are_failed_between_them(client: redis.Redis) -> None:
+    made = [submit(client, deadline_s=600) for _ in range(14)]
+    newest_first = [record.id for record in run(client, records.list_jobs())[0]]
+    overdue = set(newest_first[:3] + newest_first[7:9])
+    for job_id in overdue:
+        passed(client, job_id)
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page, cursor = run(client, records.list_jobs(Status.QUEUED, cursor, limit=5))
+        seen += [record.id for record in page]
+        if cursor is None:
+            break
+    assert seen == [job_id for job_id in newest_first if job_id not in overdue]
+    assert len(seen) == len(made) - len(overdue)
 
 
 def test_list_by_status_and_without_expired_records(client: redis.Redis, store: Records) -> None:
@@ -1001,10 +1011,10 @@ def test_unknown_ids(client: redis.Redis) -> None:
 def test_models_and_workers(client: redis.Redis, store: Records) -> None:
     info = ModelInfo(id="m", family="sd", default_width=64, default_height=64, max_pixels=4096)
     store.announce("cpu@a", info)
-    assert store.models() == {"m": info}
-    assert store.workers() == ["cpu@a"]
+    assert run(client, records.models()) == {"m": info}
+    assert run(client, records.workers()) == ["cpu@a"]
     store.worker_gone("cpu@a")
-    assert store.workers() == []
+    assert run(client, records.workers()) == []
 
 
 def test_a_worker_that_says_nothing_vanishes_and_its_name_goes(client: redis.Redis, store: Records) -> None:
@@ -1013,7 +1023,7 @@ def test_a_worker_that_says_nothing_vanishes_and_its_name_goes(client: redis.Red
         store.announce(name, info)
     client.zadd(routing.workers_key(), {"silent": seconds(client) - 12, "forgotten": seconds(client) - 3700})
     store.announce("alive", info)
-    assert store.workers() == ["alive"]
+    assert run(client, records.workers()) == ["alive"]
     assert set(client.zrange(routing.workers_key(), 0, -1)) == {"alive", "silent"}
 
 
@@ -1024,6 +1034,38 @@ def test_a_settled_failure_tells_why(client: redis.Redis, store: Records) -> Non
     error = JobError(code="numerical_error", message="not finite")
     assert store.settle(job_id, claim.token, Status.FAILED, error=error).error == error
     assert run(client, records.events(job_id))[-1].data["error"]["code"] == "numerical_error"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("NOREPLICAS Not enough good replicas to write.", "NOREPLICAS"),
+        ("BUSY Valkey is busy running a script.", "BUSY"),
+        ("WRONGTYPE Operation against a key of alice@10.0.0.7", "WRONGTYPE"),
+        ("user_script:12: attempt to index a nil value of alice@10.0.0.7", "ResponseError"),
+    ],
+)
+def test_whatever_the_broker_refuses_is_a_domain_error_without_its_text(client: redis.Redis, text: str, code: str) -> None:
+    def refused() -> records.Operation[None]:
+        def call(_: object) -> None:
+            raise redis.ResponseError(text)
+
+        yield call
+
+    with pytest.raises(BrokerUnavailable, match=f": {code}$"):
+        run(client, refused())
+
+
+@pytest.mark.parametrize("error", [redis.exceptions.ClusterDownError("down"), redis.exceptions.MasterDownError("no link")])
+def test_a_broker_without_its_primary_is_unavailable(client: redis.Redis, error: redis.ResponseError) -> None:
+    def refused() -> records.Operation[None]:
+        def call(_: object) -> None:
+            raise error
+
+        yield call
+
+    with pytest.raises(BrokerUnavailable, match=type(error).__name__):
+        run(client, refused())
 
 
 def test_a_dead_broker_is_an_error_in_both_worlds() -> None:

@@ -18,7 +18,7 @@ from support.stubs import PATIENCE_S, RunnerBench
 
 from latentline import records, routing
 from latentline.errors import ConfigurationError, JobNotFound, StoreUnavailable
-from latentline.jobs import JobError, JobRecord, JobRequest, Status
+from latentline.jobs import JobError, JobRecord, JobRequest, Status, resolve
 from latentline.records import MAX_ERRORS, Records
 from latentline.records.held import SUSPECT_CRASHES
 from latentline_worker.engine.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ class Bench(RunnerBench):
 
     def submit(self, **fields: Any) -> str:
         request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 4, "scheduler": "ddim", "seed": 1, **fields})
-        return records.run(self.client, records.submit([request], 600))[0].id
+        return records.run(self.client, records.submit([resolve(request)], 600))[0].id
 
     def begin(self, job_id: str) -> Future[None]:
         return self.pool.submit(self.runner.run, job_id)
@@ -56,7 +56,7 @@ class Bench(RunnerBench):
         return job_id, self.engine.next(), done
 
     def get(self, job_id: str) -> JobRecord:
-        return self.records.get(job_id)
+        return records.run(self.client, records.get(job_id))
 
     def raw(self, job_id: str) -> dict[str, str]:
         found: dict[str, str] = self.client.hgetall(routing.job_key(job_id))

@@ -19,7 +19,7 @@ import redis
 
 from latentline import records, routing, scripts
 from latentline.connection import connect, connect_async
-from latentline.jobs import JobRequest, Phase, Status
+from latentline.jobs import JobRequest, Phase, Status, resolve
 from latentline.records import Beat, Records, Verdict, arun, run
 from latentline.scripts import names
 
@@ -39,7 +39,7 @@ def client(valkey_url: str) -> Iterator[redis.Redis]:
 
 
 def submission(**fields: Any) -> records.Operation[Any]:
-    return records.submit([JobRequest.parse({"prompt": "a cat", **fields})], 600)
+    return records.submit([resolve(JobRequest.parse({"prompt": "a cat", **fields}))], 600)
 
 
 def test_every_file_is_a_script_that_python_knows() -> None:
@@ -127,7 +127,7 @@ def test_scripts_that_the_broker_forgets_in_the_middle_of_a_job_are_sent_again(c
 
 def test_many_calls_on_a_broker_that_knows_no_script_are_each_done_once_and_in_order(client: redis.Redis) -> None:
     requests = [JobRequest.parse({"prompt": "a cat", "seed": seed}) for seed in range(20)]
-    accepted = run(client, records.submit(requests, 600))
+    accepted = run(client, records.submit([resolve(one) for one in requests], 600))
     assert [record.request.seed for record in accepted] == list(range(20))
     assert [record.queue_position for record in accepted] == list(range(20))
     assert client.zcard(routing.index_key()) == 20

@@ -14,7 +14,7 @@ import pytest
 from support.stubs import PATIENCE_S
 
 from latentline import records
-from latentline.jobs import JobRequest, Phase
+from latentline.jobs import JobRequest, Phase, resolve
 from latentline.records import Records
 from latentline_worker.generate.leases import Leases
 from latentline_worker.generate.watchdog import Watchdog
@@ -49,7 +49,7 @@ class OnDevice:
 def test_it_does_not_wait_for_a_thread_that_waits_for_the_device() -> None:
     client = fakeredis.FakeRedis(decode_responses=True)
     store = Records(client)
-    job = records.run(client, records.submit([JobRequest.parse({"prompt": "a cat"})], 600))[0]
+    job = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600))[0]
     claim = store.claim(job.id, "w", 30)
     assert claim is not None
     stalled, aborted = threading.Event(), threading.Event()
@@ -78,7 +78,7 @@ import fakeredis
 from support.stubs import FAMILY, MemoryStore, StubEngine
 
 from latentline import records
-from latentline.jobs import JobRequest
+from latentline.jobs import JobRequest, resolve
 from latentline.records import Records
 from latentline_worker.engine.request import Request, Work
 from latentline_worker.generate.worker import GenerateWorker
@@ -111,7 +111,7 @@ class WedgedEngine(StubEngine):
 
 client = fakeredis.FakeRedis(decode_responses=True)
 store = Records(client)
-(job,) = records.run(client, records.submit([JobRequest.parse({"prompt": "a cat", "scheduler": "ddim"})], 600))
+(job,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat", "scheduler": "ddim"}))], 600))
 settings = WorkerSettings(stall_s=5, ready_file=Path(sys.argv[1]))
 worker = GenerateWorker("cpu@test", settings, FAMILY, WedgedEngine(), store, MemoryStore())
 worker.start()

@@ -68,6 +68,27 @@ def test_the_maintenance_services_run_from_start_to_stop(client: fakeredis.FakeR
     assert all(service.stopped for service in services)
 
 
+def test_a_failed_announcement_keeps_nothing_else_from_starting(
+    client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Celery logs what its signal handlers raise and goes on: the worker would claim jobs whose leases nobody renews."""
+    worker = make_worker(client, StubEngine())
+    running: list[bool] = []
+
+    def announce() -> None:
+        running.append(worker._leases._thread.is_alive() and worker._watchdog._thread.is_alive())
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr(worker._announcer, "run_once", announce)
+    worker.start()
+    services = (worker._leases, worker._watchdog, worker._reaper, worker._deadlines, worker._expiry, worker._announcer)
+    assert all(service._thread.is_alive() for service in services)
+    assert running[0] is True, "leases and the watchdog come first"
+    assert "announcer failed" in caplog.messages
+    monkeypatch.undo()
+    worker.stop()
+
+
 def test_the_liveness_file_goes_with_the_worker(client: fakeredis.FakeRedis, tmp_path: Path) -> None:
     path = tmp_path / "ready"
     worker = make_worker(client, StubEngine(), ready_file=path)

@@ -128,7 +128,10 @@ async def cancel_job(request: Request, job_id: str) -> JobAnswer:
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **_errors(404)},
 )
 async def job_events(request: Request, job_id: str, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
-    """The job's events as server-sent events, up to its last one. ``Last-Event-ID`` resumes after an event."""
+    """The job's events as server-sent events, up to its last one. ``Last-Event-ID`` resumes after an event.
+
+    Only the newest preview is kept, so the ``images`` of a ``job.preview`` event may be empty.
+    """
     client = _client(request)
     # The first read comes before the answer starts, so that an error can still be answered with its own status.
     first, ended = await client.follow(job_id, last_event_id, 1)

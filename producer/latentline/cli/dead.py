@@ -19,7 +19,7 @@ from .options import json_option
 
 @click.group()
 def dead() -> None:
-    """Jobs that were given up and messages that nobody could read (settings from LATENTLINE_* variables)."""
+    """Jobs that failed permanently and unreadable messages (settings from LATENTLINE_* variables)."""
 
 
 @dead.command("list")
@@ -47,10 +47,10 @@ def show_dead(dead_id: str) -> None:
 @click.argument("dead_id")
 @clear_errors
 def replay_dead(dead_id: str) -> None:
-    """Submit a given-up job's request again, as a new job; the dead letter goes."""
+    """Submit the request of a permanently failed job again, as a new job, and drop the dead letter."""
     letter = run(records.dead_letter(dead_id))
     if letter["kind"] != "job":
-        raise InvalidRequest("dead_id", dead_id, "the dead letter of a job: a message that nobody can read has nothing to replay")
+        raise InvalidRequest("dead_id", dead_id, "the dead letter of a job: an unreadable message cannot be replayed")
     try:
         request = JobRequest.model_validate_json(letter["request"]).model_copy(update={"idempotency_key": None})
     except ValueError:

@@ -13,7 +13,7 @@ from latentline.jobs import JobRequest
 
 from .errors import EXIT_FAILED, clear_errors
 from .options import json_option, url_option
-from .remote import Api, check_output, save_images, show
+from .remote import JOB_FIELDS, Api, check_output, save_images, show
 
 
 @click.command()
@@ -53,7 +53,7 @@ def submit(
     if output:
         check_output(output)
     api = Api(url)
-    job = api.call("POST", "/v1/jobs", json=body)
+    job = api.job("POST", "/v1/jobs", json=body)
     if wait or output:
         job = api.follow(job, timeout_s)
     if output and job["status"] == "succeeded":
@@ -70,7 +70,7 @@ def submit(
 @json_option
 def status(job_id: str, url: str, as_json: bool) -> None:
     """Show a job."""
-    show(Api(url).call("GET", f"/v1/jobs/{job_id}"), as_json)
+    show(Api(url).job("GET", f"/v1/jobs/{job_id}"), as_json)
 
 
 @click.command()
@@ -79,7 +79,7 @@ def status(job_id: str, url: str, as_json: bool) -> None:
 @json_option
 def cancel(job_id: str, url: str, as_json: bool) -> None:
     """Cancel a job."""
-    show(Api(url).call("POST", f"/v1/jobs/{job_id}/cancel"), as_json)
+    show(Api(url).job("POST", f"/v1/jobs/{job_id}/cancel"), as_json)
 
 
 @click.command()
@@ -90,7 +90,7 @@ def cancel(job_id: str, url: str, as_json: bool) -> None:
 def jobs(status_: str | None, limit: int, url: str, as_json: bool) -> None:
     """List jobs, newest first."""
     params: dict[str, Any] = {"limit": limit} | ({"status": status_} if status_ else {})
-    page = Api(url).call("GET", "/v1/jobs", params=params)
+    page = Api(url).page("/v1/jobs", "jobs", JOB_FIELDS, params=params)
     if as_json:
         click.echo(json.dumps(page, indent=2))
         return

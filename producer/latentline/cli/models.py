@@ -10,7 +10,7 @@ import click
 from .errors import clear_errors
 from .extras import load
 from .options import json_option, url_option
-from .remote import Api
+from .remote import MODEL_FIELDS, Api
 
 
 @click.group(invoke_without_command=True)
@@ -21,7 +21,7 @@ def models(context: click.Context, url: str, as_json: bool) -> None:
     """List the models that workers serve."""
     if context.invoked_subcommand:
         return
-    answer = Api(url).call("GET", "/v1/models")
+    answer = Api(url).page("/v1/models", "models", MODEL_FIELDS)
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return

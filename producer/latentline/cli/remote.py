@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,10 @@ from .errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE, fail
 
 TIMEOUT_S = 10.0
 POLL_S = 0.2  # between two requests for a job that is waited for
+
+# The fields of the API's answers that this module and the commands read.
+JOB_FIELDS = frozenset({"id", "status", "phase", "step", "num_steps", "queue_position", "images", "error", "request"})
+MODEL_FIELDS = frozenset({"id", "family", "default_width", "default_height"})
 
 
 class Api:
@@ -36,6 +41,7 @@ class Api:
         self.url = url
 
     def call(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON that one request is answered with."""
         try:
             response = self._http.request(method, path, **options)
             data = response.json()
@@ -44,10 +50,27 @@ class Api:
         except ValueError:
             fail(f"{self.url} is not a latentline API (its answer is no JSON)", EXIT_UNAVAILABLE)
         if response.is_error:
-            error_ = data.get("error", {}) if isinstance(data, dict) else {}
-            code = EXIT_UNAVAILABLE if response.status_code >= 500 else EXIT_BAD_INPUT
-            fail(str(error_.get("message", f"status {response.status_code}")), code)
+            error_ = data.get("error") if isinstance(data, dict) else None
+            message = error_.get("message") if isinstance(error_, dict) else None
+            fail(str(message or f"status {response.status_code}"), EXIT_UNAVAILABLE if response.status_code >= 500 else EXIT_BAD_INPUT)
         return data
+
+    def job(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """A call that is answered with a job."""
+        job: dict[str, Any] = self.call(method, path, **options)
+        self._check([job], JOB_FIELDS)
+        return job
+
+    def page(self, path: str, key: str, fields: Set[str], **options: Any) -> dict[str, Any]:
+        """A call that is answered with a list of objects under ``key``, each of which has these fields."""
+        answer: dict[str, Any] = self.call("GET", path, **options)
+        self._check(answer.get(key) if isinstance(answer, dict) else None, fields)
+        return answer
+
+    def _check(self, found: Any, fields: Set[str]) -> None:
+        """Fail unless all objects of a list have these fields: the URL may be that of another service that answers with JSON."""
+        if not isinstance(found, list) or not all(isinstance(one, dict) and one.keys() >= fields for one in found):
+            fail(f"{self.url} is not a latentline API (its answer has another form)", EXIT_UNAVAILABLE)
 
     def follow(self, job: dict[str, Any], timeout_s: float | None) -> dict[str, Any]:
         """Wait for the end of a job with a progress bar on stderr."""
@@ -59,7 +82,7 @@ class Api:
                 if deadline is not None and time.monotonic() > deadline:
                     fail(f"job {job['id']} has not ended within {timeout_s:g} s; it goes on", EXIT_FAILED)
                 time.sleep(POLL_S)
-                job = self.call("GET", f"/v1/jobs/{job['id']}")
+                job = self.job("GET", f"/v1/jobs/{job['id']}")
                 progress.update(bar, description=job["phase"] or job["status"], completed=job["step"])
         return job
 

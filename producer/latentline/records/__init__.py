@@ -1,7 +1,7 @@
 """Job records in Redis: every transition is one atomic Lua script on the server's clock (:mod:`latentline.scripts`)."""
 
 from .dead import dead_letter, dead_letters, drop_dead_letter
-from .driving import Call, Operation, arun, run
+from .driving import Call, Operation, arun, domain_errors, run
 from .fleet import Fleet, durability, fleet, models, workers
 from .held import MAX_ERRORS, Backoff, Beat, Verdict
 from .jobs import MAX_PAGE, cancel, events, follow, get, list_jobs, submit
@@ -11,6 +11,6 @@ from .worker import Records
 
 __all__ = [
     "MAX_ERRORS", "MAX_PAGE", "MAX_WAKE", "Backoff", "Beat", "Call", "Fleet", "Operation", "Records", "Verdict", "arun", "callbacks",
-    "cancel", "dead_letter", "dead_letters", "drop_dead_letter", "durability", "events", "fleet", "follow", "get", "list_jobs",
-    "models", "replay_callback", "run", "submit", "workers",
+    "cancel", "dead_letter", "dead_letters", "domain_errors", "drop_dead_letter", "durability", "events", "fleet", "follow", "get",
+    "list_jobs", "models", "replay_callback", "run", "submit", "workers",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dead letters: jobs that failed for good, and messages that could not be read."""
+"""Dead letters: jobs that failed permanently, and unreadable messages."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def drop_dead_letter(dead_id: str) -> Operation[None]:
 
 
 def bury(dead_id: str, kind: str, reason: str, **more: Any) -> Operation[None]:
-    """Keep what could not be read, with its cause."""
+    """Store a dead letter for something unreadable, with its cause."""
     yield from call_script(BURY, id=dead_id, letter=json.dumps({"id": dead_id, "kind": kind, "reason": reason, **more}))

@@ -1,14 +1,15 @@
 """How operations on Redis are written once and driven by a blocking client or an asyncio one.
 
-An operation is a generator that yields Redis calls and returns its result. There is one way to drive it: :func:`run`, and
-:func:`arun` for asyncio, which is the same but for one ``await``; a function is either a coroutine or not, so they are two.
-Applications, the command line and workers all go through them. Workers hold a client for good: what they do are methods of
-classes over :class:`Driven`.
+An operation is a generator that yields Redis calls and returns its result. :func:`run` drives it with a blocking client,
+:func:`arun` with an asyncio client; the two differ in one ``await``. Applications, the command line and workers all use them.
+Workers keep one client, so their operations are methods of subclasses of :class:`Driven`.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -18,23 +19,26 @@ import redis.asyncio
 
 from latentline import routing
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import LEVEL
+from latentline.jobs import DEFAULT_RETENTION_S, LEVEL
 from latentline.scripts import Script
+
+log = logging.getLogger(__name__)
+_CODE = re.compile(r"[A-Z]{3,20}")
 
 T = TypeVar("T")
 P = ParamSpec("P")
 D = TypeVar("D", bound="Driven")
 Call = Callable[[Any], Any]
 Operation = Generator[Call, Any, T]
-# A broker that is away, that has become a replica, or that is full.
-UNAVAILABLE = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError, OSError)
+# What a broker raises that is unreachable, full, read-only, or that refuses or fails a command.
+FAILURES = (redis.ConnectionError, redis.TimeoutError, redis.ResponseError, OSError)
 
 
 def run(client: redis.Redis, operation: Operation[T]) -> T:
     """Drive an operation with a blocking client.
 
     Raises:
-        BrokerUnavailable: Redis does not answer, or refuses for reasons of its own.
+        BrokerUnavailable: Redis does not answer, or answers with an error that the operation does not handle.
     """
     with domain_errors():
         try:
@@ -42,8 +46,8 @@ def run(client: redis.Redis, operation: Operation[T]) -> T:
             while True:
                 try:
                     value = call(client)
-                except redis.ResponseError as error:
-                    call = operation.throw(error)  # the operation may know what to make of a refusal
+                except FAILURES as error:
+                    call = operation.throw(error)  # the operation may handle it
                 else:
                     call = operation.send(value)
         except StopIteration as done:
@@ -59,8 +63,8 @@ async def arun(client: redis.asyncio.Redis, operation: Operation[T]) -> T:
             while True:
                 try:
                     value = await call(client)
-                except redis.ResponseError as error:
-                    call = operation.throw(error)  # the operation may know what to make of a refusal
+                except FAILURES as error:
+                    call = operation.throw(error)  # the operation may handle it
                 else:
                     call = operation.send(value)
         except StopIteration as done:
@@ -76,7 +80,7 @@ class Driven:
         level: of the requests that this worker can read, see :data:`latentline.models.LEVEL`.
     """
 
-    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400, level: int = LEVEL) -> None:
+    def __init__(self, client: redis.Redis, retention_s: int = DEFAULT_RETENTION_S, level: int = LEVEL) -> None:
         self._client, self._retention_s, self._level = client, retention_s, level
 
 
@@ -92,23 +96,31 @@ def driven(method: Callable[Concatenate[D, P], Operation[T]]) -> Callable[Concat
 
 @contextmanager
 def domain_errors() -> Iterator[None]:
-    """What is the matter with the broker, without the text of the error: it may hold a name or an address."""
+    """Translate redis errors into domain errors. The original text is dropped: it may hold a user name or an address."""
     try:
         yield
-    except redis.AuthenticationError as error:
-        raise BrokerUnavailable("the broker refuses the user or the password of LATENTLINE_REDIS_URL") from error
-    except UNAVAILABLE as error:
-        if "certificate verify failed" in str(error):
-            raise BrokerUnavailable("the broker's certificate is not trusted: see ssl_ca_certs in LATENTLINE_REDIS_URL") from error
-        raise BrokerUnavailable(f"the broker does not answer as it should: {type(error).__name__}") from error
-    except redis.ResponseError as error:
-        # Refusals by its state or settings. Within scripts the reason stands further back in the text.
-        if isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in str(error) or "ACL failure" in str(error):
-            reason = "the broker does not let the user of LATENTLINE_REDIS_URL do this: see deploy/valkey/users.acl"
-            raise BrokerUnavailable(reason) from error
-        if "MISCONF" in str(error):
-            raise BrokerUnavailable("the broker cannot write to its disk and refuses changes") from error
-        raise
+    except FAILURES as error:
+        raise unavailable(error) from error
+
+
+def unavailable(error: Exception) -> BrokerUnavailable:
+    """The domain error for a redis error. The original text goes to the log at debug level only."""
+    log.debug("the broker failed", exc_info=error)
+    return BrokerUnavailable(_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)  # where a command inside of a script was refused, the reason may stand further back in it
+    if isinstance(error, redis.AuthenticationError):
+        return "the broker refuses the user or the password of LATENTLINE_REDIS_URL"
+    if "certificate verify failed" in text:
+        return "the broker's certificate is not trusted: see ssl_ca_certs in LATENTLINE_REDIS_URL"
+    if isinstance(error, redis.exceptions.NoPermissionError) or "NOPERM" in text or "ACL failure" in text:
+        return "the broker does not let the user of LATENTLINE_REDIS_URL do this: see deploy/valkey/users.acl"
+    if "MISCONF" in text:
+        return "the broker cannot write to its disk and refuses changes"
+    code = text.partition(" ")[0]  # such as NOREPLICAS or BUSY; redis has exception types for some of them only
+    return f"the broker does not answer as it should: {code if _CODE.fullmatch(code) else type(error).__name__}"
 
 
 def call_script(script: Script, **arguments: Any) -> Operation[Any]:
@@ -159,6 +171,12 @@ def _pipeline(commands: Sequence[Sequence[Any]]) -> Call:
         return pipeline.execute(raise_on_error=False)
 
     return call
+
+
+def broker_time() -> Operation[float]:
+    """The broker's clock, in Unix seconds."""
+    seconds, microseconds = yield lambda client: client.time()
+    return float(seconds + microseconds / 1e6)
 
 
 def zrem(key: str, members: Sequence[str]) -> Call:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
-from pydantic import ValidationError
 
 from latentline import routing
 from latentline.errors import InvalidRequest, NoWorker
-from latentline.jobs import Announcement, JobRequest, ModelInfo, Submission, resolve
+from latentline.jobs import Announcement, JobRequest, Message, ModelInfo, Submission, resolve
 from latentline.models import common, level_of
 
 from .driving import Operation
 
 log = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=Message)
+_unreadable: set[str] = set()  # workers and models whose announcement was logged as unreadable
+
 WORKER_ALIVE_S = 10  # a worker whose last heartbeat is older than this is gone
 ANNOUNCED_S = 60  # how long an announcement holds: longer than most restarts, so that a rolling update refuses no submission
-
-
 NOBODY = "a model that a worker serves (none has announced one yet)"
 
 
@@ -31,8 +30,8 @@ NOBODY = "a model that a worker serves (none has announced one yet)"
 class Fleet:
     """What the workers serve now.
 
-    ``offers`` holds what is announced of each model, as (level, info): the one whose defaults count comes first.
-    ``known`` are all models that some worker has announced since the broker's state began.
+    ``offers`` holds what is announced of each model, as (level, info), beginning with the one whose defaults count.
+    ``known`` holds every model that any worker has announced since the broker's data was created.
     """
 
     offers: Mapping[str, tuple[tuple[int, ModelInfo], ...]]
@@ -88,14 +87,14 @@ def fleet() -> Operation[Fleet]:
     (seconds, _), announced_at, announced, first, beats = yield call
     offers: dict[str, list[tuple[int, ModelInfo]]] = {}
     for name, at in announced_at:
-        if at > seconds - ANNOUNCED_S and (announcement := _announcement(name, announced.get(name))):
+        if at > seconds - ANNOUNCED_S and (announcement := _read(Announcement, f"worker {name}", announced.get(name))):
             for info in announcement.models:
                 offers.setdefault(info.id, []).append((announcement.level, info))
     # Workers of version 0.1.0 announce into one hash without names. Its models are served while one of them is alive.
     if any(at > seconds - WORKER_ALIVE_S and name not in announced for name, at in beats):
         for model_id, text in first.items():
-            if model_id not in offers:
-                offers[model_id] = [(1, ModelInfo.model_validate_json(text))]
+            if model_id not in offers and (old := _read(ModelInfo, f"model {model_id}", text)):
+                offers[model_id] = [(1, old)]
     # In an order that does not depend on who announced last: the defaults must not change while nothing changes.
     ordered = {
         key: tuple(sorted(found, key=lambda offer: (-offer[0], offer[1].model_dump_json()))) for key, found in sorted(offers.items())
@@ -103,12 +102,19 @@ def fleet() -> Operation[Fleet]:
     return Fleet(ordered, tuple(first))
 
 
-def _announcement(name: str, text: str | None) -> Announcement | None:
-    try:
-        return Announcement.model_validate(json.loads(text)) if text else None
-    except (ValueError, ValidationError) as error:
-        log.warning("the announcement of worker %s cannot be read: %s", name, type(error).__name__)
+def _read(kind: type[M], whose: str, text: str | None) -> M | None:
+    """An announcement; None for one that cannot be read, which must not break the submissions for other models."""
+    if not text:
         return None
+    try:
+        read = kind.model_validate_json(text)
+    except ValueError as error:
+        if whose not in _unreadable:  # announcements are read at each submission
+            log.warning("the announcement of %s cannot be read: %s", whose, type(error).__name__)
+        _unreadable.add(whose)
+        return None
+    _unreadable.discard(whose)
+    return read
 
 
 def models() -> Operation[dict[str, ModelInfo]]:

@@ -20,13 +20,13 @@ from .dead import bury
 from .driving import Driven, Operation, call_script, call_script_many, driven, pairs
 from .jobs import record_of
 
-MAX_ERRORS = 4  # tries that may end in an error that another try might mend
-SUSPECT_CRASHES = 2  # workers that may be lost with a job that was no further than ever, before it runs with no other beside it
+MAX_ERRORS = 4  # Retryable errors after which a job fails.
+SUSPECT_CRASHES = 2  # Crashes without progress after which a job runs alone.
 CHECKPOINT_TTL_S = 86400
 
 
 class Verdict(StrEnum):
-    """What a worker is told of a job that it reports on."""
+    """The answer to a heartbeat."""
 
     GO = "go"
     CANCEL = "cancel"
@@ -61,7 +61,7 @@ class HeldJobs(Driven):
 
     @driven
     def suspect(self, job_id: str) -> Operation[bool]:
-        """Whether so many workers were lost with this job that it should run with no other beside it."""
+        """Whether this job has had so many crashes without progress that it should run alone."""
         crashes = yield lambda client: client.hget(routing.job_key(job_id), "crashes")
         return int(crashes or 0) >= SUSPECT_CRASHES
 
@@ -71,8 +71,8 @@ class HeldJobs(Driven):
     ) -> Operation[Claim | None]:
         """Own the job for ``lease_s`` seconds; None when there is nothing to do for it.
 
-        That is: it has ended, is past its deadline (then it is failed here), waits for its next try, or is running. A claim
-        repeated under the same ``claim_id``, because its answer was lost, is answered again.
+        That is: it has ended, is past its deadline (then it is failed here), waits for its next try, is running, or has a higher
+        level than this worker. A claim repeated under the same ``claim_id``, because its answer was lost, is answered again.
 
         Raises:
             JobNotFound: there is no such record, or it is of another version (then it is failed and kept as dead letter).
@@ -123,7 +123,7 @@ class HeldJobs(Driven):
     def checkpoint(self, job_id: str, token: int, step: int, data: bytes) -> Operation[bool]:
         """Keep what another worker needs to go on from ``step`` (in the job's own steps).
 
-        False for a stale token, and when the broker is at its memory bound: jobs go on without.
+        False for a stale token, and when the broker has reached maxmemory: the job then continues without a checkpoint.
         """
         return bool((yield from call_script(CHECKPOINT, id=job_id, token=token, step=step, data=data, ttl_s=CHECKPOINT_TTL_S)))
 

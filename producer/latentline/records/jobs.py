@@ -22,55 +22,54 @@ from latentline.errors import (
     TenantQuotaExceeded,
 )
 from latentline.jobs import (
+    DEFAULT_RETENTION_S,
     ImageRef,
     JobError,
     JobEvent,
     JobRecord,
-    JobRequest,
     Phase,
     ResolvedRequest,
     Status,
     Submission,
-    resolve,
 )
 from latentline.scripts import CANCEL, END_IF_OVERDUE, SUBMIT
 
-from .driving import Call, Operation, call_script, call_script_many, domain_errors, hgetall_many, pairs, zrem
+from .driving import Call, Operation, broker_time, call_script, call_script_many, hgetall_many, pairs, unavailable, zrem
 
 MAX_PAGE = 200
 AOF_TIMEOUT_MS = 2000
-DEFAULT_RETENTION_S = 7 * 86400  # of jobs that a client of version 0.1.0 submitted and that a reader ends
 
 
 def submit(
-    requests: Sequence[JobRequest | Submission], retention_s: int, *, tenant_cap: int = 0, durable: bool = False
+    submissions: Sequence[Submission], retention_s: int, *, tenant_cap: int = 0, durable: bool = False
 ) -> Operation[list[JobRecord | LatentlineError]]:
-    """Write records, wake-ups, indexes and events of all requests in one pipeline, each atomically.
+    """Write records, wake-ups, indexes and events of all submissions in one pipeline, each atomically.
 
     Args:
-        requests: as :meth:`latentline.records.Fleet.accept` resolves them; one that is not resolved gets the contract's defaults.
-        retention_s: how long an idempotency key is kept.
+        submissions: from :meth:`latentline.records.Fleet.accept`.
+        retention_s: how long a job with a deadline is kept if a reader ends it; a worker that ends a job uses its own setting.
         tenant_cap: rows of denoising that one tenant may have queued and running; 0 for no bound. One job always fits.
         durable: return only when the append-only file holds them (WAITAOF).
 
     Returns:
-        for each request, in order, the record or the error with which it was refused.
+        for each submission, in order, the record or the error with which it was refused.
 
     Raises:
         BrokerUnavailable: also when ``durable`` was asked for and the file is not written in time; the jobs may still run.
     """
-    ready = [one if isinstance(one, Submission) else resolve(one) for one in requests]
     # WAITAOF counts what its own connection has written, so it follows in the same pipeline.
     last = [("WAITAOF", 1, 0, AOF_TIMEOUT_MS)] if durable else []
-    replies = yield from call_script_many(SUBMIT, [_arguments(one, retention_s, tenant_cap) for one in ready], last, keep_errors=True)
+    replies = yield from call_script_many(SUBMIT, [_arguments(one, retention_s, tenant_cap) for one in submissions], last, keep_errors=True)
     if durable:
         _check_written(replies.pop())
     outcomes: list[JobRecord | LatentlineError] = []
-    for one, reply in zip(ready, replies, strict=True):
+    for one, reply in zip(submissions, replies, strict=True):
         try:
             outcomes.append((yield from _accepted(one, reply, tenant_cap)))
         except LatentlineError as error:
             outcomes.append(error)
+        except redis.ResponseError as error:  # the other jobs of the pipeline may be accepted: their ids must not be lost
+            outcomes.append(unavailable(error))
     return outcomes
 
 
@@ -89,8 +88,7 @@ def _check_written(reply: Any) -> None:
 def _accepted(one: Submission, reply: Any, tenant_cap: int) -> Operation[JobRecord]:
     """The record that came of one submission; raises the error with which it was refused."""
     if isinstance(reply, redis.ResponseError):
-        with domain_errors():
-            raise reply
+        raise reply
     (outcome, payload, *position), request = reply, one.request
     if outcome == "conflict":
         raise IdempotencyConflict(f"idempotency key {request.idempotency_key!r} was used with another request (job {payload})")
@@ -137,11 +135,15 @@ def list_jobs(status: Status | None = None, cursor: str | None = None, limit: in
         wanted = [job_id for job_id, score in page if not (last_id and score == float(before) and job_id >= last_id)]
         raws = yield hgetall_many(wanted)
         gone = [job_id for job_id, raw in zip(wanted, raws, strict=True) if not raw]
-        if gone:  # expired: the index is trimmed when somebody looks
+        if gone:  # expired records are removed from the index when it is read
             yield zrem(key, gone)
             offset -= len(gone)
-        for raw in (yield from _end_overdue([raw for raw in raws if raw])):
-            with contextlib.suppress(JobNotFound):  # a version that this code cannot read: the others are listed
+        found = [raw for raw in raws if raw]
+        current = yield from _end_overdue(found)
+        if status is Status.QUEUED:  # the overdue ones have left this index, so those behind them have moved up
+            offset -= sum(raw is not before for raw, before in zip(current, found, strict=True) if raw.get("status") != Status.QUEUED)
+        for raw in current:
+            with contextlib.suppress(JobNotFound):  # a record of a version that this code cannot read is left out
                 record = record_of(raw)
                 if status in (None, record.status):
                     records.append(record)
@@ -161,7 +163,9 @@ def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
 def events(job_id: str, last_event_id: str | None = None, block_ms: int | None = None) -> Operation[list[JobEvent]]:
     """The events after ``last_event_id``; waits up to ``block_ms`` for the first.
 
-    Of a job's previews the newest alone is kept, until the job ends: earlier ``job.preview`` events are left out.
+    Only the newest preview of a job is kept, for an hour at most and not past the end of the job. ``job.preview`` events whose
+    picture is gone are left out, except for the last event that was read, which comes without images: its id is where the
+    next read continues.
     """
     exists = yield lambda client: client.exists(routing.job_key(job_id))
     if not exists:
@@ -220,11 +224,11 @@ def _end_overdue(raws: list[dict[str, str]]) -> Operation[list[dict[str, str]]]:
     dated = [raw for raw in raws if raw.get("status") == Status.QUEUED and "deadline_at" in raw]
     if not dated:
         return raws
-    seconds, microseconds = yield lambda client: client.time()
-    now = seconds + microseconds / 1e6
+    now = yield from broker_time()
     overdue = [raw["id"] for raw in dated if float(raw["deadline_at"]) <= now]
     if not overdue:
         return raws
+    # The default counts for jobs of clients of version 0.1.0, which do not store their retention.
     calls = [{"id": job_id, "default_retention_s": DEFAULT_RETENTION_S} for job_id in overdue]
     try:
         yield from call_script_many(END_IF_OVERDUE, calls)
@@ -236,19 +240,19 @@ def _end_overdue(raws: list[dict[str, str]]) -> Operation[list[dict[str, str]]]:
 
 
 def _with_preview(job_id: str, found: list[JobEvent]) -> Operation[list[JobEvent]]:
-    """The events without those of previews that are gone; the newest preview's with its images.
+    """The newest preview's event with its images, without the events of earlier previews.
 
-    The last event stays in any case, so that a reader gets ahead.
+    The last event is kept in any case, then without images: readers continue after its id.
     """
-    without = [event for event in found if event.type == "job.preview" and not event.data.get("images")]
+    without = {event.id for event in found if event.type == "job.preview" and not event.data.get("images")}
     if not without:  # workers of version 0.1.0 write the images into the stream
         return found
     seq, data = yield lambda client: client.hmget(routing.preview_key(job_id), "seq", "data")
     kept = []
     for event in found:
-        if event in without and str(event.data["seq"]) == seq:
+        if event.id in without and str(event.data.get("seq")) == seq:
             kept.append(event.model_copy(update={"data": json.loads(data)}))
-        elif event not in without or event is found[-1]:
+        elif event.id not in without or event is found[-1]:
             kept.append(event)
     return kept
 

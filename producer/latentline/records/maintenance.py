@@ -1,4 +1,4 @@
-"""What workers do for jobs that no worker holds, and for what has been kept long enough."""
+"""Maintenance by workers: jobs that no worker holds, overdue jobs, and whatever has been kept long enough."""
 
 from __future__ import annotations
 
@@ -7,39 +7,37 @@ from collections.abc import Sequence
 import redis
 
 from latentline import routing
-from latentline.jobs import LEVEL
+from latentline.jobs import DEFAULT_RETENTION_S, LEVEL
 from latentline.scripts import END_OVERDUE, EXPIRE, RECLAIM, WAKE
 
-from .driving import Driven, Operation, call_script, driven, zrem
+from .driving import Driven, Operation, broker_time, call_script, driven, zrem
 
-# Workers that may be lost with a job that ran alone and was no further than ever, before it fails. Before that it has run
-# beside others: a job that kills its process takes its neighbours with it, and they must not be blamed.
+# Crashes without progress while running alone after which the job fails. Crashes beside other jobs do not count: any of them
+# may have been the cause.
 MAX_CRASHES_ALONE = 2
-MAX_WAKE = 256  # waiting jobs of a model that one look for lost messages covers
-MAX_RECLAIM = 1000  # jobs that one look at leases covers
-MAX_OVERDUE = 250  # queued jobs that one look fails for their deadlines: each takes about 20 commands in one script
-OVERDUE_AGAIN_S = 5  # until a running job that is past its deadline, and that its worker has not ended, is looked at again
-MAX_EXPIRE = 50  # ended jobs that one look forgets: each costs calls to the object store
-EXPIRE_AGAIN_S = 600  # until images that could not be deleted are tried again
-DEAD_KEPT_S, DEAD_MOST = 30 * 86400, 10_000  # dead letters are kept for a month, and at most so many
+MAX_WAKE = 256  # Max. waiting jobs checked for a lost message per call.
+MAX_RECLAIM = 1000  # Max. expired leases handled per call.
+MAX_OVERDUE = 250  # Max. overdue jobs failed per call: each takes about 20 commands in one script.
+OVERDUE_AGAIN_S = 5  # Interval at which a running job past its deadline is checked again.
+MAX_EXPIRE = 50  # Max. expired jobs deleted per call: each needs calls to the object store.
+EXPIRE_AGAIN_S = 600  # Seconds before images that could not be deleted are tried again.
+DEAD_KEPT_S, DEAD_MOST = 30 * 86400, 10_000  # Max. age and number of dead letters.
 
 
 class Maintenance(Driven):
-    """Each of these is one look; services of the worker repeat them."""
+    """Each method is one pass; the maintenance services call it periodically."""
 
-    def __init__(self, client: redis.Redis, retention_s: int = 7 * 86400, level: int = LEVEL) -> None:
+    def __init__(self, client: redis.Redis, retention_s: int = DEFAULT_RETENTION_S, level: int = LEVEL) -> None:
         super().__init__(client, retention_s, level)
-        self._wake_rank = 0  # where the next look for lost messages begins
+        self._wake_rank = 0  # where the next search for lost messages begins
 
     @driven
     def reclaim(self) -> Operation[list[str]]:
         """Take jobs away from workers whose lease has run out and queue them again; the ids of those jobs.
 
-        A job that was alone on ``MAX_CRASHES_ALONE`` lost workers, no further than in its lives before, fails with
-        ``worker_lost``: it is what kills them.
+        A job fails with ``worker_lost`` after ``MAX_CRASHES_ALONE`` crashes without progress while it ran alone.
         """
-        seconds, microseconds = yield lambda client: client.time()
-        now = seconds + microseconds / 1e6
+        now = yield from broker_time()
         over = yield lambda client: client.zrangebyscore(routing.leases_key(), "-inf", now, 0, MAX_RECLAIM)
         taken = []
         for job_id in over:
@@ -55,9 +53,9 @@ class Maintenance(Driven):
 
     @driven
     def wake(self, model: str, grace_s: float) -> Operation[list[str]]:
-        """Queue again what is due for its next try, and what has waited for ``grace_s`` while its message is lost; their ids.
+        """Send messages for jobs whose next try is due, and for jobs queued for ``grace_s`` whose message is lost; their ids.
 
-        Each call looks at ``MAX_WAKE`` waiting jobs, the next call at the next ones.
+        Each call checks ``MAX_WAKE`` waiting jobs and continues where the previous one ended.
         """
         woken: list[str]
         woken, looked_at = yield from call_script(WAKE, model=model, grace_s=grace_s, first_rank=self._wake_rank, most=MAX_WAKE)
@@ -79,5 +77,5 @@ class Maintenance(Driven):
 
     @driven
     def forget(self, members: Sequence[str]) -> Operation[None]:
-        """The images of these are gone as well."""
+        """Remove jobs whose images have been deleted from the list of expiring ones."""
         yield zrem(routing.expiring_key(), members)

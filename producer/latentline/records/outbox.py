@@ -1,4 +1,4 @@
-"""Callbacks, as operators see them and as deliverers take them."""
+"""Callbacks: how operators list and replay them, and how deliverers take and settle them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentline.scripts import PUT_BACK_CALLBACK, REPLAY_CALLBACK, SETTLE_CALLBA
 from .driving import Driven, Operation, call_script, driven, hgetall_many, pairs
 from .jobs import record_of
 
-MAX_WAKE_CALLBACKS = 1000  # callbacks that one look wakes
+MAX_WAKE_CALLBACKS = 1000  # Max. callbacks woken per call.
 
 
 def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict[str, Any]]]:
@@ -24,7 +24,7 @@ def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict
 
 
 def replay_callback(callback_id: str) -> Operation[bool]:
-    """Send a callback once more, whatever came of it, also to a receiver that said Gone; False when it is not known."""
+    """Send a callback once more, whatever its status, also to a receiver that answered 410 Gone; False when it is not known."""
     return bool((yield from call_script(REPLAY_CALLBACK, id=callback_id)))
 
 
@@ -65,7 +65,7 @@ def callback_of(raw: dict[str, str]) -> dict[str, Any]:
     """A callback's hash with its numbers and its log read."""
     try:
         record = record_of(pairs(json.loads(raw["record"])))
-    except JobNotFound:  # of another version: the list of callbacks must not break on it, and it must not come back for ever
+    except JobNotFound:  # a record of another version: it must neither break the list nor be retried for ever
         record = None
     return {
         **{key: raw[key] for key in ("id", "job_id", "type", "url", "status")},

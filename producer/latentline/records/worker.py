@@ -5,37 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from latentline import routing
-from latentline.jobs import Announcement, JobRecord, ModelInfo
+from latentline.jobs import Announcement, ModelInfo
 from latentline.scripts import ANNOUNCE
 
 from .dead import bury
 from .driving import Operation, call_script, driven
-from .fleet import ANNOUNCED_S, durability, models, up_s, workers
+from .fleet import ANNOUNCED_S, durability, up_s
 from .held import HeldJobs
-from .jobs import get
 from .maintenance import Maintenance
 from .outbox import Outbox
 
-WORKER_FORGOTTEN_S = 3600  # the name of a worker that said nothing for this long goes
+WORKER_FORGOTTEN_S = 3600  # workers that have been silent for this long are removed from the list
 
 
 class Records(HeldJobs, Maintenance, Outbox):
     """What workers and deliverers do with records, on a blocking client."""
-
-    @driven
-    def get(self, job_id: str) -> Operation[JobRecord]:
-        """One record; raises JobNotFound."""
-        return get(job_id)
-
-    @driven
-    def models(self) -> Operation[dict[str, ModelInfo]]:
-        """The models that are served now."""
-        return models()
-
-    @driven
-    def workers(self) -> Operation[list[str]]:
-        """Names of the workers that are alive."""
-        return workers()
 
     @driven
     def durability(self) -> Operation[list[str]]:
@@ -53,7 +37,7 @@ class Records(HeldJobs, Maintenance, Outbox):
         yield from call_script(
             ANNOUNCE,
             worker=worker,
-            announcement=Announcement(level=self._level, models=(info,)).to_json(),
+            announcement=Announcement(level=self._level, models=(info,)).model_dump_json(),
             model=info.id,
             first_fields=info.first_fields(),
             announced_s=ANNOUNCED_S,
@@ -67,5 +51,5 @@ class Records(HeldJobs, Maintenance, Outbox):
 
     @driven
     def bury(self, /, dead_id: str, kind: str, reason: str, **more: Any) -> Operation[None]:
-        """Keep what could not be read, with its cause."""
+        """Store a dead letter for something unreadable, with its cause."""
         return bury(dead_id, kind, reason, **more)

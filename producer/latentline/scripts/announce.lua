@@ -1,7 +1,7 @@
--- A worker is alive, and this is what it serves.
+-- Record that a worker is alive and what it serves.
 --
 -- Invariants:
--- * An announcement goes `announced_s` after its worker's last one, whoever announces next.
+-- * The announcement of a worker that has been silent for `announced_s` is removed by the next call of any worker.
 -- * `models` holds what version 0.1.0 reads, without the worker's name; nothing in it expires.
 -- uses: clock, memory_bound
 

@@ -1,7 +1,6 @@
 -- Keep a dead letter of something that cannot be read.
 --
--- Invariant: the letter is stored as it comes. It is not decoded, since what the caller could not read Lua's JSON may not be
--- able to read either.
+-- Invariant: the letter is stored without being decoded, since Lua's JSON parser may fail on what the caller could not read.
 -- uses: clock, memory_bound
 
 local id, letter = unpack(ARGV)

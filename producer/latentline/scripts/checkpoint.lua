@@ -1,9 +1,9 @@
--- Keep what another worker needs to go on with a job.
+-- Store what another worker needs to continue a job.
 --
 -- Invariants:
 -- * Only the holder of the newest token writes, so a stalled worker cannot replace a newer checkpoint.
 -- * `checkpoint_step` and the checkpoint are of the same step.
--- * A broker at its memory bound keeps no checkpoint, and that is no error: the job goes on without.
+-- * At maxmemory no checkpoint is stored, which is not an error: the job continues without one.
 --
 -- Returns 1 when it is kept, else 0.
 

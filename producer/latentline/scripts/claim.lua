@@ -1,13 +1,12 @@
 -- Give a queued job to one worker, under a lease and a new fencing token.
 --
 -- Invariants:
--- * A job is claimed only from `queued`. One whose lease has run out is the reaper's: it queues the job again under a new
---   message, and it knows whether all leases ran out because the broker was away.
+-- * A job is claimed only from `queued`. The reaper queues jobs whose lease has run out again, under a new message; it waits
+--   where all leases have run out because the broker was unreachable.
 -- * Each claim raises the token. Only the newest token may settle, so a second message or a stalled worker changes nothing.
 -- * A claim repeated under the same claim id, because its answer was lost, is answered again and changes nothing.
 -- * A broker at its memory bound gives out no job, since it might be unable to take what comes of it: the first write is one
 --   that takes memory.
---
 -- * A job of a higher level than the worker's is left alone: its own wake-up lies in a queue that this worker does not read.
 --
 -- Returns the record, or why there is nothing to do: 'unknown', 'newer', 'taken', 'done' or 'delayed'.

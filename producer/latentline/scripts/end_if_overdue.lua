@@ -1,6 +1,6 @@
--- Fail one queued job if its deadline has passed: readers call this, so that they learn of it when no worker is left.
+-- Fail one queued job if its deadline has passed. Readers call this, so that deadlines are kept when no worker is left.
 --
--- Invariant: nothing happens before the deadline, whatever the reader's clock says, nor to a job that is not queued.
+-- Invariant: only a queued job whose deadline has passed on the broker's clock is failed, whatever the reader's clock says.
 --
 -- Returns 1 when the job was failed, else 0.
 -- uses: jobs, memory_bound

@@ -1,9 +1,9 @@
 -- Fail the queued jobs whose deadline has passed.
 --
 -- Invariants:
--- * A job that waits is ended at its deadline whether or not a worker could take it, so it costs its tenant nothing more.
--- * The deadline of a running job is its worker's to keep. Should that worker be lost, the job is queued again or ended by
---   reclaim.lua, so a running job stays in the index and is looked at again after again_s.
+-- * A queued job is failed at its deadline whether or not a worker could take it, which frees its share of the tenant's cap.
+-- * The worker of a running job enforces its deadline. If that worker is lost, reclaim.lua ends the job, and if it releases
+--   the job, requeue() in lib/jobs.lua restores the entry. A running job stays in the index and is checked again after again_s.
 -- * Entries of jobs that have ended are removed: workers of version 0.1.0 leave them behind.
 --
 -- Returns the ids of the jobs that were failed.

@@ -1,7 +1,7 @@
 -- Forget ended jobs whose retention is over, and callbacks and dead letters that have been kept long enough.
 --
--- Invariant: a job stays in `expiring` until its images are gone. Each call that returns it postpones it by again_s, so the
--- caller that deletes the images and fails, or is lost, is followed by another.
+-- Invariant: a job stays in `expiring` until its images are deleted. Each call that returns it postpones it by again_s, so
+-- that another call retries if this one's caller fails before it has deleted the images.
 --
 -- Returns tenant/id of each job; the caller deletes the images, then takes the member out of `expiring`.
 -- uses: clock
@@ -11,11 +11,6 @@ local most, again_s, retention_s, dead_kept_s, dead_most = unpack(ARGV)
 local over = redis.call('ZRANGEBYSCORE', keys.expiring(), '-inf', clock.now, 'LIMIT', 0, most)
 for _, member in ipairs(over) do
   local id = string.match(member, '/(.*)$')
-  local idempotency_key = redis.call('HGET', keys.job(id), 'idempotency_key')
-  if idempotency_key then
-    local idempotency = keys.idempotency(string.match(member, '^(.-)/'), idempotency_key)
-    if redis.call('HGET', idempotency, 'id') == id then redis.call('DEL', idempotency) end
-  end
   redis.call('DEL', keys.job(id), keys.events(id), keys.checkpoint(id), keys.preview(id))
   redis.call('ZREM', keys.index(), id)
   for _, status in ipairs({'succeeded', 'failed', 'cancelled'}) do redis.call('ZREM', keys.index(status), id) end

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from latentline import routing
 
 CALLBACK_KEPT_S = 7 * 86400  # at least: a callback's tries go on for three days and more, however short the job's own retention
-CALLBACK_GRACE_S = 30  # a callback whose message was written this long ago and that no deliverer has taken is woken again
+CALLBACK_GRACE_S = 30  # a callback that no deliverer has taken this long after its message was written gets another message
 
-# Idempotency keys and previews go with their jobs. These bounds are for jobs that a worker of version 0.1.0 ends, which knows
-# nothing of them. The first is also the longest that the key of a job is kept while the job waits.
+# An idempotency key is kept this long until its job ends, then as long as the record. Workers of version 0.1.0 do not shorten it.
 KEY_KEPT_S = 30 * 86400
+# A preview is deleted when its job ends or a newer one replaces it, and after this time in any case: workers of version 0.1.0
+# do not delete it.
 PREVIEW_KEPT_S = 3600
 
 

@@ -1,9 +1,9 @@
--- Take a job away from a worker that is lost: it goes on elsewhere, or fails when it is what kills its workers.
+-- Take a job away from a lost worker: queue it again, or fail it if it seems to be what crashes its workers.
 --
 -- Invariants:
 -- * Nothing is taken while the lease runs.
--- * A crash counts against a job only if the job was no further than ever before when its worker was lost: a job that kills
---   its workers does so at the same step each time, one that gets further does not.
+-- * A crash counts against a job only if its step was not above `furthest`, the highest step of its earlier crashes: a job
+--   that crashes its workers does so at the same step each time.
 -- * A job whose deadline has passed is not queued again.
 -- * A job fails for lost workers only after max_crashes_alone counted crashes on which no other job ran beside it.
 --

@@ -1,7 +1,7 @@
--- A worker gives a job back, to be served next, because it shuts down.
+-- A worker that shuts down returns a job to the front of its queue.
 --
 -- Invariants:
--- * Only the holder of the newest token gives back.
+-- * Only the holder of the newest token releases.
 -- * A job whose cancellation was asked for is cancelled, not queued.
 --
 -- Returns 1, or 0 for a stale token.

@@ -1,4 +1,4 @@
--- A job's worker reports an error that another try may mend.
+-- A job's worker reports a retryable error.
 --
 -- Invariants:
 -- * Only the holder of the newest token retries.

@@ -2,10 +2,11 @@
 --
 -- Invariants:
 -- * The idempotency key is written only when the job is accepted: a refused request may be sent again under the same key.
--- * The key stands for what the client sent (`sent`). Version 0.1.0 writes and compares `fingerprint` alone, which has the size
---   resolved; both are written, so that a request sent again through an API of another version is still the same.
+-- * The key identifies what the client sent (`sent`). Version 0.1.0 writes and compares only `fingerprint`, in which the size
+--   is resolved. Both are written, so that a request that is sent again through an API of the other version is recognised.
 -- * The wake-up lies in a queue of the job's level, and workers of a lower level do not take from it.
--- * A key stands for its job as long as that job's record is there, and no longer.
+-- * A key whose job has no record any more is free. The key's own time to live is KEY_KEPT_S until finish() in lib/jobs.lua
+--   sets it to the record's; workers of version 0.1.0 do not, so the keys of jobs that they end stay for KEY_KEPT_S.
 -- * A job with a deadline is in `deadlines` from here until it ends.
 -- * A tenant may always have one job, however costly; more only while their sum stays within the cap.
 -- * All of a tenant's jobs of a model lie in one shard while it has any. A tenant without jobs gets the shard with the fewest

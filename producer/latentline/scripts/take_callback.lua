@@ -2,7 +2,7 @@
 --
 -- Invariant: until lock_s is over no other deliverer takes it. `tries` numbers the try; only its holder may settle it.
 --
--- Returns the callback, or false when it has ended, is not due yet, or is in other hands.
+-- Returns the callback, or false when it has ended, is not due yet, or another deliverer has it.
 -- uses: clock
 
 local id, lock_s = unpack(ARGV)

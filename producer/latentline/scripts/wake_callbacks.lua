@@ -1,4 +1,4 @@
--- Wake deliverers for callbacks that are due, those among them whose message or deliverer was lost.
+-- Wake deliverers for callbacks that are due, including those whose message or deliverer was lost.
 --
 -- Invariant: a callback that is woken is not woken again before CALLBACK_GRACE_S is over.
 --

@@ -11,23 +11,26 @@ from latentline_worker.maintenance.service import Service
 
 
 class Announcer(Service):
-    """Announces every second, since the broker's state may have been wiped, and withdraws the announcement at the end."""
+    """Announces every second, since the broker's state may have been wiped.
+
+    At the end the worker is taken off the list of live workers. Its announcement holds for another minute
+    (``latentline.records.fleet.ANNOUNCED_S``), so that submissions are accepted while it restarts.
+    """
 
     def __init__(self, records: Records, worker: str, model: ModelInfo) -> None:
         super().__init__("announcer")
         self._records, self._worker, self._model = records, worker, model
 
     def start(self) -> None:
-        """Announce at once; if the broker is away, the service does it later."""
-        with contextlib.suppress(LatentlineError):
-            self.run_once()
+        """Announce at once; if that fails, the service does it later."""
+        self._turn()
         super().start()
 
     def run_once(self) -> None:
         self._records.announce(self._worker, self._model)
 
     def stop(self, wait_s: float = 5.0) -> None:
-        """Stop, then withdraw. Waits for a turn that runs: it would announce the worker again."""
+        """Stop, then leave the list of live workers. Waits for a turn that runs: it would announce the worker again."""
         super().stop(wait_s)
         with contextlib.suppress(LatentlineError):  # the broker may have ended first
             self._records.worker_gone(self._worker)

@@ -84,10 +84,13 @@ class GenerateWorker:
         return int(consumer.exitcode or 0)
 
     def start(self) -> None:
-        """Celery takes messages now: announce the worker, renew leases, watch the engine, do maintenance."""
-        self._announcer.start()
+        """Celery takes messages now: renew leases, watch the engine, announce the worker, do maintenance.
+
+        Leases and the watchdog come first: Celery logs an error of this method and takes messages all the same.
+        """
         self._leases.start()
         self._watchdog.start()
+        self._announcer.start()
         self._reaper.start()
         self._deadlines.start()
         self._expiry.start()
@@ -138,7 +141,7 @@ class GenerateWorker:
         return app.Worker(
             hostname=self._name,
             pool="threads",
-            # One tenant gets half of the threads at most, so that another tenant's jobs need not wait for it.
+            # One shard, so one tenant, gets half of the threads at most: another tenant's jobs need not wait for it.
             concurrency=2 * self._settings.concurrency,
             queues=queue_names(self._model.id, LEVEL),
             loglevel="INFO",

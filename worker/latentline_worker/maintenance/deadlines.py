@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 class Deadlines(Service):
     """Runs in every worker, for the jobs of all models. Running jobs are ended by the workers that hold them.
 
-    A service of its own, and not a duty of the reaper, which pauses for a lease after the broker was away: that a deadline
-    has passed is true whatever the broker missed.
+    It is separate from the reaper because the reaper pauses for one lease after the broker was unreachable, and deadlines must
+    not wait for that.
     """
 
     def __init__(self, records: Records) -> None:

@@ -1,6 +1,6 @@
 """Deletes ended jobs when their retention is over: first the record, then its images.
 
-A service of its own, and not a duty of the reaper: a store that hangs must not delay jobs that wait to be reclaimed.
+It is separate from the reaper so that an object store that hangs does not delay the reclaiming of jobs.
 """
 
 from __future__ import annotations

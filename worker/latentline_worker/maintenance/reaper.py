@@ -1,4 +1,4 @@
-"""Puts jobs back to work that no worker holds: expired leases, lost messages, retries that are due."""
+"""Requeues jobs that no worker holds: expired leases, lost messages, retries that are due."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ log = logging.getLogger(__name__)
 
 
 class Reaper(Service):
-    """Runs in every worker: whichever looks first takes a lost worker's jobs back.
+    """Runs in every worker: the first one to notice an expired lease reclaims the job.
 
-    After the broker was away, nothing is reclaimed for one lease: the leases of all workers may have expired meanwhile,
-    and each worker must have the chance to renew its own first. The same holds while the broker itself has been up for
-    less than a lease.
+    After the broker was unreachable, nothing is reclaimed for one lease: all leases may have expired meanwhile, and each worker
+    must have the chance to renew its own first. The same holds while the broker itself has been up for less than a lease.
 
     Args:
-        model: the model whose waiting jobs are looked after.
+        model: the model whose waiting jobs are checked for lost messages.
         lease_s: the lease of this worker; also how long a queued job may wait before its message may count as lost.
     """
 

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 class Service(ABC):
     """One duty, done every ``every_s`` seconds on a thread of its own, from :meth:`start` to :meth:`stop`.
 
-    A turn that fails is logged, and the next one comes at its time: a broker that is away is no reason to stop.
+    Errors are logged and the loop continues, also while the broker is unreachable.
     """
 
     def __init__(self, name: str, every_s: float = 1.0) -> None:
@@ -42,9 +42,12 @@ class Service(ABC):
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._every_s):
-            try:
-                self.run_once()
-            except LatentlineError as error:
-                log.warning("%s: %s", self._name, error.message)
-            except Exception:
-                log.exception("%s failed", self._name)
+            self._turn()
+
+    def _turn(self) -> None:
+        try:
+            self.run_once()
+        except LatentlineError as error:
+            log.warning("%s: %s", self._name, error.message)
+        except Exception:
+            log.exception("%s failed", self._name)

@@ -1,6 +1,6 @@
 """The Celery application and its delivery policy.
 
-The record in Redis is the truth and a message only wakes a worker, so little is asked of Celery: late acknowledgement, no
+The record in Redis is the truth and a message only wakes a worker, so Celery needs few features: late acknowledgement, no
 results, no ETA, JSON only, and connections that notice a dead peer.
 """
 
@@ -21,7 +21,7 @@ from latentline.settings import Settings
 from . import messages
 from .fairness import HeldMessages, LeastServedFirst
 
-POLL_S = 0.1  # how long one BRPOP waits: the queues that may be looked into change whenever a job ends
+POLL_S = 0.1  # how long one BRPOP waits: the queues below their in-flight limit change whenever a job ends
 # kombu's options for the keys of unacknowledged messages; each value is appended to the role's key.
 UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key": ":mutex"}
 # Workers do not talk to each other through Celery: the records tell who is alive.
@@ -32,7 +32,7 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, max_
     """The application of one worker process that consumes these queues. Unreadable messages become dead letters.
 
     Args:
-        max_per_queue: messages of one queue that may be in progress at a time.
+        max_per_queue: messages of one shard that may be in progress at a time.
         unacked: the key under which the role keeps its unacknowledged messages.
     """
     held = HeldMessages()
@@ -49,8 +49,8 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, max_
         worker_send_task_events=False,
         worker_enable_remote_control=False,  # would need one more queue per worker; the records tell more
         broker_connection_retry_on_startup=True,
-        broker_connection_max_retries=None,  # never give up on the broker
-        broker_channel_error_retry=True,  # nor on one that refuses commands: out of memory, no disk, turned into a replica
+        broker_connection_max_retries=None,  # reconnect for ever
+        broker_channel_error_retry=True,  # also when the broker refuses commands: maxmemory, a full disk, now a replica
         worker_cancel_long_running_tasks_on_connection_loss=False,  # the lease decides, not the connection
         broker_transport_options={
             # The transport must not redeliver the message of a long job on its own: one day.

@@ -1,7 +1,7 @@
 """Messages that cannot be read: each is kept as a dead letter with its cause, and acknowledged.
 
 Celery alone would log such a message whole, prompt included, or end the worker. :func:`install` changes kombu's Redis transport
-where it reads a queue's entry; :class:`TolerantConsumer` handles what only Celery's consumer can tell is wrong.
+where it reads a queue's entry; :class:`TolerantConsumer` handles messages that only Celery's consumer recognises as invalid.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
--- The moves between states that several transitions share. The state machine is drawn in docs/job-states.md.
+-- The state changes that several scripts share. The state machine is drawn in docs/job-states.md.
 --
 -- Invariants:
 -- * finish() is the only way into a terminal status. Its callers have checked that the job is not terminal yet, so there is
 --   one terminal event per job.
--- * Every move out of `running` raises the token, so whoever held the job before can change nothing any more.
+-- * Every move out of `running` raises the token, so the previous holder can no longer change the job.
 -- * A job is in the index of its status and in no other, and in `waiting` exactly while it is queued.
--- * The record and its idempotency key expire together.
+-- * finish() gives the record and its idempotency key the same time to live.
 -- * A tenant's cost in `tenants` and its job in `open` are taken off once, in finish().
 -- uses: clock, events, outbox, wakeups
 
@@ -72,14 +72,16 @@ end
 -- From running back to queued: at once, at the front or the end of its list, or after `delay_s`.
 function jobs.requeue(id, delay_s, front)
   local key = keys.job(id)
-  local job = redis.call('HMGET', key, 'model', 'score', 'order', 'checkpoint_step')
-  local model, score, order, step = job[1], job[2], job[3], job[4] or 0
+  local job = redis.call('HMGET', key, 'model', 'score', 'order', 'checkpoint_step', 'deadline_at')
+  local model, score, order, step, deadline_at = job[1], job[2], job[3], job[4] or 0, job[5]
   jobs.leave(id, model)
   redis.call('HINCRBY', key, 'token', 1)
   redis.call('HSET', key, 'status', 'queued', 'step', step)
   redis.call('HDEL', key, 'phase', 'worker', 'lease_until', 'started_at')
   redis.call('ZADD', keys.index('queued'), score, id)
   redis.call('ZADD', keys.waiting(model), order, id)
+  -- While the job ran, end_overdue.lua may have postponed the next look at it until after its deadline.
+  if deadline_at then redis.call('ZADD', keys.deadlines(), deadline_at, id) end
   events.add(id, 'job.queued', {status = 'queued', step = tonumber(step), delay_s = delay_s})
   if delay_s > 0 then
     redis.call('ZADD', keys.delayed(), clock.after(delay_s), id)

@@ -1,8 +1,8 @@
--- How a transition gets through on a broker that is at its memory bound.
+-- How scripts behave on a broker that has reached maxmemory.
 --
--- Such a broker refuses a script's first write if that write takes memory, and refuses none that follows a write which takes
--- none. A transition that ends work, or keeps it in its owner's hands, must get through, so it makes such a write first.
--- A transition that gives out work must be refused: it writes its record first.
+-- At maxmemory the broker rejects a script whose first write may allocate. Once a non-allocating write has run, later writes
+-- are accepted. Scripts that end work or renew a lease must succeed even then, so they begin with such a write. Scripts that
+-- give out work must be rejected, so they write the record first.
 
 local memory_bound = {}
 
