@@ -104,6 +104,27 @@ def test_a_decode_without_memory_is_tried_in_tiles(family: StableDiffusion, monk
 
 
 @once
+def test_in_the_reproducible_mode_a_decode_without_memory_fails_its_job(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles would give another picture: 34.6 dB against the whole image."""
+    decodes = Decodes(family, monkeypatch)
+    decodes.fails = lambda latents, tiled: torch.OutOfMemoryError("simulated") if latents.shape[-1] > 16 and not tiled else None
+    engine = make_engine(family, fixed_rows=FIXED_ROWS)
+    large, small = run(engine, work(family, size=(64, 64), decode=True), work(family, decode=True))
+    with pytest.raises(torch.OutOfMemoryError):
+        large.result(0)
+    assert small.result(0).shape == (1, 32, 32, 3)
+    assert not any(tiled for _, tiled in decodes.calls)
+
+
+@once
+def test_in_the_reproducible_mode_large_images_are_decoded_in_tiles_too(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "TILE_ABOVE_PIXELS", 32 * 32)
+    decodes = Decodes(family, monkeypatch)
+    run(make_engine(family, fixed_rows=FIXED_ROWS), work(family, size=(64, 64), decode=True))
+    assert decodes.calls == [(1, True)]
+
+
+@once
 def test_a_decode_batch_without_memory_is_tried_in_smaller_parts_before_tiles(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:

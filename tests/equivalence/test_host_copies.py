@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.engines import make_engine, once, work
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentline_worker.engine import host_copies
 from latentline_worker.engine.checkpoint import Checkpoint
@@ -197,3 +198,61 @@ def test_a_device_that_is_lost_while_it_copies_ends_the_engine(
     assert cuda.waiting.is_set() == (steps == 1)
     assert engine.stalled_for() == float("inf")
     engine.stop()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operators that read a device value on the host, or whose result's size depends on values."""
+
+    WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not str(func).startswith(self.WAITS), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail on what makes the host wait for a GPU: reading values, and indices that first have to get there.
+
+    A list of numbers is such an index, since it is copied from memory that is not pinned.
+    """
+
+    def checked(access: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: torch.Tensor, index: Any, *value: Any) -> Any:
+            for one in index if isinstance(index, tuple) else (index,):
+                assert not isinstance(one, list | np.ndarray), f"the index {one} waits for the device"
+                assert not (isinstance(one, torch.Tensor) and one.dtype == torch.bool), "a mask as an index waits for the device"
+            return access(self, index, *value)
+
+        return call
+
+    with monkeypatch.context() as patch, NoWaiting():  # type: ignore[no-untyped-call]
+        patch.setattr(torch.Tensor, "__getitem__", checked(torch.Tensor.__getitem__))
+        patch.setattr(torch.Tensor, "__setitem__", checked(torch.Tensor.__setitem__))
+        yield
+
+
+@once
+def test_neither_a_step_nor_what_is_taken_of_a_job_waits_for_the_device(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(family)
+    guided = engine.submit(work(family, "guided", "euler_ancestral", 5, seeds=(1, 2), preview_every=1))
+    unguided = engine.submit(work(family, "unguided", "dpmpp_3m", 5, guidance=1.0))
+    engine.step()
+    (lane,) = engine.lanes.values()
+    with no_waiting(monkeypatch):
+        lane.step([guided, unguided], 8)
+        taken = [lane.snapshot(guided), lane.snapshot(unguided), lane.latents(guided), lane.denoised(guided)]
+    shapes = [(request.num_images, 2 * request.work.table.order, 1024) for request in (guided, unguided)]
+    assert [tuple(tensor.shape) for tensor in taken] == [*shapes, (2, 4, 16, 16), (2, 4, 16, 16)]
+
+
+@pytest.mark.parametrize("index", [[0], ([0], 1), torch.tensor([True, False])], ids=["list", "list and number", "mask"])
+def test_the_guard_against_waiting_notices_an_index_that_waits(monkeypatch: pytest.MonkeyPatch, index: Any) -> None:
+    values = torch.zeros(2, 2)
+    with no_waiting(monkeypatch):
+        with pytest.raises(AssertionError, match="waits for the device"):
+            values[index]
+        with pytest.raises(AssertionError, match="waits for the device"):
+            values[index] = 1.0
+        with pytest.raises(AssertionError, match="waits for the device"):
+            float(values[0, 0])

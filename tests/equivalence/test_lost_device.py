@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.engines import assert_cancelled, drain, make_engine, once, run, work
 
+from latentline_worker.engine.failures import raise_if_lost
 from latentline_worker.engine.host_copies import HostCopies
 from latentline_worker.engine.lane import Lane
 from latentline_worker.engine.noise import Noise
@@ -113,6 +114,67 @@ def test_every_request_hears_once_of_a_device_lost_in_decode_and_no_finished_one
     assert not engine._thread.is_alive()
     assert len(heard) == 3
     assert done.result(0).shape == (1, 32, 32, 3)
+
+
+class Synchronize:
+    """``torch.cuda.synchronize`` of a process that has used CUDA; counts its calls, and raises what a test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+        self.error, self.num_calls = error, 0
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", self)
+
+    def __call__(self) -> None:
+        self.num_calls += 1
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("path", [(StableDiffusion, "encode"), (StableDiffusion, "denoise"), (StableDiffusion, "decode"), (Lane, "denoised")])
+@once
+def test_a_library_s_error_on_a_lost_device_is_charged_to_no_job(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, path: tuple[object, str]
+) -> None:
+    """cuBLAS and cuDNN report one as a plain RuntimeError; what CUDA itself says next shows that the device is lost."""
+
+    def library(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`")
+
+    Synchronize(monkeypatch, torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    engine = make_engine(family)
+    requests = [engine.submit(work(family, f"thing {i}", steps=2, decode=True, preview_every=1)) for i in range(2)]
+    monkeypatch.setattr(*path, library)
+    engine.start()
+    for request in requests:
+        with pytest.raises(Exception, match="lost"):
+            request.result(60)
+        assert_cancelled(request, "lost")
+    assert engine.stalled_for() == float("inf")
+    engine.stop()
+
+
+def test_the_device_is_asked_only_when_the_error_leaves_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy = Synchronize(monkeypatch, None)
+    raise_if_lost(ValueError("a job's own"))
+    assert healthy.num_calls == 1
+    raise_if_lost(torch.OutOfMemoryError("CUDA out of memory"))
+    gone = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    with pytest.raises(torch.AcceleratorError) as raised:
+        raise_if_lost(gone)
+    assert raised.value is gone and healthy.num_calls == 1
+    healthy.error = torch.AcceleratorError("CUDA error: out of memory")
+    raise_if_lost(ValueError("a job's own"))
+    healthy.error = gone
+    with pytest.raises(torch.AcceleratorError) as raised:
+        raise_if_lost(cause := RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
+    assert raised.value is gone and raised.value.__cause__ is cause
+
+
+def test_a_process_without_cuda_asks_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Synchronize(monkeypatch, None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    raise_if_lost(ValueError("a job's own"))
+    assert device.num_calls == 0
 
 
 @once

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import FIXED_ROWS, drain, make_engine, once, work
+from support.engines import FIXED_ROWS, counted, drain, make_engine, once, work
 
+from latentline_worker.engine.clock import StepClock
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.lane import Lane
 from latentline_worker.engine.request import Request, Work
@@ -51,6 +52,22 @@ def write_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield calls
 
 
+@contextmanager
+def event_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Let the last mark of the first step run out of memory: on CUDA a mark is an event that has to be made."""
+    real, calls = StepClock.mark, []
+
+    def mark(self: StepClock) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepClock, "mark", mark)
+        yield calls
+
+
 def generators(engine: Engine, requests: list[Request]) -> list[torch.Tensor]:
     return [engine.lanes[r.lane]._noises[slot].generator.get_state() for r in requests for slot in r.slots]
 
@@ -63,7 +80,7 @@ def pair(family: StableDiffusion, scheduler: str) -> list[Work]:
     ]
 
 
-@pytest.mark.parametrize("fail", [lambda m: draw_out_of_memory(m, 2), write_out_of_memory], ids=["drawing", "writing"])
+@pytest.mark.parametrize("fail", [lambda m: draw_out_of_memory(m, 2), write_out_of_memory, event_out_of_memory], ids=["drawing", "writing", "marking"])
 @pytest.mark.parametrize("fixed_rows", [None, FIXED_ROWS], ids=["default", "reproducible"])
 @pytest.mark.parametrize("scheduler", STOCHASTIC)
 @once
@@ -108,3 +125,30 @@ def test_a_step_that_fails_leaves_history_and_generators_as_they_were(family: St
     assert torch.equal(lane._history, history)
     assert all(torch.equal(now, before) for now, before in zip(generators(engine, requests), states, strict=True))
     assert [request.step for request in requests] == [1, 1]
+
+
+@once
+def test_a_time_that_cannot_be_read_runs_no_step_twice(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    def take() -> float:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    engine = make_engine(family)
+    calls = counted(family, monkeypatch)
+    for one in pair(family, "ddpm"):
+        engine.submit(one)
+    monkeypatch.setattr(engine.clock, "take", take)
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+    assert calls == [3]
+
+
+@once
+def test_a_step_that_failed_at_its_commit_is_not_timed(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(family)
+    requests = [engine.submit(one) for one in pair(family, "ddpm")]
+    with write_out_of_memory(monkeypatch):
+        engine.step()
+    assert [request.step for request in requests] == [1, 1]
+    assert engine.clock.take() is None and engine._launched == [], "two parts ran, and two times were taken"
+    known = engine.planner.cost._lanes[requests[0].lane].times
+    assert {rows: len(times) for rows, times in known.items()} == {1: 1, 2: 1}

@@ -25,6 +25,7 @@ from support.engines import (
 
 from latentline.errors import ConfigurationError
 from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.host_copies import HostCopies
 from latentline_worker.engine.lanes import MAX_LANES
 from latentline_worker.engine.memory import Memory
 from latentline_worker.engine.request import Cancelled, Request
@@ -169,6 +170,39 @@ def test_stopping_decodes_what_is_denoised_and_cancels_the_rest(family: StableDi
     assert num_used(engine) == 0
     assert long.checkpoint is not None
     assert long.checkpoint.step == long.step > 0
+
+
+@once
+def test_decodes_after_a_stop_are_progress_and_each_result_is_published_before_the_next(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decodes = Decodes(family, monkeypatch)
+    stalls: list[float] = []
+    order: list[str] = []
+    publish_done = HostCopies.publish_done
+
+    def published(self: HostCopies) -> None:
+        order.append("publish")
+        publish_done(self)
+
+    def slow(latents: torch.Tensor, tiled: bool) -> Exception | None:
+        order.append("decode")
+        stalls.append(engine.stalled_for())
+        engine.progress_at -= 3600  # an hour passes
+        return None
+
+    decodes.fails = slow
+    engine = make_engine(family, decode_batch=1)
+    paid = engine.submit(work(family, "paid", steps=1, seeds=(1, 2, 3), decode=True))
+    engine.step()  # denoised, and the first of three images decoded
+    monkeypatch.setattr(HostCopies, "publish_done", published)
+    order.clear()
+    engine.stop()
+    engine.start()
+    engine.stop()
+    assert paid.result(0).shape == (3, 32, 32, 3)
+    assert order == ["decode", "publish"] * 2
+    assert len(stalls) == 3 and max(stalls) < 1800, "the watchdog would end a healthy process"
 
 
 @once

@@ -7,6 +7,7 @@ import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import fakeredis
@@ -20,6 +21,7 @@ from latentline.errors import BrokerUnavailable
 from latentline.jobs import Claim, JobRequest, Phase, resolve
 from latentline.records import Records
 from latentline_worker.engine.request import Preview
+from latentline_worker.generate import leases as leases_module
 from latentline_worker.generate.leases import LeasedJob, Leases
 from latentline_worker.maintenance.liveness import LivenessFile
 
@@ -276,3 +278,99 @@ def test_a_liveness_file_that_cannot_be_written_costs_no_lease(client: fakeredis
         leases.start()
         eventually(lambda: field(client, job, "lease_until") != before, "the lease was not renewed")
         leases.stop()
+
+
+class Saved:
+    """A checkpoint whose bytes tell its step; compressing it does what a test says."""
+
+    def __init__(self, step: int, compress: Callable[[], object] = lambda: None) -> None:
+        self.step, self._compress = step, compress
+        self.num_serialized = 0
+
+    def to_bytes(self, _: object) -> bytes:
+        self.num_serialized += 1
+        self._compress()
+        return f"step {self.step}".encode()
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+def test_a_checkpoint_that_cannot_be_compressed_is_logged_once_and_keeps_no_other_job_from_its_own(
+    client: fakeredis.FakeRedis, leases: Leases, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Saved(3, no_memory)
+    holders = [leases.hold(claim(client)) for _ in range(6)]
+    jobs = [holder.__enter__() for holder in holders]
+    for job in jobs:
+        attach(job, InEngine(b"state"))
+    cast(Any, jobs[0].request).checkpoint = broken
+    for _ in range(3):
+        leases.beat()
+    assert broken.num_serialized == 1
+    assert [job.checkpoint_step for job in jobs] == [0, *[3] * 5]
+    (logged,) = [entry for entry in caplog.records if entry.exc_info]
+    assert logged.getMessage() == f"job {jobs[0].claim.record.id}: no checkpoint of network call 3"
+    cast(Any, jobs[0].request).checkpoint = Saved(4)
+    leases.beat()
+    assert jobs[0].checkpoint_step == 4, "the next checkpoint is written again"
+    for holder in holders:
+        holder.__exit__(None, None, None)
+
+
+def test_an_older_checkpoint_never_replaces_a_newer_one(client: fakeredis.FakeRedis, store: Records, leases: Leases) -> None:
+    """The thread of the leases is still compressing one when the job's own thread writes the last one."""
+    with leases.hold(claim(client)) as job:
+        request = attach(job, InEngine())
+        newer = threading.Thread(target=leases.save_checkpoint, args=(job,))
+
+        def overtaken() -> None:
+            request.checkpoint = cast(Any, Saved(20))
+            newer.start()
+            newer.join(0.5)  # what an unguarded write needs; a guarded one waits for this one to end
+
+        request.checkpoint = cast(Any, Saved(17, overtaken))
+        leases.save_checkpoint(job)
+        newer.join(PATIENCE_S)
+        assert (field(client, job, "checkpoint_step"), job.checkpoint_step) == ("20", 20)
+        assert store.load_checkpoint(job.claim.record.id) == b"step 20"
+
+
+@pytest.mark.parametrize("problem", [BrokerUnavailable("away"), RuntimeError("broken")], ids=["broker", "bug"])
+def test_a_job_that_cannot_be_given_back_keeps_no_other_from_it(
+    client: fakeredis.FakeRedis, store: Records, leases: Leases, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    release, tried = store.release, []
+
+    def fails_once(*args: Any) -> bool:
+        tried.append(args)
+        if len(tried) == 1:
+            raise problem
+        return release(*args)
+
+    monkeypatch.setattr(store, "release", fails_once)
+    with leases.hold(claim(client)) as first, leases.hold(claim(client)) as second:
+        leases.release_all()
+        assert sorted([field(client, first, "status"), field(client, second, "status")], key=str) == ["queued", "running"]
+
+
+def test_a_broker_that_hangs_does_not_hold_up_the_end_for_every_job(
+    client: fakeredis.FakeRedis, store: Records, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, tried = [0.0], []
+
+    def hangs(*args: Any) -> bool:
+        tried.append(args)
+        now[0] += 5
+        raise BrokerUnavailable("away")
+
+    monkeypatch.setattr(store, "release", hangs)
+    monkeypatch.setattr(leases_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    holders = [leases.hold(claim(client)) for _ in range(6)]
+    for holder in holders:
+        holder.__enter__()
+    leases.release_all()
+    assert len(tried) == 2
+    for holder in holders:
+        holder.__exit__(None, None, None)

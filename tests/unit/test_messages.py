@@ -13,6 +13,7 @@ import kombu.transport.redis
 import pytest
 import redis
 from celery import Celery
+from celery.exceptions import Reject
 from kombu.utils.json import dumps
 
 from latentline import records
@@ -20,6 +21,7 @@ from latentline.errors import BrokerUnavailable
 from latentline.records import Records, run
 from latentline.routing import GENERATE_TASK, queue_names, wake_up
 from latentline.settings import Settings
+from latentline_worker.transport import messages
 from latentline_worker.transport.app import create_app
 from latentline_worker.transport.messages import MAX_KEPT_CHARS, UNREADABLE_TASK, TolerantConsumer, bury
 
@@ -118,6 +120,22 @@ def test_what_is_no_envelope_becomes_a_task_that_buries_it(app: Celery, client: 
     (letter,) = letters(client)
     assert (letter["kind"], letter["reason"]) == ("message", "not a message of this system")
     assert letter["message"] == text[:MAX_KEPT_CHARS]
+
+
+def test_an_unreadable_message_that_cannot_be_kept_goes_back_to_its_queue(
+    client: redis.Redis, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise BrokerUnavailable("away")
+
+    pauses: list[float] = []
+    monkeypatch.setattr(messages, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(app.latentline_records, "bury", away)
+    with pytest.raises(Reject) as rejected:
+        app.tasks[UNREADABLE_TASK]("x")
+    assert rejected.value.requeue
+    assert pauses == [1] * messages.BURY_TRIES
+    assert letters(client) == []
 
 
 def test_unreadable_messages_get_tags_of_their_own(loads: Callable[..., Any]) -> None:

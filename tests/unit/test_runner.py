@@ -146,6 +146,16 @@ def test_a_job_that_does_not_fit_into_memory_fails_at_once(bench: Bench) -> None
     assert bench.get(job_id).status is Status.FAILED and error is not None and error.code == "out_of_memory"
 
 
+def test_missing_memory_while_uploading_costs_a_retry(bench: Bench) -> None:
+    """The job fitted into memory: what is missing is the host's, where other uploads take some as well."""
+    bench.store.problem = MemoryError()
+    job_id, request, done = bench.in_engine()
+    request.checkpoint = checkpoint(request, 4)
+    bench.engine.finish(request)
+    done.result(PATIENCE_S)
+    assert (bench.get(job_id).status, bench.raw(job_id)["errors"], bench.raw(job_id)["checkpoint_step"]) == (Status.QUEUED, "1", "4")
+
+
 def test_a_store_that_is_away_costs_a_retry_that_continues_from_the_last_checkpoint(bench: Bench) -> None:
     bench.store.problem = StoreUnavailable("the store does not answer")
     job_id, request, done = bench.in_engine()
@@ -183,6 +193,33 @@ def test_at_shutdown_a_job_goes_back_to_the_queue_with_its_newest_checkpoint(ben
     assert (record.status, record.step, bench.raw(job_id)["crashes"]) == (Status.QUEUED, 3, "0")
     saved = Checkpoint.from_bytes(bench.records.load_checkpoint(job_id), request.work)
     assert saved is not None and saved.step == 3 and np.array_equal(saved.history, request.checkpoint.history)
+
+
+def no_memory(*_: object) -> bytes:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("problem", ["compressing", "writing"])
+@pytest.mark.parametrize("end", ["shutdown", "error"])
+def test_a_checkpoint_that_fails_keeps_no_job_from_going_back_to_the_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, problem: str, end: str
+) -> None:
+    def refused(*_: object) -> bool:
+        raise ConfigurationError("the broker has no memory left")
+
+    if problem == "compressing":
+        monkeypatch.setattr(Checkpoint, "to_bytes", no_memory)
+    else:
+        monkeypatch.setattr(bench.records, "checkpoint", refused)
+    job_id, request, done = bench.in_engine()
+    request.checkpoint = checkpoint(request, 3)
+    if end == "shutdown":
+        bench.engine.stop_request(request, "shutdown")
+    else:
+        request.future.set_exception(RuntimeError(SECRET))
+    done.result(PATIENCE_S)
+    assert (bench.get(job_id).status, bench.raw(job_id)["crashes"]) == (Status.QUEUED, "0")
+    assert bench.raw(job_id)["errors"] == ("1" if end == "error" else "0")
 
 
 @pytest.mark.parametrize("reason", ["stale", "lost"])

@@ -116,6 +116,39 @@ def test_abort_removes_the_liveness_file_and_ends_with_status_70(
     assert codes == [os.EX_SOFTWARE] == [70] and not path.exists()
 
 
+@pytest.mark.parametrize(("stalled_s", "told"), [(130.4, "finished nothing for 130 s"), (float("inf"), "the engine has failed")])
+def test_abort_says_whether_the_engine_hangs_or_has_failed(
+    client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stalled_s: float, told: str
+) -> None:
+    engine = StubEngine()
+    engine.stalled_s = stalled_s
+    monkeypatch.setattr(os, "_exit", lambda _: None)
+    make_worker(client, engine).abort()
+    assert told in caplog.text and "inf" not in caplog.text
+
+
+def test_the_process_ends_after_the_drain_also_when_jobs_cannot_be_given_back(
+    client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        codes.append(code)
+        raise Ended
+
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    codes: list[int] = []
+    worker = make_worker(client, StubEngine())
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(worker._leases, "release_all", fail)
+    with pytest.raises(Ended):
+        worker._end_now()
+    assert codes == [0]
+
+
 class Away:
     def announce(self, *_: object) -> None:
         raise BrokerUnavailable("away")

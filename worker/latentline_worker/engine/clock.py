@@ -12,6 +12,8 @@ import torch
 class StepClock:
     """Marks four moments of each step and gives the durations, without making the host wait for the current step.
 
+    A step is :meth:`mark` four times, then :meth:`end_step`, or :meth:`drop` when it failed.
+
     On CUDA a step's durations are known one step later, and :meth:`take` waits for that step. So the host runs at most one
     step ahead of the device, and a cancelled or urgent job does not have to wait for more steps that were queued before.
     """
@@ -24,16 +26,22 @@ class StepClock:
         self.forward_s = 0.0
 
     def mark(self) -> None:
-        """To be called at a step's start, the forward's start, the forward's end, and the step's end."""
+        """To be called at a step's start, the forward's start, the forward's end, and the step's end.
+
+        Raises:
+            torch.AcceleratorError: no memory for an event.
+        """
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
-        if len(self._marks) == 4:
-            self._steps.append(self._marks)
-            self._marks = []
+
+    def end_step(self) -> None:
+        """Keep the four marks: the step is committed. Cannot fail."""
+        self._steps.append(self._marks)
+        self._marks = []
 
     def drop(self) -> None:
         """Forget the marks of a step that failed."""

@@ -16,7 +16,8 @@ from .failures import out_of_memory, raise_if_lost, run_in_parts
 log = logging.getLogger(__name__)
 
 # Images with more pixels are decoded in tiles: the activations of a whole 2048 px image take over 10 GB in half
-# precision. Decided by size and not by free memory, so that the same job gives the same picture on every machine.
+# precision. Decided by size and not by free memory, so that the same job gives the same picture on every machine. The
+# exception, outside the reproducible mode: a smaller image for which memory runs out is decoded in tiles instead of failing.
 TILE_ABOVE_PIXELS = 1024 * 1024
 
 
@@ -26,7 +27,7 @@ class Decoding:
 
     latents: torch.Tensor  # (images, c, h, w)
     tiled: bool
-    done: Callable[[torch.Tensor | Exception], None]
+    finish: Callable[[torch.Tensor | Exception], None]
     pixels: dict[int, torch.Tensor] = field(default_factory=dict)  # by the image's place
     failed: bool = False
 
@@ -44,25 +45,28 @@ class Decoder:
     Args:
         family: the loaded model.
         max_batch: images of one call; 1 in the reproducible mode.
+        tiles_on_shortage: decode an image in tiles if memory runs out. It then looks slightly different (34.6 dB on a tiny
+            model), so in the reproducible mode such a job fails instead.
     """
 
-    def __init__(self, family: Family, max_batch: int) -> None:
+    def __init__(self, family: Family, max_batch: int, tiles_on_shortage: bool = True) -> None:
         self._family = family
         self._max_batch = max_batch
+        self._tiles_on_shortage = tiles_on_shortage
         self._queue: deque[Image] = deque()
 
     @property
     def pending(self) -> bool:
         return bool(self._queue)
 
-    def submit(self, latents: torch.Tensor, done: Callable[[torch.Tensor | Exception], None]) -> None:
+    def submit(self, latents: torch.Tensor, finish: Callable[[torch.Tensor | Exception], None]) -> None:
         """Decode (images, c, h, w) latents in one of the next calls of :meth:`decode_some`.
 
         Args:
             latents: of one request.
-            done: called once, with (images, height, width, 3) uint8 pixels on the device or with the error.
+            finish: called once, with (images, height, width, 3) uint8 pixels on the device or with the error.
         """
-        decoding = Decoding(latents, self._family.num_pixels(latents) > TILE_ABOVE_PIXELS, done)
+        decoding = Decoding(latents, self._family.num_pixels(latents) > TILE_ABOVE_PIXELS, finish)
         self._queue.extend((decoding, i) for i in range(len(latents)))
 
     def decode_now(self, latents: torch.Tensor) -> torch.Tensor:
@@ -86,7 +90,7 @@ class Decoder:
         retry: list[Image] = []
 
         def failed(image: Image, error: Exception) -> None:
-            if out_of_memory(error) and not image[0].tiled:
+            if self._tiles_on_shortage and out_of_memory(error) and not image[0].tiled:
                 retry.append(image)
             else:
                 self._fail(image[0], error)
@@ -94,7 +98,7 @@ class Decoder:
         run_in_parts(batch, self._decode, failed, device=self._family.device)
         for decoding in dict.fromkeys(decoding for decoding, _ in batch):
             if decoding.complete:
-                decoding.done(_joined(decoding))
+                decoding.finish(_joined(decoding))
         # After the batch, so that all parts of it run with the tiling with which it was formed.
         for decoding, i in reversed(retry):
             if decoding.failed:
@@ -115,7 +119,7 @@ class Decoder:
         if not decoding.failed:
             decoding.failed = True
             self._queue = deque(image for image in self._queue if image[0] is not decoding)
-            decoding.done(error)
+            decoding.finish(error)
 
 
 def _joined(decoding: Decoding) -> torch.Tensor | Exception:

@@ -68,11 +68,10 @@ class Engine:
         self.planner = Planner(CostModel(fixed_rows or max_rows))
         self.clock = StepClock(family.device)
         self.memory = Memory(family, memory_limit_bytes)
-        self._fixed_rows = fixed_rows
         self.network = Network(family, fixed_rows, graphs)
         self.lanes = Lanes(lambda key: Lane(family, key, self.network, self.clock), self.network, self.memory)
         self._conditioner = Conditioner(family, 1 if fixed_rows else MICRO_BATCH)
-        self._decoder = Decoder(family, 1 if fixed_rows else decode_batch)
+        self._decoder = Decoder(family, 1 if fixed_rows else decode_batch, tiles_on_shortage=not fixed_rows)
         self._publisher = Publisher(family, self.checkpoint_schedule)
         self._arriving: list[Request] = []  # text not encoded yet, or no slot free
         self._active: list[Request] = []  # in a lane
@@ -132,10 +131,11 @@ class Engine:
         """
         key = measure(self.family, self._conditioner, self.network, self._decoder, self.memory)
         self._publisher.prepare_previews(key.latent_shape[0])
-        if self._fixed_rows is None:
+        fixed_rows = self.network.fixed_rows
+        if fixed_rows is None:
             calibrate(self, key)
-        elif (rows := self.memory.num_rows(key, self._fixed_rows)) < self._fixed_rows:
-            raise ConfigurationError(f"reproducible_rows: got {self._fixed_rows}; memory allows {rows}")
+        elif (rows := self.memory.num_rows(key, fixed_rows)) < fixed_rows:
+            raise ConfigurationError(f"reproducible_rows: got {fixed_rows}; memory allows {rows}")
 
     def step(self) -> None:
         """Admit, plan, run, settle: one denoise step of one batch, and at most one micro-batch of text and one of images."""
@@ -176,8 +176,11 @@ class Engine:
         self._publisher.publish_all()
         for request in [*self._active, *self._arriving, *incoming]:
             self._finish(request, Cancelled("shutdown"))
+        self.progress_at = time.monotonic()
         while self._decoder.pending:  # these are denoised already: that work would be lost
             self._decoder.decode_some()
+            self._publisher.publish_done()
+            self.progress_at = time.monotonic()
         self._publisher.publish_all()
 
     def _take_incoming(self) -> list[Request]:
@@ -214,7 +217,7 @@ class Engine:
         request.prompt_tokens, request.text_tokens = cond.tokens, len(cond.prompt_embeds)
         key, width = request.lane, cond.prompt_embeds.shape[-1]
         if key not in self.lanes:
-            self.lanes.open(key, width, self._fixed_rows or 1)
+            self.lanes.open(key, width, self.network.fixed_rows or 1)
             self.planner.cost.cap(key, self.memory.num_rows(key, self.planner.cost.max_rows))
         lane = self.lanes.use(key)
         if key in full:
@@ -234,6 +237,9 @@ class Engine:
         """One forward for the batch; if it fails, in halves, so that only the requests at fault fail."""
         failures: dict[Request, Exception] = {}
         run_in_parts(batch, self._forward, failures.__setitem__, device=self.family.device)
+        # Not in _forward: an error after a step's commit must not run the step again.
+        while (seconds := self.clock.take()) is not None:
+            self.planner.cost.observe(*self._launched.pop(0), seconds)
         return failures
 
     def _forward(self, batch: Sequence[Request]) -> None:
@@ -244,11 +250,10 @@ class Engine:
         except Exception:
             self.clock.drop()
             raise
-        if fitted < min(rows, limit) and self._fixed_rows is None:  # less memory than was measured
+        # The step is committed: from here on nothing may fail.
+        if fitted < min(rows, limit) and self.network.fixed_rows is None:  # less memory than was measured
             self.planner.cost.lower(key, fitted)
         self._launched.append((key, rows))
-        while (seconds := self.clock.take()) is not None:
-            self.planner.cost.observe(*self._launched.pop(0), seconds)
         self.num_rows += rows
 
     def _settle(self, batch: Sequence[Request], failures: dict[Request, Exception]) -> None:

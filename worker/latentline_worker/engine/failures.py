@@ -34,9 +34,20 @@ def device_lost(error: BaseException) -> bool:
 
 
 def raise_if_lost(error: BaseException) -> None:
-    """Raise ``error`` again if it means that the device is lost. To be called first in every handler."""
+    """Raise ``error`` again if it means that the device is lost. To be called first in every handler.
+
+    cuBLAS and cuDNN report a lost device as a plain RuntimeError. So with any error but missing memory the device is asked:
+    after it is lost, every call of CUDA fails, and this one raises what CUDA itself says. It waits for the device, which
+    only the engine's thread may do.
+    """
     if device_lost(error):
         raise error
+    if torch.cuda.is_initialized() and not out_of_memory(error):
+        try:
+            torch.cuda.synchronize()
+        except Exception as found:
+            if not out_of_memory(found):
+                raise found from error
 
 
 def release_memory(device: torch.device) -> None:
@@ -56,8 +67,7 @@ def run_in_parts(
 ) -> int:
     """Run all items; run a part that fails again in halves, so that only the items at fault fail.
 
-    After a shortage of memory the remaining parts are no larger than the half that is tried next: the same shortage
-    would meet them as well.
+    After an out-of-memory error, later parts are capped at the halved size, since they would run out too.
 
     Args:
         items: what to run, in order.

@@ -30,7 +30,7 @@ class _Step:
 
     slots: torch.Tensor  # (images,)
     guided: torch.Tensor  # (guided images,) places among the images
-    noisy: list[int]  # places among the images whose sampler draws noise in this step
+    noisy: torch.Tensor  # (noisy images,) places among the images whose sampler draws noise in this step
     noises: list[Noise]  # their generators
     history: torch.Tensor  # (images, HISTORY, c * h * w)
     used: npt.NDArray[np.intp]  # places in the history that any image's coefficients use
@@ -47,7 +47,9 @@ class Lane:
     ``history`` is (slots, 2 * MAX_ORDER + 1, c * h * w) float32: past latents newest first, past network outputs newest
     first, and this step's noise. Its sum, weighted with each job's coefficients, is the sampler update of all jobs at
     once, whatever their samplers. It is float32 also when the network runs in half precision. All that a step reads is on
-    the device already, except one small table of numbers and fresh noise; both are sent without waiting.
+    the device already, except one small table of numbers, the places of its rows, and fresh noise. These are sent from
+    pinned memory, so that the host does not wait for what it has queued before. For the same reason no tensor is indexed
+    with a list or a mask.
     """
 
     def __init__(self, family: Family, key: LaneKey, network: Network, clock: StepClock) -> None:
@@ -57,6 +59,7 @@ class Lane:
         self._clock = clock
         self._free: list[int] = []
         self._noises: dict[int, Noise] = {}  # by slot
+        self._slots: dict[Request, torch.Tensor] = {}  # (images,) each request's slots, on the device
         self._history = torch.zeros(0, HISTORY, key.num_latents, device=family.device)
         self._cond: torch.Tensor | None = None  # (slots, tokens, width) prompt embeds
         self._uncond: torch.Tensor | None = None  # likewise, of the negative prompts
@@ -87,6 +90,7 @@ class Lane:
             self._cond[slot] = cond
             if uncond is not None:
                 self._uncond[slot] = uncond
+        self._slots[request] = self._to_device(torch.tensor(request.slots))
         if work.resume is not None:
             self._restore(request, work.resume)
 
@@ -94,18 +98,19 @@ class Lane:
         """Free the request's slots."""
         for slot in request.slots:
             self._noises.pop(slot, None)
+        self._slots.pop(request, None)  # a request that failed to join has none
         self._free.extend(request.slots)
         request.slots = []
 
     def latents(self, request: Request) -> torch.Tensor:
         """(images, c, h, w) current latents, copied."""
-        return self._history[request.slots, 0].view(-1, *self.shape).clone()
+        return self._history[self._slots[request], 0].view(-1, *self.shape).clone()
 
     def snapshot(self, request: Request) -> torch.Tensor:
         """(images, 2 * order, c * h * w) copy of the history that the sampler needs, on the device: a checkpoint's content."""
         order = request.work.table.order
-        columns = [*range(order), *range(OUTPUTS, OUTPUTS + order)]
-        return self._history[request.slots][:, columns]
+        history = self._history[self._slots[request]]
+        return torch.cat([history[:, :order], history[:, OUTPUTS : OUTPUTS + order]], 1)
 
     def _restore(self, request: Request, checkpoint: Checkpoint) -> None:
         table = request.work.table
@@ -120,7 +125,7 @@ class Lane:
         """(images, c, h, w) clean latents that the last network call predicted. Only after a first step."""
         table, n = request.work.table, request.step - 1
         scale, (from_x, from_m) = float(table.input_scale[n]), table.denoised[n]
-        history = self._history[request.slots]
+        history = self._history[self._slots[request]]
         x0 = float(from_x) * scale * history[:, 1] + float(from_m) * history[:, OUTPUTS]
         return x0.view(-1, *self.shape)
 
@@ -141,12 +146,13 @@ class Lane:
         m = self._guide(step, m)
         with draws_undone_on_error(step.noises):
             self._advance(step, m)
+            self._clock.mark()  # before the commit: on CUDA it makes an event, for which there may be no memory
             self._commit(step)
-        self._clock.mark()
+        self._clock.end_step()
         return rows
 
     def _gather(self, requests: Sequence[Request]) -> _Step:
-        """Read the rows and their numbers; the only transfers to the device but for the noise."""
+        """Read the rows and their numbers. The only other transfer to the device is that of the noise."""
         assert self._cond is not None and self._uncond is not None  # a request joined
         images = [(r, slot) for r in requests for slot in r.slots]
         count = len(images)
@@ -159,15 +165,15 @@ class Lane:
             numbers[i, :3] = table.input_scale[r.step], table.timesteps[r.step], r.work.guidance_scale
             numbers[i, 3:] = table.coefficients[r.step]
         sent = self._to_device(torch.from_numpy(numbers))
-        places = self._to_device(torch.tensor([slot for _, slot in images] + guided))
-        slots, guided_at = places[:count], places[count:]
+        places = self._to_device(torch.tensor([slot for _, slot in images] + guided + noisy))
+        slots, guided_at, noisy_at = places.split([count, len(guided), len(noisy)])
         scale, timesteps, guidance = sent[:, 0], sent[:, 1], sent[guided_at, 2].view(-1, 1, 1, 1)
         history = self._history[slots]
         x = (history[:, 0] * scale[:, None]).view(-1, *self.shape)
         return _Step(
             slots=slots,
             guided=guided_at,
-            noisy=noisy,
+            noisy=noisy_at,
             noises=[self._noises[images[i][1]] for i in noisy],
             history=history,
             used=np.flatnonzero(numbers[:, 3:].any(0)),
@@ -191,7 +197,7 @@ class Lane:
         history = step.history
         history[:, OUTPUTS + 1 : NOISE] = history[:, OUTPUTS : NOISE - 1].clone()
         history[:, OUTPUTS] = m.flatten(1)
-        if step.noisy:
+        if step.noises:
             history[step.noisy, NOISE] = self._to_device(torch.stack([noise.draw() for noise in step.noises]))
         # Term by term over those that any sampler uses: a batched matrix product may sum in another order for
         # another batch size, and then a picture would depend on the jobs beside it.

@@ -1,4 +1,4 @@
-"""The heartbeat: renews the leases of the jobs in flight, reports their progress, and hears what became of them."""
+"""The leases thread: renews the leases of the jobs in flight, reports their progress, and hears what became of them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from dataclasses import dataclass, field, replace
 from latentline.errors import LatentlineError
 from latentline.jobs import Claim, Phase
 from latentline.records import Beat, Records, Verdict
-from latentline_worker.engine.checkpoint import CheckpointSchedule
+from latentline_worker.engine.checkpoint import Checkpoint, CheckpointSchedule
 from latentline_worker.engine.request import Request
 from latentline_worker.images.encode import encode_preview
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 0.1  # also the longest time until the engine hears of a cancel
+# Between two beats. The engine hears of a cancel after this time and the beat before it, with its checkpoints: up to
+# 32 MB for each job.
+INTERVAL_S = 0.1
+RELEASE_S = 5.0  # how long a broker that does not answer may delay the end of the process
 
 
 @dataclass(eq=False)
 class LeasedJob:
-    """One claimed job as the heartbeat sees it. ``stop_reason`` is set once and never taken back."""
+    """One claimed job as the leases thread sees it. ``stop_reason`` is set once and never taken back."""
 
     claim: Claim
     request: Request | None = None
@@ -32,6 +35,7 @@ class LeasedJob:
     checkpoint_call: int = 0  # network call of the newest checkpoint that was looked at
     checkpoint_step: int = 0  # the same in the job's own steps, of the newest checkpoint that was written
     stop_reason: str | None = None
+    checkpoint_lock: threading.Lock = field(default_factory=threading.Lock)  # held while a checkpoint is written
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def attach(self, request: Request) -> None:
@@ -110,26 +114,52 @@ class Leases:
             return any(job.uploading for job in self._jobs)
 
     def release_all(self) -> None:
-        """Give every job back to the queue, because the process ends. That does not count as a crash of the job."""
+        """Give every job back to the queue, because the process ends. That does not count as a crash of the job.
+
+        Never raises: a job that cannot be given back goes to another worker when its lease runs out.
+        """
         with self._lock:
             jobs = list(self._jobs)
+        started = time.monotonic()
         for job in jobs:
-            self._records.release(job.claim.record.id, job.claim.token)
+            try:
+                self._records.release(job.claim.record.id, job.claim.token)
+            except Exception as error:
+                log.warning("job %s: cannot be given back (%s), its lease has to run out", job.claim.record.id, type(error).__name__)
+                # A connection that was lost costs one job. A broker that hangs costs seconds for each.
+                if time.monotonic() - started > RELEASE_S:
+                    return
 
     def save_checkpoint(self, job: LeasedJob) -> None:
-        """Write the job's newest checkpoint, unless that was done already."""
-        request = job.request
-        checkpoint = request.checkpoint if request else None
-        if request is None or checkpoint is None or checkpoint.step <= job.checkpoint_call:
-            return
-        started = time.thread_time()  # what it takes of a core; waiting for the broker costs the engine nothing
+        """Write the job's newest checkpoint, unless that was done already. Called by the leases thread and by task threads.
+
+        A checkpoint that cannot be written for a reason of its own, such as no memory to compress it, is logged and left out.
+
+        Raises:
+            LatentlineError: the broker does not take it.
+        """
+        # The newest one is read under the lock: of two threads the later one must not write the older checkpoint.
+        with job.checkpoint_lock:
+            request = job.request
+            checkpoint = request.checkpoint if request else None
+            if request is None or checkpoint is None or checkpoint.step <= job.checkpoint_call:
+                return
+            started = time.thread_time()  # what it takes of a core; waiting for the broker costs the engine nothing
+            try:
+                self._write(job, request, checkpoint)
+            except LatentlineError:
+                raise
+            except Exception:
+                log.exception("job %s: no checkpoint of network call %d", job.claim.record.id, checkpoint.step)
+            job.checkpoint_call = checkpoint.step  # Also when refused, too large or failed: do not retry the same checkpoint.
+            if self._schedule:
+                self._schedule.record_written(time.thread_time() - started)
+
+    def _write(self, job: LeasedJob, request: Request, checkpoint: Checkpoint) -> None:
         data = checkpoint.to_bytes(request.work)
         step = job.own_steps(checkpoint.step)
         if data is not None and self._records.checkpoint(job.claim.record.id, job.claim.token, step, data):
             job.checkpoint_step = step
-        job.checkpoint_call = checkpoint.step  # also if it was too large or refused: the next beat would fare no better
-        if self._schedule:
-            self._schedule.record_written(time.thread_time() - started)
 
     def beat(self) -> None:
         """One round: renew, report, pass verdicts on to the engine, write checkpoints."""
@@ -157,7 +187,7 @@ class Leases:
                 log.warning("leases: %s", error.message)
                 self._broker_lost()
             except Exception:
-                log.exception("a heartbeat failed")
+                log.exception("leases: a beat failed")
 
     def _report(self, job: LeasedJob) -> Beat:
         request = job.request

@@ -51,14 +51,21 @@ class NotOurs:
 Outcome = Succeeded | Failed | TryAgain | CancelRequested | HandOver | NotOurs
 
 
-def of_exception(problem: Exception) -> Outcome:
-    """The outcome of work that ended in an exception. The text of an internal error stays out of the client's answer."""
+def of_exception(problem: Exception, uploading: bool = False) -> Outcome:
+    """The outcome of work that ended in an exception. The text of an internal error stays out of the client's answer.
+
+    Args:
+        problem: the exception.
+        uploading: whether the images were made, and were being encoded and uploaded.
+    """
     if isinstance(problem, Cancelled):
         return _of_stop(problem.reason)
     if isinstance(problem, LatentlineError):
         error = JobError(code=problem.code, message=problem.message)
         return TryAgain(error) if isinstance(problem, ServiceUnavailable) else Failed(error)
     if out_of_memory(problem):
+        if uploading:  # the job fitted; the host's memory is shared with other uploads and may be free again later
+            return TryAgain(JobError(code=OutOfMemory.code, message="the worker had no memory left to store the images"))
         return Failed(JobError(code=OutOfMemory.code, message="the job does not fit into the worker's memory"))
     return TryAgain(JobError(code="internal_error", message="the worker failed on this job; its log has the details"))
 

@@ -94,7 +94,7 @@ class JobRunner:
         try:
             return Succeeded(self._generate(job, timings))
         except Exception as problem:
-            ended = outcome.of_exception(problem)
+            ended = outcome.of_exception(problem, job.uploading)
             if isinstance(ended, Failed | TryAgain) and not isinstance(problem, Cancelled):
                 expected = isinstance(problem, LatentlineError)
                 level = logging.INFO if expected else logging.ERROR
@@ -112,14 +112,21 @@ class JobRunner:
             case CancelRequested():
                 self._settle(job.claim, Status.CANCELLED, (), None, timings)
             case TryAgain(error):
-                self._insist(lambda: self._leases.save_checkpoint(job))
+                self._save_checkpoint(job)
                 self._retry(job.claim, error)
             case HandOver():
-                self._insist(lambda: self._leases.save_checkpoint(job))
+                self._save_checkpoint(job)
                 self._insist(lambda: self._records.release(job_id, token))
                 log.info("job %s: back to the queue at step %d, this worker shuts down", job_id, job.checkpoint_step)
             case NotOurs(reason):
                 log.warning("job %s: %s", job_id, reason)
+
+    def _save_checkpoint(self, job: LeasedJob) -> None:
+        """Write the newest checkpoint if possible. Without it some steps are repeated; the job still has to leave this worker."""
+        try:
+            self._insist(lambda: self._leases.save_checkpoint(job))
+        except LatentlineError as error:
+            log.warning("job %s: its last checkpoint could not be written: %s", job.claim.record.id, error.message)
 
     def _generate(self, job: LeasedJob, timings: Timings) -> tuple[ImageRef, ...]:
         record = job.claim.record
@@ -198,14 +205,12 @@ class JobRunner:
     @staticmethod
     def _insist(action: Callable[[], T]) -> T:
         """Repeat an action while the broker is away: the work behind it costs more than waiting."""
-        for attempt in range(SETTLE_TRIES):
+        for _ in range(SETTLE_TRIES - 1):
             try:
                 return action()
             except BrokerUnavailable:
-                if attempt == SETTLE_TRIES - 1:
-                    raise
                 time.sleep(1)
-        raise BrokerUnavailable("the broker does not answer")
+        return action()
 
 
 def _timings(request: Request) -> Timings:

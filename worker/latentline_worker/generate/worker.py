@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import os
 import threading
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 
-from latentline.errors import LatentlineError
 from latentline.jobs import LEVEL
 from latentline.records import Records
 from latentline.routing import GENERATE_TASK, queue_names
@@ -128,7 +127,9 @@ class GenerateWorker:
         The engine's thread hangs in a call that nothing interrupts, or has ended by an error; threads that wait for it
         would keep an orderly exit waiting for ever.
         """
-        log.critical("%s: the engine has finished nothing for %.0f s: this process ends", self._name, self._engine.stalled_for())
+        stalled_s = self._engine.stalled_for()
+        what = f"has finished nothing for {stalled_s:.0f} s" if math.isfinite(stalled_s) else "has failed"
+        log.critical("%s: the engine %s: this process ends", self._name, what)
         self._liveness.remove()
         os._exit(os.EX_SOFTWARE)
 
@@ -149,9 +150,10 @@ class GenerateWorker:
         )
 
     def _end_now(self) -> None:
-        with contextlib.suppress(LatentlineError):
+        try:
             self._leases.release_all()
-        os._exit(0)
+        finally:
+            os._exit(0)  # whatever went wrong: nothing else ends the process while a task is left
 
     def _on_ready(self, **_: object) -> None:
         self.start()

@@ -15,6 +15,7 @@ from typing import Any
 
 import kombu.transport.redis
 from celery import Celery
+from celery.exceptions import Reject
 from celery.worker.consumer import Consumer
 
 from latentline.errors import LatentlineError
@@ -44,6 +45,7 @@ def install(app: Celery, records: Records) -> None:
             if bury(records, "not a message of this system", text):
                 return
             time.sleep(1)
+        raise Reject("the broker did not take the dead letter", requeue=True)  # a normal return would acknowledge the message
 
     app.conf.worker_consumer = CONSUMER
     app.latentline_records = records
