@@ -130,7 +130,9 @@ class Synchronize:
             raise self.error
 
 
-@pytest.mark.parametrize("path", [(StableDiffusion, "encode"), (StableDiffusion, "denoise"), (StableDiffusion, "decode"), (Lane, "denoised")])
+@pytest.mark.parametrize(
+    "path", [(StableDiffusion, "encode"), (StableDiffusion, "denoise"), (StableDiffusion, "decode"), (Lane, "denoised")]
+)
 @once
 def test_a_library_s_error_on_a_lost_device_is_charged_to_no_job(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, path: tuple[object, str]

@@ -80,7 +80,9 @@ def pair(family: StableDiffusion, scheduler: str) -> list[Work]:
     ]
 
 
-@pytest.mark.parametrize("fail", [lambda m: draw_out_of_memory(m, 2), write_out_of_memory, event_out_of_memory], ids=["drawing", "writing", "marking"])
+@pytest.mark.parametrize(
+    "fail", [lambda m: draw_out_of_memory(m, 2), write_out_of_memory, event_out_of_memory], ids=["drawing", "writing", "marking"]
+)
 @pytest.mark.parametrize("fixed_rows", [None, FIXED_ROWS], ids=["default", "reproducible"])
 @pytest.mark.parametrize("scheduler", STOCHASTIC)
 @once
