@@ -104,8 +104,11 @@ def domain_errors() -> Iterator[None]:
 
 
 def unavailable(error: Exception) -> BrokerUnavailable:
-    """The domain error for a redis error. The original text goes to the log at debug level only."""
-    log.debug("the broker failed", exc_info=error)
+    """The domain error for a redis error. Its text is for the log: a client is told the reason without it."""
+    # An error reply may be a fault of a script, which nobody finds without the text. A broker that is away is common and logged by
+    # whoever waits for it.
+    level = logging.WARNING if isinstance(error, redis.ResponseError) else logging.DEBUG
+    log.log(level, "the broker failed: %s", error)
     return BrokerUnavailable(_reason(error))
 
 
