@@ -60,7 +60,7 @@ def run(prompts: list[str] | None, out: Path) -> int:
     try:
         with console.status("starting broker, object store, API and worker ..."):
             stack = Stack(data, port=0, model=None)
-            stack.__enter__()
+            stack.start()
         try:
             with Client(stack.settings) as client:
                 started = time.monotonic()
@@ -69,7 +69,7 @@ def run(prompts: list[str] | None, out: Path) -> int:
                 console.print(f"{len(ids)} jobs in {time.monotonic() - started:.1f} s on {stack.url}")
                 saved = _save(records, Images(stack.settings), out)
         finally:
-            stack.__exit__(None, None, None)
+            stack.stop()
     except LatentlineError as error:
         print(f"latentline demo: {error.message}", file=sys.stderr)
         return 1

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from latentline.errors import ConfigurationError
-from latentline_worker.embedded.orphans import die_with_parent
+
+from .orphans import die_with_parent
 
 LOG_TAIL_LINES = 12
 
@@ -85,7 +86,7 @@ class Child:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the child and everything in its session."""
+        """End the child by SIGTERM; if it is still alive after ``timeout_s``, kill it and everything in its session."""
         if self.alive:
             self.process.terminate()
             try:

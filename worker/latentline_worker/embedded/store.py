@@ -5,26 +5,26 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Self
 
-from latentline.errors import ConfigurationError, MissingExtra, StoreUnavailable
+from latentline.errors import MissingExtra, StoreUnavailable
 from latentline.images import Images
 from latentline.settings import Settings
 
 from .process import Child, clean_env, free_port
+from .service import EmbeddedService
 
 GRPC_OFFSET = 10000  # each of its ports has a gRPC port this far above
-START_TIMEOUT_S = 40.0
-PORT_TAKEN = ("address already in use", "Port allocation failed")  # its messages when another process took a port first
 
 
-class Store:
+class Store(EmbeddedService):
     """A real S3 store on free loopback ports, with its own keys and its data in ``folder``."""
 
+    START_TIMEOUT_S = 40.0
+    PORT_TAKEN = ("address already in use", "Port allocation failed")
+
     def __init__(self, folder: Path, access_key: str, secret_key: str, bucket: str = "images") -> None:
+        super().__init__()
         self._folder, self._access_key, self._secret_key, self._bucket = folder, access_key, secret_key, bucket
-        self._child: Child | None = None
-        self.port = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -41,52 +41,32 @@ class Store:
     def settings(self) -> Settings:
         return Settings.from_variables(self.environment)
 
-    def start(self) -> None:
-        """Start and wait until the bucket answers. If another process takes one of the ports first, try others."""
-        data = self._folder / "data"
-        data.mkdir(parents=True, exist_ok=True)
-        binary = _binary()
-        for attempt in range(3):
-            ports = dict(zip(("s3", "master", "volume", "filer"), _distinct_ports(4), strict=True))
-            self.port = ports["s3"]
-            command = [
-                str(binary), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={self._bucket}",
-                *(f"-{name}.port={port}" for name, port in ports.items()),
-                "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
-            ]  # fmt: skip
-            env = clean_env(AWS_ACCESS_KEY_ID=self._access_key, AWS_SECRET_ACCESS_KEY=self._secret_key, TMPDIR=str(self._folder))
-            self._child = Child("the object store", command, self._folder / "seaweedfs.log", env)
-            try:
-                self._child.wait_until(self._answers, START_TIMEOUT_S)
-                return
-            except ConfigurationError as error:
-                self._child.stop()
-                if attempt == 2 or not any(text in str(error) for text in PORT_TAKEN):
-                    raise
-
     def stop(self) -> None:
-        if self._child:
-            self._child.stop()
+        super().stop()
+        if self.child:
             # It creates this socket regardless of TMPDIR and does not remove it.
             Path(f"/tmp/seaweedfs-s3-{self.port}.sock").unlink(missing_ok=True)
 
-    @property
-    def child(self) -> Child | None:
-        return self._child
+    def _launch(self) -> Child:
+        data = self._folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        ports = dict(zip(("s3", "master", "volume", "filer"), _distinct_ports(4), strict=True))
+        self.port = ports["s3"]  # another one at every start, since the other ports have to be free as well
+        command = [
+            str(_binary()), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={self._bucket}",
+            *(f"-{name}.port={port}" for name, port in ports.items()),
+            "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
+        ]  # fmt: skip
+        env = clean_env(AWS_ACCESS_KEY_ID=self._access_key, AWS_SECRET_ACCESS_KEY=self._secret_key, TMPDIR=str(self._folder))
+        return Child("the object store", command, self._folder / "seaweedfs.log", env)
 
     def _answers(self) -> bool:
+        """Whether the bucket answers."""
         try:
             Images(self.settings).check()
         except StoreUnavailable:
             return False
         return True
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 def _distinct_ports(count: int) -> list[int]:
