@@ -27,7 +27,7 @@ class Images:
 
     @cached_property
     def _s3(self) -> S3Client:
-        return connect(self._settings, read_timeout_s=2)
+        return connect_s3(self._settings, read_timeout_s=2)
 
     def presign(self, key: str) -> str:
         """A URL with which anyone can get the object for ``presign_ttl_s`` seconds. Signed locally, without a request."""
@@ -67,7 +67,7 @@ class Images:
             raise StoreUnavailable(f"the object store does not give {key!r}: {error}") from error
 
 
-def connect(settings: Settings, read_timeout_s: float, retries: int = 1) -> S3Client:
+def connect_s3(settings: Settings, read_timeout_s: float, retries: int = 1) -> S3Client:
     """An S3 client with time limits; one client serves many threads."""
     import boto3
     from botocore.config import Config

@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from pydantic import SecretStr
 
 from latentline.errors import ConfigurationError, StoreUnavailable
-from latentline.images import Images, connect
+from latentline.images import Images, connect_s3
 from latentline.settings import Settings
 from latentline_worker.embedded.store import Store
 from latentline_worker.images.store import ImageStore
@@ -81,7 +81,7 @@ def test_delete_all_deletes_what_lies_under_its_prefix_and_nothing_else(store_se
 
 
 def test_damage_on_the_way_is_noticed(store_settings: Settings) -> None:
-    s3 = connect(store_settings, read_timeout_s=5)
+    s3 = connect_s3(store_settings, read_timeout_s=5)
     with pytest.raises(ClientError) as caught:
         s3.put_object(Bucket=store_settings.s3_bucket, Key="bad", Body=b"sent", ContentMD5="AAAAAAAAAAAAAAAAAAAAAA==")
     assert caught.value.response["Error"]["Code"] in ("BadDigest", "InvalidDigest")

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from moto import mock_aws
 
 from latentline.errors import ConfigurationError, StoreUnavailable
-from latentline.images import CHECK_CACHE_S, Images, connect
+from latentline.images import CHECK_CACHE_S, Images, connect_s3
 from latentline.settings import Settings
 from latentline_worker.images import store as store_module
 from latentline_worker.images.store import ImageStore
@@ -60,7 +60,7 @@ def test_what_is_put_can_be_read(settings: Settings) -> None:
     store.ensure_bucket()
     store.put("default/j1/1/0.png", DATA, "image/png", {"job-id": "j1", "seed": "7"})
     assert Images(settings).download("default/j1/1/0.png") == DATA
-    head = connect(settings, read_timeout_s=5).head_object(Bucket=settings.s3_bucket, Key="default/j1/1/0.png")
+    head = connect_s3(settings, read_timeout_s=5).head_object(Bucket=settings.s3_bucket, Key="default/j1/1/0.png")
     assert head["ContentType"] == "image/png"
     assert head["Metadata"] == {"job-id": "j1", "seed": "7"}
     assert head["ContentLength"] == len(DATA)

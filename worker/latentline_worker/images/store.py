@@ -11,7 +11,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from latentline.errors import ConfigurationError, StoreUnavailable
-from latentline.images import connect
+from latentline.images import connect_s3
 from latentline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class ImageStore:
 
     def __init__(self, settings: Settings) -> None:
         self._bucket, self._region, self._retention_s = settings.s3_bucket, settings.s3_region, settings.retention_s
-        self._s3 = connect(settings, read_timeout_s=10, retries=TRIES)
+        self._s3 = connect_s3(settings, read_timeout_s=10, retries=TRIES)
 
     def ensure_bucket(self) -> None:
         """Create the bucket if it does not exist.
