@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from latentline_worker.engine.cost import LOOK_AGAIN, RECOVERY, SAMPLES, TRUSTED, WORTH, CostModel
+from latentline_worker.engine.cost import ENOUGH_THROUGHPUT, LOOK_AGAIN, RECOVERY, SAMPLES, TRUSTED, CostModel
 
 LANE = "lane"
 MAX_ROWS = 64
@@ -64,7 +64,7 @@ def test_the_knee_is_the_fewest_rows_that_reach_the_worthwhile_share_of_the_best
     explore(cost, affine, 20 * TRUSTED)
     rows = cost.budget(LANE)
     best = 1 / 0.001  # rows per second in the limit
-    assert rows / affine(rows) >= WORTH * WORTH * best
+    assert rows / affine(rows) >= ENOUGH_THROUGHPUT**2 * best
     assert rows < 1024, "ever more rows bring ever less"
 
 

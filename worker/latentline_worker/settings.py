@@ -21,7 +21,7 @@ class WorkerSettings(ProcessSettings):
 
     model: str = "latentline-emoji"  # the bundled model's id, a diffusers folder, or a hub id
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
-    # Jobs in flight per process and shard of tenants; the process takes as many again of other shards.
+    # Jobs in flight per process from one shard of tenants; the process takes the same number again from other shards.
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     # Most network rows of one forward; a guided image takes two. Measured costs and memory may allow fewer.
     max_rows: Annotated[int, Field(ge=1, le=1024)] = 64

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT = 2
-SHARE = 0.01  # of the time since the last one: what taking and writing a checkpoint may cost
+SHARE = 0.01  # Upper bound on checkpoint cost, as a share of run time.
 MAX_BYTES = 32 << 20  # of one checkpoint; eight 2048 px images with four past latents stay below
 
 
@@ -66,7 +67,7 @@ class Checkpoint:
 
 class CheckpointSchedule:
     """When the next checkpoint of a job is due: every ``every_s`` seconds, or less often if all jobs' checkpoints would cost
-    more than ``SHARE`` of the time.
+    more than ``SHARE`` of the time. Costs may be recorded by any thread.
     """
 
     def __init__(self, every_s: float) -> None:
@@ -74,6 +75,7 @@ class CheckpointSchedule:
         self.taken_s = self.written_s = 0.0  # moving averages: what taking and writing one checkpoint costs
         self.total_s = 0.0  # cost of all checkpoints so far
         self.num_taken = 0
+        self._lock = threading.Lock()
 
     def due(self, last: float, num_jobs: int) -> bool:
         """Whether a job needs another checkpoint.
@@ -85,15 +87,17 @@ class CheckpointSchedule:
         return time.monotonic() - last >= max(self.every_s, num_jobs * (self.taken_s + self.written_s) / SHARE)
 
     def record_taken(self, seconds: float) -> None:
-        """Copying one job's state took the engine's thread this long. Called by that thread alone."""
-        self.num_taken += 1
-        self.taken_s += 0.2 * (seconds - self.taken_s)
-        self.total_s += seconds
+        """Copying one job's state took the engine's thread this long."""
+        with self._lock:
+            self.num_taken += 1
+            self.taken_s += 0.2 * (seconds - self.taken_s)
+            self.total_s += seconds
 
     def record_written(self, seconds: float) -> None:
-        """Compressing and sending one took this much of a core's time. Called by the heartbeat's thread alone."""
-        self.written_s += 0.2 * (seconds - self.written_s)
-        self.total_s += seconds
+        """Compressing and sending one took this much of a core's time."""
+        with self._lock:
+            self.written_s += 0.2 * (seconds - self.written_s)
+            self.total_s += seconds
 
 
 def _compress(values: npt.NDArray[np.float32]) -> bytes:

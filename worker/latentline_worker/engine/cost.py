@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 SAMPLES = 9  # times kept per row count; the median is used, so that one disturbed step changes nothing
 TRUSTED = 3  # times needed before a row count is judged
-WORTH = 0.95  # of the best throughput: the fewest rows that reach it are used, since more would only add latency
+ENOUGH_THROUGHPUT = 0.95  # Use the smallest batch that reaches this share of the best throughput: more only adds latency.
 LOOK_AGAIN = 512  # steps after which larger batches are tried again, in case early times were disturbed
 RECOVERY = 512  # steps without trouble after which a lowered limit is doubled: the memory may be free again
 
@@ -24,7 +24,7 @@ class _Lane:
     clean_steps: int = 0
     known: list[tuple[int, float, int]] | None = None  # (rows, median seconds, number of times); cached until the next time
     knee: int | None = None  # likewise
-    at_least: int = 1  # rows to use, whatever the times so far say
+    at_least: int = 1  # Lower bound on the row budget; overrides the measured knee during calibration.
 
 
 class CostModel:
@@ -63,7 +63,7 @@ class CostModel:
         entry.limit, entry.clean_steps, entry.knee = max(1, min(entry.limit, rows)), 0, None
 
     def explore(self, lane: Hashable, rows: int) -> None:
-        """Use at least so many rows from now on, as far as memory allows: the times of small counts alone may be misleading."""
+        """Set a lower bound on the row budget, within what memory allows: times of small counts alone may mislead."""
         self._lanes[lane].at_least = rows
 
     def limit(self, lane: Hashable) -> int:
@@ -99,7 +99,7 @@ class CostModel:
         if not known:
             return 1
         best = max(count / seconds for count, seconds in known)
-        enough = next(count for count, seconds in known if count / seconds >= WORTH * best)
+        enough = next(count for count, seconds in known if count / seconds >= ENOUGH_THROUGHPUT * best)
         largest = known[-1][0]
         # Throughput still rises at the largest count tried: try twice as many.
         return 2 * largest if 2 * enough > largest else enough

@@ -14,7 +14,7 @@ Publish = Callable[[Sequence[torch.Tensor]], None]
 
 @dataclass(frozen=True)
 class _Copy:
-    done: Any  # torch.cuda.Event
+    copied: Any  # torch.cuda.Event
     tensors: list[torch.Tensor]
     publish: Publish
 
@@ -41,7 +41,8 @@ class HostCopies:
             publish: called by the engine's thread, from here or from :meth:`publish_done`.
 
         Raises:
-            torch.OutOfMemoryError: no memory for the copies; ``publish`` is not called.
+            torch.AcceleratorError: CUDA has no pinned memory for the copies (:func:`~.failures.out_of_memory` tells);
+                ``publish`` is not called.
         """
         if self._stream is None:
             publish(tensors)
@@ -53,13 +54,13 @@ class HostCopies:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 hosts.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._stream)  # its memory is not given to others before the copy is done
-            done = torch.cuda.Event()
-            done.record(self._stream)
-        self._copies.append(_Copy(done, hosts, publish))
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        self._copies.append(_Copy(copied, hosts, publish))
 
     def publish_done(self) -> None:
         """Publish the copies that are complete. Does not wait."""
-        while self._copies and self._copies[0].done.query():
+        while self._copies and self._copies[0].copied.query():
             copy = self._copies.popleft()
             copy.publish(copy.tensors)
 
@@ -67,5 +68,5 @@ class HostCopies:
         """Wait for the copies under way, and publish them. For when there is nothing else to launch."""
         while self._copies:
             copy = self._copies.popleft()
-            copy.done.synchronize()
+            copy.copied.synchronize()
             copy.publish(copy.tensors)

@@ -15,7 +15,7 @@ from .failures import out_of_memory, run_in_parts
 
 log = logging.getLogger(__name__)
 
-# Row counts for which CUDA graphs are captured; rows in between are padded. Each is at most half as large again as the last.
+# Row counts for which CUDA graphs are captured; rows in between are padded. After 2, each is at most half as large again as the last.
 BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 
 # (rows, c, h, w) latents, (rows,) timesteps, (rows, tokens, width) prompt embeds

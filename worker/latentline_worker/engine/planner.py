@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, TypeVar
 
 from .cost import CostModel
-from .tenants import TenantShares
+from .tenants import TenantShares, Usage
 
 # Every so many steps the oldest request goes first, whatever its length. This bounds the waiting time: from when its
 # priority class is the most urgent one present, a job ends within OLDEST_EVERY x (its own steps + the steps that older
@@ -18,13 +18,11 @@ OLDEST_EVERY = 4
 SLOWDOWN = 1.5
 
 
-class Candidate(Protocol):
-    """What the planner reads of a job in flight (``request.Request``)."""
+class Candidate(Usage, Protocol):
+    """What the planner reads of a job in flight (``request.Request``), beside its tenant and rows."""
 
     @property
     def priority(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
     @property
     def remaining(self) -> int: ...
     @property
@@ -33,8 +31,6 @@ class Candidate(Protocol):
     def lane(self) -> Hashable: ...
     @property
     def arrival(self) -> int: ...
-    @property
-    def tenant(self) -> str: ...
 
 
 C = TypeVar("C", bound=Candidate)

@@ -12,7 +12,7 @@ from latentline.errors import NumericalError
 from latentline_worker.models.base import Family
 
 from .checkpoint import Checkpoint, CheckpointSchedule
-from .failures import raise_if_lost
+from .failures import out_of_memory, raise_if_lost
 from .host_copies import HostCopies
 from .lane import Lane
 from .preview import LatentToRgb
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 class Publisher:
     """Copies a request's state to host memory. Used by the thread that owns the device.
 
-    A job can do without a checkpoint or a preview: where there is no memory for one it is skipped, and the job keeps the
-    one before. A lost device is raised.
+    A job can do without a checkpoint or a preview: one that fails, mostly for want of memory, is logged and skipped, and
+    the job keeps the one before. A lost device is raised.
 
     Args:
         family: the loaded model.
-        schedule: told what checkpoints cost; None where only the last moment has any.
+        schedule: told what checkpoints cost. None: no periodic checkpoints, only one at shutdown.
     """
 
     def __init__(self, family: Family, schedule: CheckpointSchedule | None) -> None:
@@ -45,7 +45,7 @@ class Publisher:
     def checkpoint(self, request: Request, lane: Lane) -> None:
         """Publish ``request.checkpoint``, as soon as it is complete."""
         step = request.step
-        request.checkpoint_at = started = time.monotonic()  # also of a try that fails: the next one is as far away
+        request.checkpoint_at = started = time.monotonic()  # Also set when the attempt fails, so that it is not retried at every step.
 
         def publish(tensors: Sequence[torch.Tensor]) -> None:
             request.checkpoint = Checkpoint(step, tensors[0].numpy())
@@ -106,4 +106,5 @@ class Publisher:
             action()
         except Exception as error:
             raise_if_lost(error)
-            log.warning("job %s: no %s (%s)", request.work.job_id, what, type(error).__name__)
+            trace = None if out_of_memory(error) else error  # any other error is a defect: its place is worth knowing
+            log.warning("job %s: no %s (%s)", request.work.job_id, what, type(error).__name__, exc_info=trace)

@@ -90,7 +90,7 @@ class Preview:
 
 @dataclass(eq=False)
 class Request:
-    """A job in flight. Only the engine's thread writes ``step`` and the fields after it.
+    """A job in flight. Only the engine's thread writes ``step`` and the fields after it, except for a cancel.
 
     Everything that other threads read is in host memory: no field makes its reader wait for the device.
     """
@@ -109,7 +109,7 @@ class Request:
     slots: list[int] = field(default_factory=list)  # one per image, while in a lane
     arrival: int = field(default_factory=lambda: next(_arrivals))  # the order in which requests came
     times: dict[str, float] = field(default_factory=lambda: {"submitted": time.monotonic()})  # time.monotonic() of each event
-    _cancel: str | None = None
+    _cancel: str | None = None  # written by any thread, under the lock
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property

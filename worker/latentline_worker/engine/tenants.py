@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-REMEMBERED = 256  # steps after which about two thirds of a tenant's usage are forgotten
+REMEMBERED = 256  # Time constant of the exponential decay, in steps.
 MOST_OF_SHARE = 1.5  # of an equal share of the usage: a tenant that has had more is behind the others
 
 

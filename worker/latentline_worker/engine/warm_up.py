@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Up to here every doubling of the rows is measured, whatever the times say: one disturbed time must not end the search.
+# Up to here every doubling of the rows is measured, whatever the times say, so that a single outlier does not stop the search.
 CALIBRATED_ROWS = 16
 
 

@@ -87,7 +87,7 @@ def supervise(children: Sequence[subprocess.Popen[bytes]]) -> int:
             if None not in codes:
                 return int(any(codes))
             stop = any(code is not None for code in codes) and not told_to_stop
-            # A child that ends after the poll above leaves its SIGCHLD pending, so that this does not wait in vain.
+            # A child that ends after the poll above leaves its SIGCHLD pending, so sigwait returns at once.
             if stop or signal.sigwait(AWAITED) != signal.SIGCHLD:
                 told_to_stop = True
                 for child in children:

@@ -25,7 +25,8 @@ def make_engine(settings: WorkerSettings, family: Family) -> Engine:
     """An engine with these settings: memory and step costs are measured, its thread is not started.
 
     Raises:
-        ConfigurationError: the model, or the fixed rows of the reproducible mode, do not fit into memory.
+        OutOfMemory: not even one row of the model's own size fits.
+        ConfigurationError: the fixed rows of the reproducible mode do not fit into memory.
     """
     engine = Engine(
         family,

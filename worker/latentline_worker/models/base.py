@@ -11,7 +11,11 @@ from latentline.jobs import ModelInfo
 
 
 class Family(Protocol):
-    """A loaded latent diffusion model. Its methods are called by the thread that owns the device, under ``torch.inference_mode``."""
+    """A loaded latent diffusion model.
+
+    The thread that owns the device calls its methods, those that compute tensors under ``torch.inference_mode``. Task threads
+    call ``latent_shape`` as well and read ``info`` and ``scheduler_config``, so these must not touch the device.
+    """
 
     info: ModelInfo
     device: torch.device
