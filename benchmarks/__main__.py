@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,47 @@ def main() -> None:
         report.plot(figures, options.plot)
 
 
+class Bench:
+    """The bundled model on a CPU as a plain pipeline and in an engine that is warm."""
+
+    def __init__(self) -> None:
+        self.family = bundled_model.load(torch.device("cpu"), torch.float32)
+        self.pipeline = bundled_model.pipeline()
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.engine = Engine(self.family)
+        self.engine.warm_up()
+        self.side = self.family.info.default_width
+
+    def compile_samplers(self, jobs: Sequence[trace.Job]) -> None:
+        """A worker compiles each once."""
+        for job in jobs:
+            sampler_table(job.scheduler, self.family.scheduler_config, job.steps)
+
+
 def measure(quick: bool) -> dict[str, Any]:
     """All figures with the bundled model on a CPU."""
     started = time.perf_counter()
-    family = bundled_model.load(torch.device("cpu"), torch.float32)
-    pipeline = bundled_model.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    engine = Engine(family)
-    engine.warm_up()
-    side = family.info.default_width
-    jobs = trace.closed(24 if quick else 48)
-    for job in jobs:  # a worker compiles each once
-        sampler_table(job.scheduler, family.scheduler_config, job.steps)
-    runners.pipelines(jobs[:2], pipeline, side, batched=False)  # warm-up, as the engine had
+    bench = Bench()
+    static, closed_figures = measure_closed(bench, quick)
+    figures = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", **closed_figures}
+    for percent in (80,) if quick else (50, 80, 95):
+        figures[f"open{percent}"] = measure_open(bench, percent, static.throughput(), quick)
+    figures["compute_bound"] = measure_compute_bound(bench, quick)
+    figures["took_s"] = time.perf_counter() - started
+    return report.rounded(figures)
 
+
+def measure_closed(bench: Bench, quick: bool) -> tuple[runners.Run, dict[str, Any]]:
+    """All jobs present from the start. Also returns the run with static batches, to which the loads below refer."""
+    pipeline, engine, side = bench.pipeline, bench.engine, bench.side
+    jobs = trace.closed(24 if quick else 48)
+    bench.compile_samplers(jobs)
+    runners.pipelines(jobs[:2], pipeline, side, batched=False)  # warm-up, as the engine had
     alone = runners.pipelines(jobs, pipeline, side, batched=False)
     static = runners.pipelines(jobs, pipeline, side, batched=True)
     ours = runners.engine(jobs, engine, side)
     floor_s = runners.bare_network(engine, ours.batch_rows, side)
-    figures: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    return static, {
         "row_budget": engine.planner.cost.budget(next(iter(engine.lanes))),
         "closed": {
             "jobs": len(jobs),
@@ -72,39 +94,43 @@ def measure(quick: bool) -> dict[str, Any]:
         },
         "outside_forward_share": 1 - ours.forward_s / ours.step_s,
     }
-    for percent in (80,) if quick else (50, 80, 95):
-        rate = percent / 100 * static.throughput()
-        arrivals = trace.poisson(trace.closed(36 if quick else 100, seed=percent), rate, seed=percent)
-        for job in arrivals:
-            sampler_table(job.scheduler, family.scheduler_config, job.steps)
-        open_static, open_ours = runners.pipelines(arrivals, pipeline, side, batched=True), runners.engine(arrivals, engine, side)
-        more: dict[str, Any] = {}
-        if not quick:  # one by one falls ever further behind at these rates, so the run takes long
-            more["bare_network_share"] = runners.bare_network(engine, open_ours.batch_rows, side) / open_ours.busy_s
-            more |= report.summary(one_by_one=runners.pipelines(arrivals, pipeline, side, batched=False))
-        figures[f"open{percent}"] = {
-            "jobs": len(arrivals),
-            "arrivals_per_s": rate,
-            "mean_latency_vs_static": open_ours.mean_s() / open_static.mean_s(),
-            "p99_latency_vs_static": open_ours.quantile_s(0.99) / open_static.quantile_s(0.99),
-            "short_p50_vs_static": open_ours.quantile_s(0.5, short=True) / open_static.quantile_s(0.5, short=True),
-            **report.summary(static=open_static, engine=open_ours),
-            **more,
-        }
 
-    large = trace.closed(6 if quick else 16, seed=1, steps=(3, 7))
-    runners.engine(large[:1], engine, COMPUTE_BOUND_PX)
-    large_alone = runners.pipelines(large, pipeline, COMPUTE_BOUND_PX, batched=False)
-    large_ours = runners.engine(large, engine, COMPUTE_BOUND_PX)
-    figures["compute_bound"] = {
-        "jobs": len(large),
-        "side_px": COMPUTE_BOUND_PX,
-        "throughput_vs_one_by_one": large_alone.makespan_s / large_ours.makespan_s,
-        "mean_latency_vs_one_by_one": large_ours.mean_s() / large_alone.mean_s(),
-        **report.summary(one_by_one=large_alone, engine=large_ours),
+
+def measure_open(bench: Bench, percent: int, static_throughput: float, quick: bool) -> dict[str, Any]:
+    """Jobs that arrive at random, at this load of what static batches can do."""
+    pipeline, engine, side = bench.pipeline, bench.engine, bench.side
+    rate = percent / 100 * static_throughput
+    arrivals = trace.poisson(trace.closed(36 if quick else 100, seed=percent), rate, seed=percent)
+    bench.compile_samplers(arrivals)
+    static, ours = runners.pipelines(arrivals, pipeline, side, batched=True), runners.engine(arrivals, engine, side)
+    more: dict[str, Any] = {}
+    if not quick:  # one by one falls ever further behind at these rates, so the run takes long
+        more["bare_network_share"] = runners.bare_network(engine, ours.batch_rows, side) / ours.busy_s
+        more |= report.summary(one_by_one=runners.pipelines(arrivals, pipeline, side, batched=False))
+    return {
+        "jobs": len(arrivals),
+        "arrivals_per_s": rate,
+        "mean_latency_vs_static": ours.mean_s() / static.mean_s(),
+        "p99_latency_vs_static": ours.quantile_s(0.99) / static.quantile_s(0.99),
+        "short_p50_vs_static": ours.quantile_s(0.5, short=True) / static.quantile_s(0.5, short=True),
+        **report.summary(static=static, engine=ours),
+        **more,
     }
-    figures["took_s"] = time.perf_counter() - started
-    return report.rounded(figures)
+
+
+def measure_compute_bound(bench: Bench, quick: bool) -> dict[str, Any]:
+    """Images so large that batching gains nothing on a CPU."""
+    jobs = trace.closed(6 if quick else 16, seed=1, steps=(3, 7))
+    runners.engine(jobs[:1], bench.engine, COMPUTE_BOUND_PX)
+    alone = runners.pipelines(jobs, bench.pipeline, COMPUTE_BOUND_PX, batched=False)
+    ours = runners.engine(jobs, bench.engine, COMPUTE_BOUND_PX)
+    return {
+        "jobs": len(jobs),
+        "side_px": COMPUTE_BOUND_PX,
+        "throughput_vs_one_by_one": alone.makespan_s / ours.makespan_s,
+        "mean_latency_vs_one_by_one": ours.mean_s() / alone.mean_s(),
+        **report.summary(one_by_one=alone, engine=ours),
+    }
 
 
 if __name__ == "__main__":

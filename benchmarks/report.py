@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .runners import Outcome
+from .runners import Run
 
 
-def summary(**outcomes: Outcome) -> dict[str, Any]:
+def summary(**runs: Run) -> dict[str, Any]:
     """Absolute figures of each way of running."""
     return {
         name: {
@@ -25,7 +25,7 @@ def summary(**outcomes: Outcome) -> dict[str, Any]:
             "jobs_per_batch": o.mean_batch_jobs,
             "busy_share": o.busy_s / o.makespan_s,
         }
-        for name, o in outcomes.items()
+        for name, o in runs.items()
     }
 
 

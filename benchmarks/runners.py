@@ -24,7 +24,7 @@ from .trace import MAX_STATIC_BATCH, Job
 
 
 @dataclass
-class Outcome:
+class Run:
     """Figures of one run of a trace."""
 
     latency_s: dict[Job, float] = field(default_factory=dict)
@@ -50,13 +50,13 @@ class Outcome:
         return [s for job, s in self.latency_s.items() if job.short or not short] or [float("nan")]
 
 
-def pipelines(trace: Sequence[Job], pipeline: Any, side_px: int, batched: bool) -> Outcome:
+def pipelines(trace: Sequence[Job], pipeline: Any, side_px: int, batched: bool) -> Run:
     """Plain diffusers. With ``batched``, waiting jobs with the first one's step count, sampler and guidance share a call.
 
     A pipeline's batch cannot mix more than that: its scheduler and guidance belong to the call, not to the image. This
     favours static batching over celery-batches, because it never waits for a batch to fill.
     """
-    outcome = Outcome()
+    run = Run()
     todo, waiting, now, calls = deque(sorted(trace, key=lambda job: job.arrival_s)), deque[Job](), 0.0, 0
     config = dict(pipeline.scheduler.config)
     while todo or waiting:
@@ -81,17 +81,17 @@ def pipelines(trace: Sequence[Job], pipeline: Any, side_px: int, batched: bool) 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - started
-        now, outcome.busy_s, calls = now + elapsed, outcome.busy_s + elapsed, calls + 1
+        now, run.busy_s, calls = now + elapsed, run.busy_s + elapsed, calls + 1
         for job in batch:
             waiting.remove(job)
-            outcome.latency_s[job] = now - job.arrival_s
-    outcome.makespan_s, outcome.mean_batch_jobs = now, len(trace) / calls
-    return outcome
+            run.latency_s[job] = now - job.arrival_s
+    run.makespan_s, run.mean_batch_jobs = now, len(trace) / calls
+    return run
 
 
-def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Outcome:
+def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Run:
     """The engine itself, stepped here instead of by its thread."""
-    outcome = Outcome()
+    run = Run()
     todo, now = deque(sorted(trace, key=lambda job: job.arrival_s)), 0.0
     running: dict[Request, Job] = {}
     shared = batches = 0
@@ -111,19 +111,19 @@ def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Outcome:
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - started
         rows = engine.num_rows - rows
-        outcome.batch_rows[rows] += 1
+        run.batch_rows[rows] += 1
         batches, shared = batches + 1, shared + sum(request.phase == "denoising" for request in running)
         if rows >= 8 and not joined:
             # On a GPU the device's own clock; on a CPU the host's work is part of the step.
-            outcome.step_s += engine.clock.step_s - step_s if torch.cuda.is_available() else elapsed
-            outcome.forward_s += engine.clock.forward_s - forward_s
-        now, outcome.busy_s = now + elapsed, outcome.busy_s + elapsed
+            run.step_s += engine.clock.step_s - step_s if torch.cuda.is_available() else elapsed
+            run.forward_s += engine.clock.forward_s - forward_s
+        now, run.busy_s = now + elapsed, run.busy_s + elapsed
         for request in ended:
             job = running.pop(request)
             request.result()
-            outcome.latency_s[job] = now - job.arrival_s
-    outcome.makespan_s, outcome.mean_batch_jobs = now, shared / max(1, batches)
-    return outcome
+            run.latency_s[job] = now - job.arrival_s
+    run.makespan_s, run.mean_batch_jobs = now, shared / max(1, batches)
+    return run
 
 
 def bare_network(engine: Engine, batch_rows: Counter[int], side_px: int, repeats: int = 5) -> float:
