@@ -272,3 +272,21 @@ def test_a_shutdown_checkpoints_every_image_of_every_job(family: StableDiffusion
             resume = Checkpoint.from_bytes(request.checkpoint.to_bytes(one), one)
         (resumed,) = run(make_engine(family, fixed_rows=FIXED_ROWS), dataclasses.replace(one, resume=resume))
         assert torch.equal(resumed.result(0), solo(family, one, fixed_rows=FIXED_ROWS))
+
+
+@pytest.mark.parametrize(
+    ("problem", "traced"), [(torch.OutOfMemoryError("simulated"), False), (TypeError("a defect"), True)], ids=["memory", "defect"]
+)
+@once
+def test_a_checkpoint_that_is_left_out_is_logged_with_its_place_unless_memory_is_missing(
+    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: Exception, traced: bool
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise problem
+
+    engine = make_engine(family, checkpoint_s=3600.0)  # one is due, after the last step
+    monkeypatch.setattr(Lane, "snapshot", fail)
+    run(engine, work(family, "a", steps=1))
+    (entry,) = [entry for entry in caplog.records if "no checkpoint" in entry.getMessage()]
+    assert entry.getMessage() == f"job a: no checkpoint ({type(problem).__name__})"
+    assert ("a defect" in caplog.text, bool(entry.exc_info)) == (traced, traced)
