@@ -167,7 +167,7 @@ def test_a_replay_while_the_store_has_no_bucket_keeps_the_dead_letter(
 
 def test_a_message_has_nothing_to_replay(client: redis.Redis, store: Records, latentline: Command) -> None:
     store.bury("message-1", "message", "no task message", message="garbage")
-    assert failed_with(latentline("dead", "replay", "message-1"), "message-1", "nothing to replay")
+    assert failed_with(latentline("dead", "replay", "message-1"), "message-1", "cannot be replayed")
     assert len(run(client, records.dead_letters())) == 1
 
 
