@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image, ImageDraw
+
 from latentline_worker import training
 from latentline_worker.models import checksums
 from latentline_worker.training.autoencoder import encode, psnr_db
 from latentline_worker.training.export import place_of
 from latentline_worker.training.sheets import to_tensor
-from PIL import Image, ImageDraw
 
 FOLDER = Path(training.__file__).parent / "weights" / "emoji-autoencoder"
 
