@@ -8,6 +8,7 @@ import os
 # a second OpenMP thread gains nothing, and while its core is busy with another process the first one spins and waits for it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import logging
 import socket
 import subprocess
 import time
@@ -17,6 +18,14 @@ from typing import NoReturn
 
 import pytest
 import redis
+
+
+@pytest.fixture(autouse=True)
+def root_log_level() -> Iterator[None]:
+    """A Celery worker that runs inside of a test sets the root logger's level, which would hide what later tests look for."""
+    before = logging.root.level
+    yield
+    logging.root.setLevel(before)
 
 
 def missing(service: str) -> NoReturn:

@@ -25,6 +25,7 @@ from latentline_worker.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 # What the parent waits for. Blocked while it does, so that no handler runs between the check and the wait.
+LOOK_EVERY_S = 0.2  # at the children, whether a signal has come or not
 AWAITED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
 
 
@@ -87,13 +88,19 @@ def supervise(children: Sequence[subprocess.Popen[bytes]]) -> int:
             if None not in codes:
                 return int(any(codes))
             stop = any(code is not None for code in codes) and not told_to_stop
-            # A child that ends after the poll above leaves its SIGCHLD pending, so sigwait returns at once.
-            if stop or signal.sigwait(AWAITED) != signal.SIGCHLD:
+            # A child that ends after the poll above leaves its SIGCHLD pending, so the wait returns at once.
+            if stop or _next_signal() not in (signal.SIGCHLD, None):
                 told_to_stop = True
                 for child in children:
                     child.terminate()  # does nothing to a child that has ended
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _next_signal() -> int | None:
+    """The next awaited signal; None after ``LOOK_EVERY_S``, because another thread of the process may have received it instead."""
+    received = signal.sigtimedwait(AWAITED, LOOK_EVERY_S)
+    return received.si_signo if received else None
 
 
 def _serve(settings: WorkerSettings, device_index: str | None) -> int:
