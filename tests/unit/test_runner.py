@@ -19,7 +19,7 @@ from support.stubs import PATIENCE_S, RunnerBench
 from latentline import records, routing
 from latentline.errors import ConfigurationError, JobNotFound, StoreUnavailable
 from latentline.jobs import JobError, JobRecord, JobRequest, Status, resolve
-from latentline.records import MAX_ERRORS, Records
+from latentline.records import MAX_ERRORS, Backoff, Records
 from latentline.records.held import SUSPECT_CRASHES
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.request import Request
@@ -154,6 +154,26 @@ def test_missing_memory_while_uploading_costs_a_retry(bench: Bench) -> None:
     bench.engine.finish(request)
     done.result(PATIENCE_S)
     assert (bench.get(job_id).status, bench.raw(job_id)["errors"], bench.raw(job_id)["checkpoint_step"]) == (Status.QUEUED, "1", "4")
+
+
+def test_the_pause_before_another_try_is_bounded_and_has_jitter(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    retry, backoffs, bounds = Records.retry, [], []
+
+    def asked(self: Records, job_id: str, token: int, error: Any, backoff: Backoff) -> Any:
+        backoffs.append(backoff)
+        return retry(self, job_id, token, error, backoff)
+
+    def uniform(low: float, high: float) -> float:
+        bounds.append((low, high))
+        return 0.75
+
+    monkeypatch.setattr(Records, "retry", asked)
+    monkeypatch.setattr("latentline_worker.generate.runner.random.uniform", uniform)
+    bench.store.problem = StoreUnavailable("the store does not answer")
+    _, request, done = bench.in_engine()
+    bench.engine.finish(request)
+    done.result(PATIENCE_S)
+    assert (backoffs, bounds) == ([Backoff(first_s=2.0, most_s=60.0, jitter=0.75)], [(0.5, 1)])
 
 
 def test_a_store_that_is_away_costs_a_retry_that_continues_from_the_last_checkpoint(bench: Bench) -> None:
