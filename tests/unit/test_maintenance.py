@@ -185,6 +185,15 @@ def test_nothing_is_reclaimed_while_the_broker_has_been_up_for_less_than_a_lease
     assert "reclaim" in broker.calls
 
 
+def assert_it_pauses_for_one_lease(reaper: Reaper, broker: Broker, clock: Callable[[float], None]) -> None:
+    clock(29)
+    reaper.run_once()
+    assert broker.calls == []
+    clock(2)
+    reaper.run_once()
+    assert broker.calls == ["reclaim", "wake m 30"]
+
+
 def test_after_an_outage_that_the_reaper_saw_nothing_is_done_for_one_lease(clock: Callable[[float], None]) -> None:
     broker = Broker()
     reaper = Reaper(cast(Any, broker), "m", 30)
@@ -192,24 +201,14 @@ def test_after_an_outage_that_the_reaper_saw_nothing_is_done_for_one_lease(clock
     with pytest.raises(BrokerUnavailable):
         reaper.run_once()
     broker.away = False
-    clock(29)
-    reaper.run_once()
-    assert broker.calls == []
-    clock(2)
-    reaper.run_once()
-    assert broker.calls == ["reclaim", "wake m 30"]
+    assert_it_pauses_for_one_lease(reaper, broker, clock)
 
 
 def test_after_an_outage_that_the_heartbeat_saw_nothing_is_done_for_one_lease(clock: Callable[[float], None]) -> None:
     broker = Broker()
     reaper = Reaper(cast(Any, broker), "m", 30)
     reaper.broker_lost()
-    clock(29)
-    reaper.run_once()
-    assert broker.calls == []
-    clock(2)
-    reaper.run_once()
-    assert broker.calls == ["reclaim", "wake m 30"]
+    assert_it_pauses_for_one_lease(reaper, broker, clock)
 
 
 def test_a_job_of_a_lost_worker_is_queued_again_on_real_records(client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -923,15 +923,19 @@ def test_idempotency(client: redis.Redis) -> None:
     assert client.llen(queue(5)) == 1
 
 
-def test_pages_are_whole_and_without_repeats(client: redis.Redis) -> None:
-    made = [submit(client) for _ in range(12)]
+def ids_of_all_pages(client: redis.Redis, limit: int) -> list[str]:
     seen: list[str] = []
     cursor = None
     while True:
-        page, cursor = run(client, records.list_jobs(cursor=cursor, limit=5))
+        page, cursor = run(client, records.list_jobs(cursor=cursor, limit=limit))
         seen += [record.id for record in page]
         if cursor is None:
-            break
+            return seen
+
+
+def test_pages_are_whole_and_without_repeats(client: redis.Redis) -> None:
+    made = [submit(client) for _ in range(12)]
+    seen = ids_of_all_pages(client, limit=5)
     assert sorted(seen) == sorted(made)
     times = [run(client, records.get(job_id)).created_at for job_id in seen]
     assert times == sorted(times, reverse=True)
@@ -942,13 +946,7 @@ def test_pages_skip_no_job_where_records_have_expired_between_them(client: redis
     newest_first = [record.id for record in run(client, records.list_jobs())[0]]
     gone = set(newest_first[:3] + newest_first[7:9])
     client.delete(*map(routing.job_key, gone))
-    seen: list[str] = []
-    cursor = None
-    while True:
-        page, cursor = run(client, records.list_jobs(cursor=cursor, limit=5))
-        seen += [record.id for record in page]
-        if cursor is None:
-            break
+    seen = ids_of_all_pages(client, limit=5)
     assert seen == [job_id for job_id in newest_first if job_id not in gone]
     assert len(seen) == len(made) - len(gone)
 

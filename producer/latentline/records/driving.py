@@ -105,8 +105,8 @@ def domain_errors() -> Iterator[None]:
 
 def unavailable(error: Exception) -> BrokerUnavailable:
     """The domain error for a redis error. Its text is for the log: a client is told the reason without it."""
-    # An error reply may be a fault of a script, which nobody finds without the text. A broker that is away is common and logged by
-    # whoever waits for it.
+    # An error reply may come from a fault in a script, and its text says where. A broker that is away is common, and the caller
+    # that waits for it logs that.
     level = logging.WARNING if isinstance(error, redis.ResponseError) else logging.DEBUG
     log.log(level, "the broker failed: %s", error)
     return BrokerUnavailable(_reason(error))
