@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import fakeredis
 import pytest
+from support.cluster import THIS_CODE
 from support.stubs import PATIENCE_S
 
 from latentline import records
@@ -122,6 +123,7 @@ worker._runner.run(job.id)
 def test_a_device_call_that_never_returns_ends_the_process_with_status_70(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WEDGED_PROCESS, str(tmp_path / "ready")],
+        env={**os.environ, "PYTHONPATH": THIS_CODE.path},
         capture_output=True,
         text=True,
         timeout=4 * PATIENCE_S,
