@@ -52,6 +52,11 @@ class LeastServedFirst:
         """Set the queues to choose from."""
         self._queues = list(queues)
 
+    @property
+    def capped(self) -> bool:
+        """Whether some queue is at its in-flight limit, so that the usable queues change when a job ends."""
+        return any(self._held[queue] >= self._max_per_queue for queue in self._queues)
+
     def consume(self, num: int) -> list[str]:
         """The first ``num`` queues of the order, without those that are at their in-flight limit."""
         usable = (queue for queue in self._queues if self._held[queue] < self._max_per_queue)
