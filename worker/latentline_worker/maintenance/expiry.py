@@ -8,9 +8,11 @@ from __future__ import annotations
 from latentline.records import Records
 from latentline_worker.images.store import ImageStore
 
-from .turns import TURN_S, Turns
+from .turns import Turns
 
-EVERY_S = 5.0  # retention is long, so nobody notices a few seconds more
+# Retention is long, so a few seconds more do not matter, also when a worker is killed in its turn.
+EVERY_S = 5.0
+TURN_S = 4.0
 
 
 class Expiry(Turns):

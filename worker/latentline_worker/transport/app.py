@@ -71,10 +71,10 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, max_
 
     # Counted when received, not when started: the next BRPOP must already know of it.
     def begin(request: Any, **_: object) -> None:
-        held.begin(request.delivery_info["routing_key"])
+        held.begin(request.delivery_info["routing_key"], request.id)
 
     def end(task: Any, **_: object) -> None:
-        held.end(task.request.delivery_info["routing_key"])
+        held.end(task.request.delivery_info["routing_key"], task.request.id)
 
     task_received.connect(begin, weak=False)
     task_postrun.connect(end, weak=False)
