@@ -36,9 +36,11 @@ def client(valkey_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
-    app = create_app(WorkerSettings.model_validate({"redis_url": valkey_url}), queue_names(MODEL.id), Records(connect(valkey_url)), CAP)
+    own = connect(valkey_url)
+    app = create_app(WorkerSettings.model_validate({"redis_url": valkey_url}), queue_names(MODEL.id), Records(own), CAP)
     yield app
     app.close()
+    own.close()
 
 
 class Watched:
