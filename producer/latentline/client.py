@@ -17,7 +17,7 @@ from .connection import connect, connect_async
 from .errors import InvalidRequest, JobFailed, LatentlineError, WaitTimeout
 from .images import Images
 from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, ResolvedRequest, Status, Submission
-from .records import Fleet, Operation, arun, run
+from .records import CachedFleet, Fleet, Operation, arun, run
 from .settings import Settings
 
 POLL_MS = 1000  # how long one read of an event stream waits; below every socket timeout
@@ -35,6 +35,7 @@ class _Operations:
     def __init__(self, settings: Settings | None) -> None:
         self.settings = settings or Settings()
         self.images = Images(self.settings)
+        self._fleet = CachedFleet()
 
     def _write(self, chunk: Sequence[Submission]) -> Operation[list[Outcome]]:
         outcomes = yield from records.submit(
@@ -43,7 +44,7 @@ class _Operations:
         return [one if isinstance(one, LatentlineError) else self._with_urls(one) for one in outcomes]
 
     def _submit(self, requests: Sequence[Request]) -> Operation[list[Outcome]]:
-        accepted = _accept(requests, (yield from records.fleet()))
+        accepted = yield from self._fleet.accept_many(lambda fleet: _accept(requests, fleet))
         written: list[Outcome] = []
         failure: LatentlineError | None = None
         for chunk in _chunks(accepted):

@@ -193,6 +193,21 @@ def workers_key() -> str:
     return f"{PREFIX}:workers"
 
 
+def turn_key(duties: str) -> str:
+    """String: the process that does these duties of the whole fleet now; it expires within a second."""
+    return f"{PREFIX}:turn:{duties}"
+
+
+def callbacks_turn_key() -> str:
+    """The same for the wake-ups of callbacks. Apart, so that the rules of the broker's users need not name it."""
+    return f"{PREFIX}:callbacks:turn"
+
+
+def turns_key() -> str:
+    """Hash: when the newest turn was (``at``), since when turns have had no gap (``since``), and how far each model was searched."""
+    return f"{PREFIX}:turns"
+
+
 def wake_up(task: str, argument: str, queue: str, priority: int | str, message_id: str) -> str:
     """A Celery protocol 2 message in kombu's Redis envelope: ``task(argument)``.
 

@@ -151,7 +151,15 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     store = Records(client, 600)
     store.announce("one", MODEL)
     assert records.run(client, records.models()) and records.run(client, records.workers()) == ["one"]
+    assert store.heartbeat("one") and not store.heartbeat("unknown")
     store.worker_gone("one")
+    assert store.take_turn(MODEL.id, "one", 1) and not store.take_turn(MODEL.id, "two", 1) and store.begin_turn(10) == 0
+    bound = broker.admin.config_get("maxmemory")["maxmemory"]
+    broker.admin.config_set("maxmemory", "1")
+    try:
+        assert store.take_turn("expiry", "one", 1)  # with the script, since SET is refused
+    finally:
+        broker.admin.config_set("maxmemory", bound)
     failure = JobError(code="internal", message="once more")
 
     (job,) = submit(producer)
@@ -230,6 +238,7 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     assert store.take_callback(first, 30)
     store.settle_callback(first, 1, {"result": "status 500"}, "pending", 0)
     broker.admin.zadd(routing.due_callbacks_key(), {first: 1, second: 1})
+    assert store.take_callbacks_turn("one", 1) and not store.take_callbacks_turn("two", 1)
     assert store.wake_callbacks() == 2
     broker.admin.delete(routing.callback_key(second))
     broker.admin.zadd(routing.due_callbacks_key(), {second: 0})

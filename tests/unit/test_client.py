@@ -31,6 +31,8 @@ from latentline.errors import (
     WaitTimeout,
 )
 from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput, resolve
+from latentline.records import CachedFleet
+from latentline.records.fleet import CACHED_S
 from latentline.settings import Settings
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
@@ -81,9 +83,22 @@ def settings() -> Settings:
     return Settings()
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Its one element is the time by which clients judge how old the announcements are that they have read."""
+    now = [1000.0]
+    monkeypatch.setattr("latentline.client.CachedFleet", lambda: CachedFleet(lambda: now[0]))
+    return now
+
+
 @pytest.fixture(params=["sync", "async"])
 def client(
-    request: pytest.FixtureRequest, server: fakeredis.FakeServer, images: FakeImages, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    server: fakeredis.FakeServer,
+    images: FakeImages,
+    settings: Settings,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Any]:
     monkeypatch.setattr("latentline.client.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect", lambda url: fakeredis.FakeRedis(server=server, decode_responses=True))
@@ -274,6 +289,61 @@ def age(worker: FakeWorker, seconds: float, *keys: str) -> None:
             worker.redis.zadd(key, {name: at - seconds})
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each time that the announcements are read."""
+    module = importlib.import_module("latentline.records.fleet")
+    read, done = module.fleet, []
+
+    def counted() -> Any:
+        done.append("read")
+        return read()
+
+    monkeypatch.setattr(module, "fleet", counted)
+    return done
+
+
+def test_announcements_are_read_once_a_second(client: Any, worker: FakeWorker, clock: list[float], reads: list[str]) -> None:
+    for _ in range(3):
+        client.submit(prompt="a cat")
+    assert len(reads) == 1
+    clock[0] += CACHED_S - 0.01
+    client.submit_many([JobRequest.parse({"prompt": "a cat"})] * 2)
+    assert len(reads) == 1
+    clock[0] += 0.01
+    client.submit(prompt="a cat")
+    client.submit(prompt="a cat")
+    assert len(reads) == 2
+
+
+def test_announcements_are_read_again_before_a_request_is_refused(
+    client: Any, worker: FakeWorker, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has just been announced counts at once: a new model, a larger size, a higher level."""
+    monkeypatch.setattr(models, "ADDED", {"preview_every": 2})
+    client.submit(prompt="a cat")
+    asking: list[dict[str, Any]] = [{"model": "new"}, {"width": 512, "height": 512}, {"preview_every": 2}]
+    for fields in asking:
+        with pytest.raises(InvalidRequest):
+            client.submit(prompt="a cat", **fields)
+    assert len(reads) == 4
+    larger = MODEL.model_copy(update={"max_pixels": 512 * 512})
+    newer = FakeWorker(worker.redis, worker.images, name=worker.name, model=larger, level=2)
+    newer.announce()
+    worker.records.announce("other", MODEL.model_copy(update={"id": "new"}))
+    for fields in asking:
+        assert client.submit(prompt="a cat", **fields).status is Status.QUEUED
+    assert len(reads) == 5, "read once more, and then it is known"
+
+
+def test_in_a_batch_the_rest_is_checked_against_the_same_announcements(client: Any, worker: FakeWorker, reads: list[str]) -> None:
+    client.submit(prompt="a cat")
+    good, bad = JobRequest.parse({"prompt": "a cat"}), JobRequest.parse({"prompt": "a cat", "model": "no-such"})
+    outcomes = client.submit_many([good, bad, good])
+    assert [isinstance(outcome, InvalidRequest) for outcome in outcomes] == [False, True, False]
+    assert len(reads) == 2 and len(client.list()[0]) == 3, "what is accepted is written once"
+
+
 def test_what_is_left_out_is_resolved_by_the_models_announcement(client: Any, worker: FakeWorker) -> None:
     own = {
         "id": "own", "default_width": 96, "default_num_inference_steps": 4, "default_guidance_scale": 1.0, "default_scheduler": "lcm",
@@ -312,12 +382,13 @@ def test_a_key_that_version_0_1_0_has_written(client: Any, worker: FakeWorker) -
         client.submit(prompt="a dog", idempotency_key="k")
 
 
-def test_a_worker_that_says_nothing_is_not_counted_on(client: Any, worker: FakeWorker) -> None:
+def test_a_worker_that_says_nothing_is_not_counted_on(client: Any, worker: FakeWorker, clock: list[float]) -> None:
     client.submit(prompt="a cat")
     age(worker, 55)
     assert set(client.models()) == {MODEL.id} and client.workers() == []
     client.submit(prompt="a cat")
     age(worker, 6)
+    clock[0] += CACHED_S
     assert client.models() == {}
     with pytest.raises(NoWorker, match="no worker that serves 'latentline-emoji'") as caught:
         client.submit(prompt="a cat")
@@ -331,7 +402,7 @@ def test_a_worker_that_says_nothing_is_not_counted_on(client: Any, worker: FakeW
     client.submit(prompt="a cat")
 
 
-def test_a_worker_of_version_0_1_0_is_seen_while_it_lives(client: Any, worker: FakeWorker) -> None:
+def test_a_worker_of_version_0_1_0_is_seen_while_it_lives(client: Any, worker: FakeWorker, clock: list[float]) -> None:
     worker.redis.flushall()
     worker.redis.hset(routing.models_key(), "old", MODEL.model_copy(update={"id": "old"}).first_fields())
     worker.redis.zadd(routing.workers_key(), {"old@host": worker.redis.time()[0]})
@@ -343,6 +414,7 @@ def test_a_worker_of_version_0_1_0_is_seen_while_it_lives(client: Any, worker: F
     assert set(client.models()) == {"old", MODEL.id}
     assert client.models()[MODEL.id] == own, "what it announces counts, and not what it writes for the older ones"
     age(worker, 11, routing.workers_key())
+    clock[0] += CACHED_S
     worker.announce()
     assert set(client.models()) == {MODEL.id}
     with pytest.raises(NoWorker):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from latentline import routing
 from latentline_worker.transport.fairness import HeldMessages, LeastServedFirst
 
@@ -53,11 +55,11 @@ def test_a_queue_at_its_in_flight_limit_waits_and_leaves_room_for_others() -> No
     held = HeldMessages()
     order = LeastServedFirst(held, max_per_queue=2)
     order.update(["busy", "quiet"])
-    held.begin("busy")
+    held.begin("busy", "id")
     assert order.consume(2) == ["busy", "quiet"]
-    held.begin("busy")
+    held.begin("busy", "id")
     assert order.consume(2) == ["quiet"]
-    held.end("busy")
+    held.end("busy", "id")
     assert order.consume(2) == ["busy", "quiet"]
 
 
@@ -67,10 +69,10 @@ def test_queues_of_several_levels_share_the_limit_of_their_shard() -> None:
     held = HeldMessages()
     order = LeastServedFirst(held, max_per_queue=2)
     order.update([old, new, other])
-    held.begin(old)
-    held.begin(new)
+    held.begin(old, "1")
+    held.begin(new, "2")
     assert order.consume(3) == [other]
-    held.end(new)
+    held.end(new, "2")
     assert set(order.consume(3)) == {old, new, other}
 
 
@@ -78,3 +80,34 @@ def test_a_tenant_with_jobs_of_two_levels_gets_no_second_turn() -> None:
     old, new, other = (routing.queue_name("m", shard, level) for shard, level in ((3, 1), (3, 2), (4, 1)))
     order, filled = order_of(old, new, other), {old: 50, new: 50, other: 50}
     assert Counter(take(order, filled) for _ in range(40)) == {old: 10, new: 10, other: 20}
+
+
+def test_a_shard_at_its_limit_caps_the_order_and_all_of_its_queues() -> None:
+    old, new, other = (routing.queue_name("m", shard, level) for shard, level in ((3, 1), (3, 2), (4, 1)))
+    held = HeldMessages()
+    order = LeastServedFirst(held, max_per_queue=1)
+    order.update([old, new, other])
+    assert not order.capped
+    held.begin(new, "1")
+    assert order.capped and order.consume(3) == [other]
+    held.end(new, "1")
+    assert not order.capped
+
+
+def test_how_long_messages_are_held_is_averaged_over_the_last_ones() -> None:
+    now = [0.0]
+    held = HeldMessages(lambda: now[0])
+    assert held.mean_s is None
+
+    def hold(seconds: float) -> None:
+        held.begin("a", "1")
+        now[0] += seconds
+        held.end("a", "1")
+
+    hold(4)
+    assert held.mean_s == 4
+    for _ in range(200):
+        hold(1)
+    assert held.mean_s == pytest.approx(1, abs=0.01)
+    held.end("a", "received before this process counted")
+    assert held.mean_s < 1

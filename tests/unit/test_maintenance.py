@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import fakeredis
@@ -14,15 +12,12 @@ import pytest
 
 from latentline import records, routing
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import JobRequest, Status, resolve
+from latentline.jobs import JobRequest, resolve
 from latentline.records import Records
-from latentline.testing import MODEL
-from latentline_worker.maintenance import reaper as reaper_module
+from latentline.records.maintenance import MAX_EXPIRE
 from latentline_worker.maintenance.callback_wakes import CallbackWakes
-from latentline_worker.maintenance.deadlines import Deadlines
 from latentline_worker.maintenance.expiry import Expiry
 from latentline_worker.maintenance.liveness import LivenessFile
-from latentline_worker.maintenance.reaper import Reaper
 from latentline_worker.maintenance.service import Service
 
 PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
@@ -92,7 +87,7 @@ class FakeStore:
 
 
 def expiry_of(client: fakeredis.FakeRedis, store: FakeStore) -> Expiry:
-    return Expiry(Records(client), cast(Any, store))
+    return Expiry(Records(client), "cpu@test", cast(Any, store))
 
 
 def expired(client: fakeredis.FakeRedis) -> str:
@@ -113,19 +108,22 @@ def test_images_go_with_their_record(client: fakeredis.FakeRedis) -> None:
 def test_what_cannot_be_deleted_comes_again_later_and_delays_nothing_else(client: fakeredis.FakeRedis) -> None:
     first, store = expired(client), FakeStore(works=False)
     expiry = expiry_of(client, store)
-    expiry.run_once()
+    expiry.do_turn()
     second = expired(client)
     store.works = True
-    expiry.run_once()
+    expiry.do_turn()
     assert store.asked == [f"{first}/", f"{second}/"], "not at once again"
     assert client.zrange(routing.expiring_key(), 0, -1) == [first]
 
 
-def test_stopping_does_not_wait_for_a_store_that_hangs_and_no_further_deletion_begins(client: fakeredis.FakeRedis) -> None:
+def test_stopping_does_not_wait_for_a_store_that_hangs_and_no_further_deletion_begins(
+    client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expired(client), expired(client)
     hang = threading.Event()
     store = FakeStore(hang=hang)
     expiry = expiry_of(client, store)
+    monkeypatch.setattr(expiry, "_every_s", 0.001)
     expiry.start()
     assert store.entered.wait(PATIENCE_S)
     expiry.stop()  # returns although a deletion is under way
@@ -134,107 +132,12 @@ def test_stopping_does_not_wait_for_a_store_that_hangs_and_no_further_deletion_b
     assert len(store.asked) == 1
 
 
-class Broker:
-    """The records as the reaper uses them; ``away`` makes every call fail."""
-
-    def __init__(self, up_s: float = 3600.0) -> None:
-        self.seconds, self.away = up_s, False
-        self.calls: list[str] = []
-
-    def up_s(self) -> float:
-        if self.away:
-            raise BrokerUnavailable("away")
-        return self.seconds
-
-    def reclaim(self) -> list[str]:
-        self.calls.append("reclaim")
-        return ["job-1"]
-
-    def wake(self, model: str, grace_s: float) -> list[str]:
-        self.calls.append(f"wake {model} {grace_s:g}")
-        return []
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Advances the reaper's clock."""
-    now = [1000.0]
-    monkeypatch.setattr(reaper_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    def advance(seconds: float) -> None:
-        now[0] += seconds
-
-    return advance
-
-
-def test_the_reaper_takes_lost_jobs_back_and_wakes_waiting_ones(caplog: pytest.LogCaptureFixture) -> None:
-    broker = Broker()
-    with caplog.at_level(logging.WARNING):
-        Reaper(cast(Any, broker), "m", 30).run_once()
-    assert broker.calls == ["reclaim", "wake m 30"]
-    assert "job job-1: its worker is lost" in caplog.text
-
-
-def test_nothing_is_reclaimed_while_the_broker_has_been_up_for_less_than_a_lease() -> None:
-    broker = Broker(up_s=29)
-    reaper = Reaper(cast(Any, broker), "m", 30)
-    reaper.run_once()
-    assert broker.calls == ["wake m 30"]
-    broker.seconds = 31
-    reaper.run_once()
-    assert "reclaim" in broker.calls
-
-
-def assert_it_pauses_for_one_lease(reaper: Reaper, broker: Broker, clock: Callable[[float], None]) -> None:
-    clock(29)
-    reaper.run_once()
-    assert broker.calls == []
-    clock(2)
-    reaper.run_once()
-    assert broker.calls == ["reclaim", "wake m 30"]
-
-
-def test_after_an_outage_that_the_reaper_saw_nothing_is_done_for_one_lease(clock: Callable[[float], None]) -> None:
-    broker = Broker()
-    reaper = Reaper(cast(Any, broker), "m", 30)
-    broker.away = True
-    with pytest.raises(BrokerUnavailable):
-        reaper.run_once()
-    broker.away = False
-    assert_it_pauses_for_one_lease(reaper, broker, clock)
-
-
-def test_after_an_outage_that_the_heartbeat_saw_nothing_is_done_for_one_lease(clock: Callable[[float], None]) -> None:
-    broker = Broker()
-    reaper = Reaper(cast(Any, broker), "m", 30)
-    reaper.broker_lost()
-    assert_it_pauses_for_one_lease(reaper, broker, clock)
-
-
-def test_a_job_of_a_lost_worker_is_queued_again_on_real_records(client: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Records(client)
-    job_id = submit(client)
-    assert store.claim(job_id, "lost@test", 30) is not None
-    client.hset(routing.job_key(job_id), "lease_until", 1)
-    client.zadd(routing.leases_key(), {job_id: 1})
-    monkeypatch.setattr(store, "up_s", lambda: 3600.0)
-    Reaper(store, MODEL.id, 30).run_once()
-    assert records.run(client, records.get(job_id)).status is Status.QUEUED
-
-
-def test_an_overdue_job_that_waits_is_ended_although_no_worker_takes_it(client: fakeredis.FakeRedis) -> None:
-    overdue, in_time, running = submit(client, deadline_s=1000), submit(client, deadline_s=1000), submit(client, deadline_s=1000)
-    store = Records(client)
-    assert store.claim(running, "busy@test", 30) is not None
-    for job_id in (overdue, running):
-        client.hset(routing.job_key(job_id), "deadline_at", 1)
-        client.zadd(routing.deadlines_key(), {job_id: 1})
-    Deadlines(store).run_once()
-    error = records.run(client, records.get(overdue)).error
-    assert error is not None and error.code == "deadline_exceeded"
-    assert [event.type for event in records.run(client, records.events(overdue))][-1] == "job.failed"
-    assert records.run(client, records.get(in_time)).status is Status.QUEUED
-    assert records.run(client, records.get(running)).status is Status.RUNNING, "its worker hears of it with its next beat"
+def test_many_expired_jobs_go_in_one_turn_although_one_call_lists_few(client: fakeredis.FakeRedis) -> None:
+    members = {expired(client) for _ in range(MAX_EXPIRE + 1)}
+    store = FakeStore()
+    expiry_of(client, store).run_once()
+    assert {asked.rstrip("/") for asked in store.asked} == members
+    assert not client.exists(routing.expiring_key())
 
 
 def test_due_callbacks_are_woken(client: fakeredis.FakeRedis) -> None:
@@ -243,7 +146,7 @@ def test_due_callbacks_are_woken(client: fakeredis.FakeRedis) -> None:
     records.run(client, records.cancel(job_id, 600))
     client.delete(routing.CALLBACK_QUEUE)
     client.zadd(routing.due_callbacks_key(), {f"msg_{job_id}_cancelled": 1})
-    CallbackWakes(store).run_once()
+    CallbackWakes(store, "callbacks@test").run_once()
     assert client.llen(routing.CALLBACK_QUEUE) == 1
 
 

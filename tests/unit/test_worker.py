@@ -14,8 +14,9 @@ from support.stubs import FAMILY, MemoryStore, StubEngine
 from latentline import records, routing
 from latentline.errors import BrokerUnavailable
 from latentline.records import Records
+from latentline.records.fleet import WORKER_ALIVE_S
 from latentline.testing import MODEL
-from latentline_worker.generate.announcer import Announcer
+from latentline_worker.generate.announcer import HEARTBEAT_S, JITTER, Announcer
 from latentline_worker.generate.worker import GenerateWorker
 from latentline_worker.settings import WorkerSettings
 
@@ -61,7 +62,7 @@ def test_everything_stops_in_the_order_of_the_data(client: fakeredis.FakeRedis, 
 
 def test_the_maintenance_services_run_from_start_to_stop(client: fakeredis.FakeRedis) -> None:
     worker = make_worker(client, StubEngine())
-    services = (worker._watchdog, worker._reaper, worker._deadlines, worker._expiry, worker._announcer)
+    services = (worker._watchdog, worker._upkeep, worker._expiry, worker._announcer)
     worker.start()
     assert all(service._thread.is_alive() for service in services)
     worker.stop()
@@ -81,7 +82,7 @@ def test_a_failed_announcement_keeps_nothing_else_from_starting(
 
     monkeypatch.setattr(worker._announcer, "run_once", announce)
     worker.start()
-    services = (worker._leases, worker._watchdog, worker._reaper, worker._deadlines, worker._expiry, worker._announcer)
+    services = (worker._leases, worker._watchdog, worker._upkeep, worker._expiry, worker._announcer)
     assert all(service._thread.is_alive() for service in services)
     assert running[0] is True, "leases and the watchdog come first"
     assert "announcer failed" in caplog.messages
@@ -162,10 +163,54 @@ def test_a_broker_that_is_away_neither_stops_the_announcer_nor_fails_its_end() -
     announcer.stop()
 
 
-def test_a_wiped_broker_is_told_again(client: fakeredis.FakeRedis) -> None:
+class Told:
+    """Records that note what an announcer tells the broker."""
+
+    def __init__(self, client: fakeredis.FakeRedis) -> None:
+        self._records = Records(client)
+        self.calls: list[str] = []
+
+    def announce(self, worker: str, model: Any) -> None:
+        self.calls.append("announce")
+        self._records.announce(worker, model)
+
+    def heartbeat(self, worker: str) -> bool:
+        self.calls.append("heartbeat")
+        return self._records.heartbeat(worker)
+
+
+def test_a_worker_announces_itself_once_and_then_sends_heartbeats(client: fakeredis.FakeRedis) -> None:
+    Records(client).announce(NAME, MODEL.model_copy(update={"max_pixels": 4096}))  # by the process before, under the same name
+    told = Told(client)
+    announcer = Announcer(cast(Any, told), NAME, MODEL)
+    for _ in range(3):
+        announcer.run_once()
+    assert told.calls == ["announce", "heartbeat", "heartbeat"]
+    assert records.run(client, records.models()) == {MODEL.id: MODEL}
+
+
+def test_a_heartbeat_keeps_worker_and_announcement_alive(client: fakeredis.FakeRedis) -> None:
     announcer = Announcer(Records(client), NAME, MODEL)
     announcer.run_once()
-    client.flushall()
+    for key in (routing.workers_key(), routing.announced_at_key()):
+        client.zincrby(key, -50, NAME)
     announcer.run_once()
     assert records.run(client, records.workers()) == [NAME]
-    assert client.exists(routing.workers_key())
+    assert client.time()[0] - client.zscore(routing.announced_at_key(), NAME) < 40
+
+
+@pytest.mark.parametrize("lost", [None, routing.announced_key(), routing.announced_at_key()])
+def test_a_broker_that_lost_the_announcement_is_told_again(client: fakeredis.FakeRedis, lost: str | None) -> None:
+    told = Told(client)
+    announcer = Announcer(cast(Any, told), NAME, MODEL)
+    announcer.run_once()
+    if lost:
+        client.delete(lost)
+    else:
+        client.flushall()
+    announcer.run_once()
+    assert records.run(client, records.workers()) == [NAME] and set(records.run(client, records.models())) == {MODEL.id}
+
+
+def test_three_heartbeats_fit_into_the_time_in_which_a_worker_counts_as_alive() -> None:
+    assert 3 * HEARTBEAT_S * (1 + JITTER) < WORKER_ALIVE_S

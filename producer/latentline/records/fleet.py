@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import redis
 
 from latentline import routing
-from latentline.errors import InvalidRequest, NoWorker
+from latentline.errors import InvalidRequest, LatentlineError, NoWorker
 from latentline.jobs import Announcement, JobRequest, Message, ModelInfo, Submission, resolve
 from latentline.models import common, level_of
 
@@ -19,9 +20,12 @@ from .driving import Operation
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
+Outcomes = Sequence[Submission | LatentlineError]
 _unreadable: set[str] = set()  # workers and models whose announcement was logged as unreadable
 
 WORKER_ALIVE_S = 10  # a worker whose last heartbeat is older than this is gone
+FORGOTTEN_S = 3600  # workers that have been silent for this long are removed from the list
+CACHED_S = 1.0  # how long submissions may be checked against announcements that were read before
 ANNOUNCED_S = 60  # how long an announcement holds: longer than most restarts, so that a rolling update refuses no submission
 NOBODY = "a model that a worker serves (none has announced one yet)"
 
@@ -100,6 +104,33 @@ def fleet() -> Operation[Fleet]:
         key: tuple(sorted(found, key=lambda offer: (-offer[0], offer[1].model_dump_json()))) for key, found in sorted(offers.items())
     }
     return Fleet(ordered, tuple(first))
+
+
+class CachedFleet:
+    """The fleet as one client knows it: read again when it is older than ``CACHED_S``.
+
+    Threads and tasks may share it: each sees some fleet that was read lately, and at worst several of them read it at once.
+
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._read: tuple[float, Fleet] | None = None
+
+    def accept_many(
+        self, accept: Callable[[Fleet], Sequence[Submission | LatentlineError]]
+    ) -> Operation[Sequence[Submission | LatentlineError]]:
+        """What ``accept`` makes of the fleet. Before anything is refused the fleet is read afresh: a worker may just have come."""
+        now = self._clock()
+        if self._read and now - self._read[0] < CACHED_S:
+            outcomes = accept(self._read[1])
+            if not any(isinstance(outcome, LatentlineError) for outcome in outcomes):
+                return outcomes
+        read = yield from fleet()
+        self._read = (now, read)
+        return accept(read)
 
 
 def _read(kind: type[M], whose: str, text: str | None) -> M | None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import redis
 
 from latentline import routing
-from latentline.jobs import DEFAULT_RETENTION_S, LEVEL
-from latentline.scripts import END_OVERDUE, EXPIRE, RECLAIM, WAKE
+from latentline.scripts import BEGIN_TURN, END_OVERDUE, EXPIRE, RECLAIM, TAKE_TURN, WAKE
 
 from .driving import Driven, Operation, broker_time, call_script, driven, zrem
+from .fleet import ANNOUNCED_S, FORGOTTEN_S
 
 # Crashes without progress while running alone after which the job fails. Crashes beside other jobs do not count: any of them
 # may have been the cause.
@@ -27,9 +27,19 @@ DEAD_KEPT_S, DEAD_MOST = 30 * 86400, 10_000  # Max. age and number of dead lette
 class Maintenance(Driven):
     """Each method is one pass; the maintenance services call it periodically."""
 
-    def __init__(self, client: redis.Redis, retention_s: int = DEFAULT_RETENTION_S, level: int = LEVEL) -> None:
-        super().__init__(client, retention_s, level)
-        self._wake_rank = 0  # where the next search for lost messages begins
+    @driven
+    def take_turn(self, duties: str, worker: str, life_s: float) -> Operation[bool]:
+        """Whether this process may do these duties now. If so, no other process may for ``life_s``, also if this one ends."""
+        key, life_ms = routing.turn_key(duties), round(life_s * 1000)
+        try:
+            return bool((yield lambda client: client.set(key, worker, nx=True, px=life_ms)))
+        except redis.exceptions.OutOfMemoryError:  # jobs of lost workers are taken back all the same, and what expires makes room
+            return bool((yield from call_script(TAKE_TURN, duties=duties, worker=worker, life_ms=life_ms)))
+
+    @driven
+    def begin_turn(self, gap_s: float) -> Operation[float]:
+        """For how many seconds some worker has reached the broker at least every ``gap_s``; for the process that has the turn."""
+        return float((yield from call_script(BEGIN_TURN, gap_s=gap_s, announced_s=ANNOUNCED_S, forgotten_s=FORGOTTEN_S)))
 
     @driven
     def reclaim(self) -> Operation[list[str]]:
@@ -55,11 +65,9 @@ class Maintenance(Driven):
     def wake(self, model: str, grace_s: float) -> Operation[list[str]]:
         """Send messages for jobs whose next try is due, and for jobs queued for ``grace_s`` whose message is lost; their ids.
 
-        Each call checks ``MAX_WAKE`` waiting jobs and continues where the previous one ended.
+        Each call checks ``MAX_WAKE`` waiting jobs and continues where the previous one ended, whichever worker made it.
         """
-        woken: list[str]
-        woken, looked_at = yield from call_script(WAKE, model=model, grace_s=grace_s, first_rank=self._wake_rank, most=MAX_WAKE)
-        self._wake_rank = self._wake_rank + MAX_WAKE if looked_at == MAX_WAKE else 0
+        woken: list[str] = yield from call_script(WAKE, model=model, grace_s=grace_s, most=MAX_WAKE)
         return woken
 
     @driven

@@ -51,6 +51,11 @@ class Outbox(Driven):
         yield from call_script(PUT_BACK_CALLBACK, id=callback_id, tries=tries, delay_s=delay_s)
 
     @driven
+    def take_callbacks_turn(self, process: str, life_s: float) -> Operation[bool]:
+        """Whether this process may wake callbacks now. If so, no other process may for ``life_s``, also if this one ends."""
+        return bool((yield lambda client: client.set(routing.callbacks_turn_key(), process, nx=True, px=round(life_s * 1000))))
+
+    @driven
     def wake_callbacks(self) -> Operation[int]:
         """Hand every callback whose next try is due to the deliverers; how many."""
         return int((yield from call_script(WAKE_CALLBACKS, most=MAX_WAKE_CALLBACKS)))

@@ -6,16 +6,14 @@ from typing import Any
 
 from latentline import routing
 from latentline.jobs import Announcement, ModelInfo
-from latentline.scripts import ANNOUNCE
+from latentline.scripts import ANNOUNCE, HEARTBEAT
 
 from .dead import bury
 from .driving import Operation, call_script, driven
-from .fleet import ANNOUNCED_S, durability, up_s
+from .fleet import ANNOUNCED_S, FORGOTTEN_S, durability, up_s
 from .held import HeldJobs
 from .maintenance import Maintenance
 from .outbox import Outbox
-
-WORKER_FORGOTTEN_S = 3600  # workers that have been silent for this long are removed from the list
 
 
 class Records(HeldJobs, Maintenance, Outbox):
@@ -41,8 +39,13 @@ class Records(HeldJobs, Maintenance, Outbox):
             model=info.id,
             first_fields=info.first_fields(),
             announced_s=ANNOUNCED_S,
-            forgotten_s=WORKER_FORGOTTEN_S,
+            forgotten_s=FORGOTTEN_S,
         )
+
+    @driven
+    def heartbeat(self, worker: str) -> Operation[bool]:
+        """Say that a worker is alive; False when the broker does not know its announcement, for example after its data was wiped."""
+        return bool((yield from call_script(HEARTBEAT, worker=worker)))
 
     @driven
     def worker_gone(self, name: str) -> Operation[None]:

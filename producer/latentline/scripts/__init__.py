@@ -16,11 +16,14 @@ RELEASE = load("release")
 SETTLE = load("settle")
 RETRY = load("retry")
 
+TAKE_TURN = load("take_turn")
+BEGIN_TURN = load("begin_turn")
 RECLAIM = load("reclaim")
 END_OVERDUE = load("end_overdue")
 END_IF_OVERDUE = load("end_if_overdue")
 WAKE = load("wake")
 ANNOUNCE = load("announce")
+HEARTBEAT = load("heartbeat")
 BURY = load("bury")
 EXPIRE = load("expire")
 
@@ -31,7 +34,7 @@ WAKE_CALLBACKS = load("wake_callbacks")
 REPLAY_CALLBACK = load("replay_callback")
 
 __all__ = [
-    "ANNOUNCE", "BEAT", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
-    "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK",
-    "WAKE", "WAKE_CALLBACKS", "Script",
+    "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
+    "HEARTBEAT", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT",
+    "TAKE_CALLBACK", "TAKE_TURN", "WAKE", "WAKE_CALLBACKS", "Script",
 ]  # fmt: skip

@@ -13,12 +13,16 @@
 --   found later, but none that is there is ever taken for lost.
 -- * At most SCANNED front messages are looked at. If no numbered one is among them, every message counts as there.
 --
+-- Each call looks at `most` waiting jobs and goes on where the last call ended, whichever worker made it: `turns` holds that
+-- rank of each model. A broker at its memory bound may refuse to note it. Then the same jobs are looked at again, and it would
+-- not take their messages either.
+--
 -- Invariant: a job has at most one message more than it needs, and a queued job never waits for ever without one.
 --
--- Returns {ids of the jobs that were woken, number of waiting jobs that were looked at}.
+-- Returns the ids of the jobs that were woken.
 -- uses: clock, wakeups
 
-local model, grace_s, first_rank, most = unpack(ARGV)
+local model, grace_s, most = unpack(ARGV)
 
 local SCANNED = 512 -- front messages of one list that are read; each is one LINDEX near the list's end
 
@@ -57,7 +61,11 @@ local function holds(list, message)
   return tonumber(number) >= head.number
 end
 
-local waiting = redis.call('ZRANGE', keys.waiting(model), first_rank, first_rank + most - 1)
+local rank = 'wake:' .. model
+local first = tonumber(redis.call('HGET', keys.turns(), rank) or 0)
+local waiting = redis.call('ZRANGE', keys.waiting(model), first, first + most - 1)
+local following = #waiting == tonumber(most) and first + #waiting or 0
+if following ~= first then redis.pcall('HSET', keys.turns(), rank, following) end
 local lost = {}
 for _, id in ipairs(waiting) do
   local job = redis.call('HMGET', keys.job(id), 'woken_at', 'message', 'queue', 'priority', 'deadline_at')
@@ -76,4 +84,4 @@ for i = #lost, 1, -1 do -- each goes to the front, so the oldest comes last and 
   wakeups.job(lost[i], true)
   woken[#woken + 1] = lost[i]
 end
-return {woken, #waiting}
+return woken

@@ -30,14 +30,14 @@ def serve(settings: ProcessSettings) -> int:
     deliverer = Deliverer(records, [one.strip() for one in secrets if one.strip()], settings.callback_networks)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK)
-    wakes, liveness = CallbackWakes(records), LivenessFile(settings.ready_file)
+    name = f"callbacks@{socket.gethostname()}"
+    wakes, liveness = CallbackWakes(records, name), LivenessFile(settings.ready_file)
 
     def on_ready(**_: object) -> None:
         wakes.start()
         liveness.start()
 
     worker_ready.connect(on_ready, weak=False)
-    name = f"callbacks@{socket.gethostname()}"
     worker = app.Worker(hostname=name, pool="threads", concurrency=CONCURRENCY, queues=[CALLBACK_QUEUE], loglevel="INFO", **NO_GOSSIP)
     worker.start()
     wakes.stop()

@@ -9,17 +9,21 @@ from latentline.jobs import ModelInfo
 from latentline.records import Records
 from latentline_worker.maintenance.service import Service
 
+HEARTBEAT_S = 3.0  # three may be lost before the worker counts as gone, see latentline.records.fleet.WORKER_ALIVE_S
+JITTER = 0.1
+
 
 class Announcer(Service):
-    """Announces every second, since the broker's state may have been wiped.
+    """Announces the worker once, then sends short heartbeats, and announces again when the broker no longer knows it.
 
     At the end the worker is taken off the list of live workers. Its announcement holds for another minute
     (``latentline.records.fleet.ANNOUNCED_S``), so that submissions are accepted while it restarts.
     """
 
     def __init__(self, records: Records, worker: str, model: ModelInfo) -> None:
-        super().__init__("announcer")
+        super().__init__("announcer", HEARTBEAT_S, JITTER)
         self._records, self._worker, self._model = records, worker, model
+        self._announced = False  # since this process started: an announcement under this name may be that of an earlier process
 
     def start(self) -> None:
         """Announce at once; if that fails, the service does it later."""
@@ -27,7 +31,9 @@ class Announcer(Service):
         super().start()
 
     def run_once(self) -> None:
-        self._records.announce(self._worker, self._model)
+        if not (self._announced and self._records.heartbeat(self._worker)):
+            self._records.announce(self._worker, self._model)
+            self._announced = True
 
     def stop(self, wait_s: float = 5.0) -> None:
         """Stop, then leave the list of live workers. Waits for a turn that runs: it would announce the worker again."""

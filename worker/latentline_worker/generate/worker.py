@@ -21,6 +21,7 @@ from latentline_worker.maintenance.deadlines import Deadlines
 from latentline_worker.maintenance.expiry import Expiry
 from latentline_worker.maintenance.liveness import LivenessFile
 from latentline_worker.maintenance.reaper import Reaper
+from latentline_worker.maintenance.upkeep import Upkeep
 from latentline_worker.models.base import Family
 from latentline_worker.settings import WorkerSettings
 from latentline_worker.transport.app import NO_GOSSIP, create_app
@@ -60,8 +61,8 @@ class GenerateWorker:
         )
         self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
         self._announcer = Announcer(records, name, self._model)
-        self._deadlines = Deadlines(records)
-        self._expiry = Expiry(records, store)
+        self._upkeep = Upkeep(records, name, self._model.id, self._reaper, Deadlines(records))
+        self._expiry = Expiry(records, name, store)
         self._runner = JobRunner(
             name, family, records, engine, Uploader(store), self._leases, settings.lease_s, engine_stalled=self.engine_stalled
         )
@@ -90,8 +91,7 @@ class GenerateWorker:
         self._leases.start()
         self._watchdog.start()
         self._announcer.start()
-        self._reaper.start()
-        self._deadlines.start()
+        self._upkeep.start()
         self._expiry.start()
         log.info("%s: ready", self._name)
 
@@ -110,8 +110,7 @@ class GenerateWorker:
         """Shut down in data-flow order: Celery takes nothing any more; then the engine, maintenance, leases, announcement."""
         self._engine.stop()
         self._expiry.stop()
-        self._deadlines.stop()
-        self._reaper.stop()
+        self._upkeep.stop()
         self._watchdog.stop()
         self._leases.stop()
         self._announcer.stop()

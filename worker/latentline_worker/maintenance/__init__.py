@@ -1,1 +1,1 @@
-"""Periodic duties that belong to no single worker: lost leases, deadlines, expired jobs, callbacks that are due."""
+"""Periodic duties that belong to no single process: lost leases, deadlines, expired jobs, callbacks that are due."""

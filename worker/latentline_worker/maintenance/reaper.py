@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import time
 
-from latentline.errors import LatentlineError
-from latentline.records import Records
-
-from .service import Service
+from latentline.records import MAX_WAKE, Records
 
 log = logging.getLogger(__name__)
 
+MIN_GAP_S = 3.0  # turns come about once a second, and later from busy machines
 
-class Reaper(Service):
-    """Runs in every worker: the first one to notice an expired lease reclaims the job.
 
-    After the broker was unreachable, nothing is reclaimed for one lease: all leases may have expired meanwhile, and each worker
-    must have the chance to renew its own first. The same holds while the broker itself has been up for less than a lease.
+class Reaper:
+    """Takes jobs from lost workers and wakes waiting jobs again, in the turns that this process gets.
+
+    Nothing is reclaimed before every worker has had the chance to renew its leases. Three conditions see to that:
+
+    * Turns have followed each other without a gap for one lease. Their times are kept at the broker
+      (:meth:`latentline.records.Records.begin_turn`), so this holds for every process, also for one that has just started or
+      noticed nothing of an outage. A gap is longer than a third of a lease. A worker renews its leases when two thirds of
+      them are left, so a shorter outage leaves it a third of a lease to do so.
+    * The broker has been up for one lease.
+    * This process has not found the broker unreachable for one lease. This covers outages shorter than a gap where leases
+      are so short that ``MIN_GAP_S`` exceeds a third of them.
 
     Args:
         model: the model whose waiting jobs are checked for lost messages.
@@ -25,26 +31,32 @@ class Reaper(Service):
     """
 
     def __init__(self, records: Records, model: str, lease_s: float) -> None:
-        super().__init__("reaper")
         self._records, self._model, self._lease_s = records, model, lease_s
         self._not_before = float("-inf")  # time.monotonic()
+
+    @property
+    def paused(self) -> bool:
+        """Whether this process found the broker unreachable less than one lease ago. Then it neither reclaims nor wakes."""
+        return time.monotonic() < self._not_before
 
     def broker_lost(self) -> None:
         """The broker did not answer, here or elsewhere in this process: reclaim nothing for one lease. From any thread."""
         self._not_before = time.monotonic() + self._lease_s
 
-    def run_once(self) -> None:
-        if time.monotonic() < self._not_before:
+    def reclaim(self) -> None:
+        """Take the jobs of lost workers, if every worker has had the chance to renew its leases. Only in a turn."""
+        # Noted while this process is paused, too: it has reached the broker.
+        steady_s = self._records.begin_turn(max(MIN_GAP_S, self._lease_s / 3))
+        if self.paused or steady_s <= self._lease_s or self._records.up_s() <= self._lease_s:
             return
-        try:
-            self._put_back()
-        except LatentlineError:
-            self.broker_lost()
-            raise
-
-    def _put_back(self) -> None:
-        lost = self._records.reclaim() if self._records.up_s() > self._lease_s else []
-        for job_id in lost:
+        for job_id in self._records.reclaim():
             log.warning("job %s: its worker is lost, the job is taken from it", job_id)
-        for job_id in self._records.wake(self._model, self._lease_s):
-            log.info("job %s: woken again", job_id)
+
+    def wake(self) -> None:
+        """Wake jobs whose message is lost and jobs whose next try is due; in several calls if they are many."""
+        full = not self.paused
+        while full:
+            woken = self._records.wake(self._model, self._lease_s)
+            for job_id in woken:
+                log.info("job %s: woken again", job_id)
+            full = len(woken) >= MAX_WAKE

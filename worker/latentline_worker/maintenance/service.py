@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from abc import ABC, abstractmethod
 
@@ -15,10 +16,13 @@ class Service(ABC):
     """One duty, done every ``every_s`` seconds on a thread of its own, from :meth:`start` to :meth:`stop`.
 
     Errors are logged and the loop continues, also while the broker is unreachable.
+
+    Args:
+        jitter: each wait is longer or shorter by up to this fraction, at random.
     """
 
-    def __init__(self, name: str, every_s: float = 1.0) -> None:
-        self._name, self._every_s = name, every_s
+    def __init__(self, name: str, every_s: float = 1.0, jitter: float = 0.0) -> None:
+        self._name, self._every_s, self._jitter = name, every_s, jitter
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
@@ -41,7 +45,7 @@ class Service(ABC):
         return self._stopped.is_set()
 
     def _loop(self) -> None:
-        while not self._stopped.wait(self._every_s):
+        while not self._stopped.wait(self._every_s * random.uniform(1 - self._jitter, 1 + self._jitter)):
             self._turn()
 
     def _turn(self) -> None:

@@ -19,9 +19,9 @@ from latentline.routing import GENERATE_UNACKED, PRIORITY_SEPARATOR, PRIORITY_ST
 from latentline.settings import Settings
 
 from . import messages
+from .blocking import IDLE_S
 from .fairness import HeldMessages, LeastServedFirst
 
-POLL_S = 0.1  # how long one BRPOP waits: the queues below their in-flight limit change whenever a job ends
 # kombu's options for the keys of unacknowledged messages; each value is appended to the role's key.
 UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key": ":mutex"}
 # Workers do not talk to each other through Celery: the records tell who is alive.
@@ -58,7 +58,7 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, max_
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
             "queue_order_strategy": partial(LeastServedFirst, held, max_per_queue),
-            "polling_interval": POLL_S,
+            "polling_interval": IDLE_S,
             # Kept apart by role, so that no process gives back messages that a process of the other role holds.
             **{name: f"{unacked}{suffix}" for name, suffix in UNACKED.items()},
             # Without these a half-open connection is never noticed.
@@ -71,10 +71,10 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, max_
 
     # Counted when received, not when started: the next BRPOP must already know of it.
     def begin(request: Any, **_: object) -> None:
-        held.begin(request.delivery_info["routing_key"])
+        held.begin(request.delivery_info["routing_key"], request.id)
 
     def end(task: Any, **_: object) -> None:
-        held.end(task.request.delivery_info["routing_key"])
+        held.end(task.request.delivery_info["routing_key"], task.request.id)
 
     task_received.connect(begin, weak=False)
     task_postrun.connect(end, weak=False)

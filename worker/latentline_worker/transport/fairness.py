@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from latentline.routing import level_1_queue
 
+AVERAGED = 16  # about so many messages count in the mean time for which one is held
 REMEMBERED = 256  # messages after which about two thirds of a queue's count are forgotten
 
 
 class HeldMessages:
-    """How many messages of each shard this worker holds, of all levels together. Updated by the consumer and by task threads."""
+    """How many messages of each shard this worker holds, of all levels together, and how long it holds one.
 
-    def __init__(self) -> None:
+    Updated by the consumer and by task threads.
+
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._count: Counter[str] = Counter()
+        self._since: dict[str, float] = {}  # message id -> when it was received
+        self._mean_s: float | None = None
         self._lock = threading.Lock()
 
-    def begin(self, queue: str) -> None:
+    def begin(self, queue: str, message_id: str) -> None:
         with self._lock:
             self._count[level_1_queue(queue)] += 1
+            self._since[message_id] = self._clock()
 
-    def end(self, queue: str) -> None:
+    def end(self, queue: str, message_id: str) -> None:
         with self._lock:
             self._count[level_1_queue(queue)] -= 1
+            took_s = self._clock() - self._since.pop(message_id, self._clock())
+            self._mean_s = took_s if self._mean_s is None else self._mean_s + (took_s - self._mean_s) / AVERAGED
+
+    @property
+    def mean_s(self) -> float | None:
+        """How long messages were held lately, in seconds; None before the first has ended."""
+        return self._mean_s
 
     def __getitem__(self, queue: str) -> int:
         return self._count[level_1_queue(queue)]
@@ -51,6 +70,16 @@ class LeastServedFirst:
     def update(self, queues: Iterable[str]) -> None:
         """Set the queues to choose from."""
         self._queues = list(queues)
+
+    @property
+    def capped(self) -> bool:
+        """Whether some queue is at its in-flight limit, so that the usable queues change when a job ends."""
+        return any(self._held[queue] >= self._max_per_queue for queue in self._queues)
+
+    @property
+    def mean_held_s(self) -> float | None:
+        """How long messages were held lately, in seconds; None before the first has ended."""
+        return self._held.mean_s
 
     def consume(self, num: int) -> list[str]:
         """The first ``num`` queues of the order, without those that are at their in-flight limit."""

@@ -22,6 +22,8 @@ from latentline.errors import LatentlineError
 from latentline.records import Records
 from latentline.routing import wake_up
 
+from .blocking import BlockingChannel
+
 log = logging.getLogger(__name__)
 
 UNREADABLE_TASK = "latentline.unreadable"
@@ -35,10 +37,11 @@ def install(app: Celery, records: Records) -> None:
     """Keep unreadable messages of this application as dead letters. The one place where kombu is patched.
 
     kombu reads each entry of a queue with the module's ``loads`` and makes a ``Channel.Message`` of the result. Both are
-    replaced, for the whole process, since kombu offers no setting for them.
+    replaced, for the whole process, since kombu offers no setting for them; so is the channel, see :mod:`.blocking`.
     """
     kombu.transport.redis.loads = _tolerant_loads
     kombu.transport.redis.Channel.Message = TolerantMessage
+    kombu.transport.redis.Transport.Channel = BlockingChannel
 
     def unreadable(text: str) -> None:
         for _ in range(BURY_TRIES):
