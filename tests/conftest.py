@@ -19,6 +19,8 @@ from typing import NoReturn
 import pytest
 import redis
 
+from latentline.connection import connect
+
 
 @pytest.fixture(autouse=True)
 def root_log_level() -> Iterator[None]:
@@ -69,3 +71,12 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"redis://127.0.0.1:{port}/0"
     server.terminate()
     server.wait()
+
+
+@pytest.fixture
+def empty_valkey(valkey_url: str) -> Iterator[redis.Redis]:
+    """A client of the real Valkey, whose data was deleted before the test."""
+    client = connect(valkey_url)
+    client.flushall()
+    yield client
+    client.close()

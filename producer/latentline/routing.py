@@ -194,7 +194,7 @@ def workers_key() -> str:
 
 
 def turn_key(duties: str) -> str:
-    """String: the process that does these duties of the whole fleet now; it expires within a second."""
+    """String: the process that does these duties of the whole fleet now; it expires within seconds."""
     return f"{PREFIX}:turn:{duties}"
 
 

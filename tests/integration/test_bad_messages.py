@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery
-from celery.contrib.testing.worker import start_worker
+from support.jobs import PATIENCE_S, run_worker
 from support.stubs import RunnerBench
 
 from latentline import records, routing
-from latentline.connection import connect
 from latentline.errors import JobNotFound
 from latentline.jobs import JobRequest, Status, resolve
 from latentline.records import Records
@@ -23,18 +22,14 @@ from latentline.testing import MODEL
 from latentline_worker.settings import WorkerSettings
 from latentline_worker.transport.app import create_app
 
-PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
 PROMPT = "a very private prompt"
 QUEUE = routing.queue_name(MODEL.id)
 ANNOTATIONS = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 @pytest.fixture
-def client(valkey_url: str) -> Iterator[redis.Redis]:
-    client = connect(valkey_url)
-    client.flushall()
-    yield client
-    client.close()
+def client(empty_valkey: redis.Redis) -> redis.Redis:
+    return empty_valkey
 
 
 class Bench:
@@ -55,8 +50,7 @@ class Bench:
         return records.run(self.client, records.submit([resolve(request)], 600))[0].id
 
     def run(self) -> Any:
-        options = {"pool": "threads", "concurrency": 1, "perform_ping_check": False, "shutdown_timeout": PATIENCE_S}
-        return start_worker(self.app, loglevel="INFO", **options)
+        return run_worker(self.app, loglevel="INFO")
 
     def put(self, raw: str | bytes) -> None:
         """At the end of the queue: the worker takes what came first."""

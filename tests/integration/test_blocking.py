@@ -4,43 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import redis
 from celery import Celery
-from celery.contrib.testing.worker import start_worker
+from support.jobs import PATIENCE_S, celery_app, run_worker, submit
 
-from latentline import records
-from latentline.connection import connect
-from latentline.jobs import JobRequest, resolve
-from latentline.records import Records
 from latentline.routing import GENERATE_TASK, GENERATE_UNACKED, queue_names
 from latentline.testing import MODEL
-from latentline_worker.settings import WorkerSettings
-from latentline_worker.transport.app import create_app
 from latentline_worker.transport.blocking import IDLE_S, MAX_CAPPED_S
 
-PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
 CAP = 3
 NUM_LISTS = 4 * len(queue_names(MODEL.id))
 
 
 @pytest.fixture
-def client(valkey_url: str) -> Iterator[redis.Redis]:
-    client = connect(valkey_url)
-    client.flushall()
-    yield client
-    client.close()
+def client(empty_valkey: redis.Redis) -> redis.Redis:
+    return empty_valkey
 
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
-    own = connect(valkey_url)
-    app = create_app(WorkerSettings.model_validate({"redis_url": valkey_url}), queue_names(MODEL.id), Records(own), CAP)
-    yield app
-    app.close()
-    own.close()
+    with celery_app(valkey_url, queue_names(MODEL.id), max_per_queue=CAP) as app:
+        yield app
 
 
 class Watched:
@@ -66,15 +52,6 @@ class Watched:
                 return words
 
 
-def submit(client: redis.Redis, count: int, **fields: Any) -> list[str]:
-    requests = [resolve(JobRequest.parse({"prompt": "a cat", "seed": seed, **fields})) for seed in range(count)]
-    return [record.id for record in records.run(client, records.submit(requests, 600))]
-
-
-def worker(app: Celery) -> Any:
-    return start_worker(app, pool="threads", concurrency=2 * CAP, perform_ping_check=False, shutdown_timeout=PATIENCE_S)
-
-
 def test_an_idle_worker_waits_in_one_call_that_a_message_ends(client: redis.Redis, app: Celery, valkey_url: str) -> None:
     taken = threading.Event()
 
@@ -82,7 +59,7 @@ def test_an_idle_worker_waits_in_one_call_that_a_message_ends(client: redis.Redi
         taken.set()
 
     app.task(generate, name=GENERATE_TASK, shared=False)
-    with Watched(valkey_url) as broker, worker(app):
+    with Watched(valkey_url) as broker, run_worker(app, concurrency=2 * CAP):
         for _ in range(2):
             call = broker.next("BRPOP")
             assert len(call) == 1 + NUM_LISTS + 1 and float(call[-1]) == IDLE_S
@@ -109,7 +86,7 @@ def test_a_shard_at_its_limit_is_left_out_of_short_calls_and_filled_again(client
 
     app.task(generate, name=GENERATE_TASK, shared=False)
     jobs = submit(client, 4 * CAP)
-    with Watched(valkey_url) as broker, worker(app):
+    with Watched(valkey_url) as broker, run_worker(app, concurrency=2 * CAP):
         for _ in range(CAP):
             assert started.acquire(timeout=PATIENCE_S)
         while len(call := broker.next("BRPOP")) == 1 + NUM_LISTS + 1:
@@ -137,7 +114,7 @@ def test_another_tenant_is_served_while_a_shard_is_at_its_limit(client: redis.Re
 
     app.task(generate, name=GENERATE_TASK, shared=False)
     busy = submit(client, 2 * CAP, tenant="busy")
-    with worker(app):
+    with run_worker(app, concurrency=2 * CAP):
         for _ in range(CAP):
             assert started.acquire(timeout=PATIENCE_S)
         (quiet,) = submit(client, 1, tenant="quiet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from moto import mock_aws
 
 from latentline import records, routing
 from latentline.cli import main
-from latentline.connection import connect
 from latentline.errors import JobNotFound
 from latentline.images import Images
 from latentline.jobs import JobError, JobRequest, Status, resolve
@@ -28,12 +27,9 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def client(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[redis.Redis]:
+def client(valkey_url: str, empty_valkey: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> redis.Redis:
     monkeypatch.setenv("LATENTLINE_REDIS_URL", valkey_url)
-    client = connect(valkey_url)
-    client.flushall()
-    yield client
-    client.close()
+    return empty_valkey
 
 
 @pytest.fixture

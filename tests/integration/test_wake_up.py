@@ -9,44 +9,29 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery
-from celery.contrib.testing.worker import start_worker
+from support.jobs import PATIENCE_S, celery_app, run_worker
 
 from latentline import records
-from latentline.connection import connect
 from latentline.jobs import JobRequest, Status, resolve
 from latentline.records import Records
 from latentline.routing import GENERATE_TASK, GENERATE_UNACKED, queue_list, queue_name, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
-from latentline_worker.settings import WorkerSettings
-from latentline_worker.transport.app import create_app
-
-PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
 
 
 @pytest.fixture
-def client(valkey_url: str) -> Iterator[redis.Redis]:
-    client = connect(valkey_url)
-    client.flushall()
-    yield client
-    client.close()
+def client(empty_valkey: redis.Redis) -> redis.Redis:
+    return empty_valkey
 
 
 @pytest.fixture
 def app(valkey_url: str) -> Iterator[Celery]:
-    """The application of a real worker, with its real delivery policy."""
-    app = create_app(WorkerSettings.model_validate({"redis_url": valkey_url}), queue_names(MODEL.id), Records(connect(valkey_url)), 16)
-    yield app
-    app.close()
+    with celery_app(valkey_url, queue_names(MODEL.id), max_per_queue=16) as app:
+        yield app
 
 
 def submit(client: redis.Redis, *priorities: int, **fields: Any) -> list[str]:
     requests = [JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "priority": p, **fields}) for p in priorities]
     return [record.id for record in records.run(client, records.submit([resolve(one) for one in requests], 600))]
-
-
-def run_worker(app: Celery, pool: str = "solo") -> Any:
-    # No ping task: it would need a result backend, which this application has not.
-    return start_worker(app, pool=pool, concurrency=1, perform_ping_check=False, shutdown_timeout=PATIENCE_S)
 
 
 def test_wake_ups_of_every_priority_run_once_and_in_order(client: redis.Redis, app: Celery) -> None:
@@ -61,7 +46,7 @@ def test_wake_ups_of_every_priority_run_once_and_in_order(client: redis.Redis, a
             all_taken.set()
 
     app.task(generate, name=GENERATE_TASK, shared=False)
-    with run_worker(app):
+    with run_worker(app, "solo"):
         assert all_taken.wait(PATIENCE_S)
     # kombu keeps four lists; within one it is first come, first served.
     steps = {9: 3, **dict.fromkeys((6, 7, 8), 2), **dict.fromkeys((3, 4, 5), 1), **dict.fromkeys((0, 1, 2), 0)}
@@ -79,7 +64,7 @@ def test_from_submission_to_a_settled_record_through_celery(client: redis.Redis,
         worker.run(job_id)
 
     app.task(generate, name=GENERATE_TASK, shared=False)
-    with run_worker(app, pool="threads"):
+    with run_worker(app):
         last = None
         while last is None or not last.terminal:
             new = records.run(client, records.events(job_id, last.id if last else None, 1000))
@@ -102,6 +87,6 @@ def test_a_released_job_is_taken_again_before_those_that_wait(client: redis.Redi
         heard.set()
 
     app.task(generate, name=GENERATE_TASK, shared=False)
-    with run_worker(app):
+    with run_worker(app, "solo"):
         assert heard.wait(PATIENCE_S)
     assert taken == [first] and records.run(client, records.get(second)).status is Status.QUEUED

@@ -36,14 +36,15 @@ def submit(client: redis.Redis, count: int = 1, **fields: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def celery_app(url: str, queues: list[str], unacked: str = GENERATE_UNACKED) -> Iterator[Celery]:
+def celery_app(url: str, queues: list[str], unacked: str = GENERATE_UNACKED, max_per_queue: int = 4) -> Iterator[Celery]:
+    """The application of a worker or deliverer, with its real delivery policy."""
     client = connect(url)
-    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client), 4, unacked)
+    app = create_app(Settings.model_validate({"redis_url": url}), queues, Records(client), max_per_queue, unacked)
     yield app
     app.close()
     client.close()
 
 
-def run_worker(app: Celery) -> Any:
+def run_worker(app: Celery, pool: str = "threads", concurrency: int = 1, **options: Any) -> Any:
     # No ping task: it would need a result backend, which this application has not.
-    return start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, shutdown_timeout=PATIENCE_S)
+    return start_worker(app, pool=pool, concurrency=concurrency, perform_ping_check=False, shutdown_timeout=PATIENCE_S, **options)

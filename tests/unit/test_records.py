@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import fakeredis
@@ -23,14 +22,11 @@ IMAGE = ImageRef(key="t/j/1/0.png", seed=1, width=64, height=64, content_type="i
 
 
 @pytest.fixture(params=["fakeredis", "valkey"])
-def client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
+def client(request: pytest.FixtureRequest) -> redis.Redis:
     if request.param == "fakeredis":
-        yield fakeredis.FakeRedis(decode_responses=True)
-        return
-    real = connect(request.getfixturevalue("valkey_url"))
-    real.flushall()
-    yield real
-    real.close()
+        return fakeredis.FakeRedis(decode_responses=True)
+    real: redis.Redis = request.getfixturevalue("empty_valkey")
+    return real
 
 
 @pytest.fixture

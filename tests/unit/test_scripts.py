@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import redis
 
 from latentline import records, routing, scripts
-from latentline.connection import connect, connect_async
+from latentline.connection import connect_async
 from latentline.jobs import JobRequest, Phase, Status, resolve
 from latentline.records import Beat, Records, Verdict, arun, run
 from latentline.scripts import names
@@ -27,12 +26,9 @@ ALL = [value for value in vars(scripts).values() if isinstance(value, scripts.Sc
 
 
 @pytest.fixture
-def client(valkey_url: str) -> Iterator[redis.Redis]:
-    client = connect(valkey_url)
-    client.flushall()
-    client.script_flush()
-    yield client
-    client.close()
+def client(empty_valkey: redis.Redis) -> redis.Redis:
+    empty_valkey.script_flush()
+    return empty_valkey
 
 
 def submission(**fields: Any) -> records.Operation[Any]:

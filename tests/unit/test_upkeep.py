@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import redis
+from support.jobs import submit
 
 from latentline import records, routing
-from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
-from latentline.jobs import JobRequest, Status, resolve
+from latentline.jobs import Status
 from latentline.records import MAX_OVERDUE, MAX_WAKE, Records
 from latentline.testing import MODEL
 from latentline_worker.maintenance import reaper as reaper_module
 from latentline_worker.maintenance.deadlines import Deadlines
 from latentline_worker.maintenance.reaper import MIN_GAP_S, Reaper
-from latentline_worker.maintenance.turns import JITTER, TRY_S, TURN_S
+from latentline_worker.maintenance.service import JITTER
+from latentline_worker.maintenance.turns import TRY_S, TURN_S
 from latentline_worker.maintenance.upkeep import Upkeep
 
 LEASE_S = 30.0
@@ -223,15 +224,8 @@ def test_many_overdue_or_lost_jobs_are_found_in_one_turn() -> None:
 
 
 @pytest.fixture
-def client(valkey_url: str) -> Iterator[redis.Redis]:
-    client = connect(valkey_url)
-    client.flushall()
-    yield client
-    client.close()
-
-
-def submit(client: redis.Redis, **fields: Any) -> str:
-    return records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat", **fields}))], 600))[0].id
+def client(empty_valkey: redis.Redis) -> redis.Redis:
+    return empty_valkey
 
 
 def upkeep_of(store: Records, name: str, lease_s: float = LEASE_S) -> Upkeep:
@@ -240,7 +234,7 @@ def upkeep_of(store: Records, name: str, lease_s: float = LEASE_S) -> Upkeep:
 
 def lost_job(client: redis.Redis) -> str:
     """A running job whose lease has run out."""
-    job_id = submit(client)
+    (job_id,) = submit(client)
     assert Records(client).claim(job_id, "lost@test", 30) is not None
     client.hset(routing.job_key(job_id), "lease_until", 1)
     client.zadd(routing.leases_key(), {job_id: 1})
@@ -312,7 +306,7 @@ def test_a_pause_shorter_than_a_gap_delays_nothing(client: redis.Redis, store: R
 
 
 def test_an_overdue_job_that_waits_is_ended_although_no_worker_takes_it(client: redis.Redis, store: Records) -> None:
-    overdue, in_time, running = submit(client, deadline_s=1000), submit(client, deadline_s=1000), submit(client, deadline_s=1000)
+    overdue, in_time, running = submit(client, 3, deadline_s=1000)
     assert store.claim(running, "busy@test", 30) is not None
     for job_id in (overdue, running):
         client.hset(routing.job_key(job_id), "deadline_at", 1)
@@ -326,12 +320,11 @@ def test_an_overdue_job_that_waits_is_ended_although_no_worker_takes_it(client: 
 
 
 def test_workers_in_turn_search_on_where_the_one_before_ended(client: redis.Redis) -> None:
-    requests = [resolve(JobRequest.parse({"prompt": "a cat", "seed": seed})) for seed in range(MAX_WAKE + 3)]
-    made = [record.id for record in records.run(client, records.submit(requests, 600))]
+    made = submit(client, MAX_WAKE + 3)
     client.delete(*(routing.queue_list(routing.queue_name(MODEL.id, 0), p) for p in range(10)))
     assert set(Records(client).wake(MODEL.id, 0)) == set(made[:MAX_WAKE])
     assert set(Records(client).wake(MODEL.id, 0)) == set(made[MAX_WAKE:]), "another process"
-    assert not client.hget(routing.turns_key(), f"wake:{MODEL.id}") or client.hget(routing.turns_key(), f"wake:{MODEL.id}") == "0"
+    assert client.hget(routing.turns_key(), f"wake:{MODEL.id}") == "0", "the next search begins at the front"
 
 
 def test_at_the_memory_bound_turns_are_taken_and_lost_jobs_taken_back(client: redis.Redis, store: Records) -> None:

@@ -16,8 +16,9 @@ from latentline.errors import BrokerUnavailable
 from latentline.records import Records
 from latentline.records.fleet import WORKER_ALIVE_S
 from latentline.testing import MODEL
-from latentline_worker.generate.announcer import HEARTBEAT_S, JITTER, Announcer
+from latentline_worker.generate.announcer import HEARTBEAT_S, Announcer
 from latentline_worker.generate.worker import GenerateWorker
+from latentline_worker.maintenance.service import JITTER
 from latentline_worker.settings import WorkerSettings
 
 NAME = "cpu@test"

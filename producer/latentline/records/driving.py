@@ -182,6 +182,11 @@ def broker_time() -> Operation[float]:
     return float(seconds + microseconds / 1e6)
 
 
+def set_if_absent(key: str, value: str, life_s: float) -> Call:
+    """Set a string that expires after ``life_s``; the call answers None where there is one already."""
+    return lambda client: client.set(key, value, nx=True, px=round(life_s * 1000))
+
+
 def zrem(key: str, members: Sequence[str]) -> Call:
     return lambda client: client.zrem(key, *members)
 

@@ -119,9 +119,7 @@ class CachedFleet:
         self._clock = clock
         self._read: tuple[float, Fleet] | None = None
 
-    def accept_many(
-        self, accept: Callable[[Fleet], Sequence[Submission | LatentlineError]]
-    ) -> Operation[Sequence[Submission | LatentlineError]]:
+    def accept_many(self, accept: Callable[[Fleet], Outcomes]) -> Operation[Outcomes]:
         """What ``accept`` makes of the fleet. Before anything is refused the fleet is read afresh: a worker may just have come."""
         now = self._clock()
         if self._read and now - self._read[0] < CACHED_S:

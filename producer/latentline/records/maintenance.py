@@ -9,7 +9,7 @@ import redis
 from latentline import routing
 from latentline.scripts import BEGIN_TURN, END_OVERDUE, EXPIRE, RECLAIM, TAKE_TURN, WAKE
 
-from .driving import Driven, Operation, broker_time, call_script, driven, zrem
+from .driving import Driven, Operation, broker_time, call_script, driven, set_if_absent, zrem
 from .fleet import ANNOUNCED_S, FORGOTTEN_S
 
 # Crashes without progress while running alone after which the job fails. Crashes beside other jobs do not count: any of them
@@ -30,11 +30,10 @@ class Maintenance(Driven):
     @driven
     def take_turn(self, duties: str, worker: str, life_s: float) -> Operation[bool]:
         """Whether this process may do these duties now. If so, no other process may for ``life_s``, also if this one ends."""
-        key, life_ms = routing.turn_key(duties), round(life_s * 1000)
         try:
-            return bool((yield lambda client: client.set(key, worker, nx=True, px=life_ms)))
+            return bool((yield set_if_absent(routing.turn_key(duties), worker, life_s)))
         except redis.exceptions.OutOfMemoryError:  # jobs of lost workers are taken back all the same, and what expires makes room
-            return bool((yield from call_script(TAKE_TURN, duties=duties, worker=worker, life_ms=life_ms)))
+            return bool((yield from call_script(TAKE_TURN, duties=duties, worker=worker, life_ms=round(life_s * 1000))))
 
     @driven
     def begin_turn(self, gap_s: float) -> Operation[float]:

@@ -9,7 +9,7 @@ from latentline import routing
 from latentline.errors import JobNotFound
 from latentline.scripts import PUT_BACK_CALLBACK, REPLAY_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
 
-from .driving import Driven, Operation, call_script, driven, hgetall_many, pairs
+from .driving import Driven, Operation, call_script, driven, hgetall_many, pairs, set_if_absent
 from .jobs import record_of
 
 MAX_WAKE_CALLBACKS = 1000  # Max. callbacks woken per call.
@@ -53,7 +53,7 @@ class Outbox(Driven):
     @driven
     def take_callbacks_turn(self, process: str, life_s: float) -> Operation[bool]:
         """Whether this process may wake callbacks now. If so, no other process may for ``life_s``, also if this one ends."""
-        return bool((yield lambda client: client.set(routing.callbacks_turn_key(), process, nx=True, px=round(life_s * 1000))))
+        return bool((yield set_if_absent(routing.callbacks_turn_key(), process, life_s)))
 
     @driven
     def wake_callbacks(self) -> Operation[int]:

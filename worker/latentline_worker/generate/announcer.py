@@ -7,10 +7,9 @@ import contextlib
 from latentline.errors import LatentlineError
 from latentline.jobs import ModelInfo
 from latentline.records import Records
-from latentline_worker.maintenance.service import Service
+from latentline_worker.maintenance.service import JITTER, Service
 
 HEARTBEAT_S = 3.0  # three may be lost before the worker counts as gone, see latentline.records.fleet.WORKER_ALIVE_S
-JITTER = 0.1
 
 
 class Announcer(Service):

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 
 from latentline.errors import LatentlineError
 
+JITTER = 0.1  # of the wait, either way: processes that start together do not go on calling the broker together
+
 log = logging.getLogger(__name__)
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from .service import Service
+from .service import JITTER, Service
 
 TURN_S = 0.8  # how long no other process begins a turn: less than TRY_S, so that a process that is alone gets one at each try
 TRY_S = 1.0
-JITTER = 0.1  # of the wait, either way: processes that start together do not go on trying together
 
 
 class Turns(Service):
     """Tries every ``every_s`` seconds to get a turn, and then does its duties once.
 
-    A turn is a key at the broker that expires after a little less than that and is never given back. So nobody leads: the next turn
-    goes to whichever process tries first, and a process that is killed or hangs in its turn delays the duties by one try of
-    another. A turn may outlast its key. Then two processes do the same duties at once, which is harmless: each step of a duty is
-    one script that checks what it finds.
+    A turn is a key at the broker. It expires after a little less than ``every_s`` and is never given back. The next turn goes to
+    the process that tries first, so a process that is killed or hangs in its turn delays the duties only until another one
+    tries. A process may work for longer than its key lives. Then two processes do the same duties at once, which is harmless: each
+    step of a duty is one script that checks the present state.
     """
 
     def __init__(self, name: str, every_s: float = TRY_S) -> None:

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class Upkeep(Turns):
     """Runs in every worker; one worker of a model at a time has the turn.
 
-    While its reaper is paused, a worker takes no turn from those that may reclaim: it competes for another turn, in which
-    overdue jobs are ended and nothing else is done, since deadlines must not wait.
+    A worker whose reaper is paused must not take the turn of one that may reclaim. It competes for another key, under which it
+    ends overdue jobs, since deadlines must not wait, and neither reclaims nor wakes.
 
     Args:
         worker: the name of this worker.

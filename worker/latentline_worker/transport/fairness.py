@@ -37,7 +37,8 @@ class HeldMessages:
     def end(self, queue: str, message_id: str) -> None:
         with self._lock:
             self._count[level_1_queue(queue)] -= 1
-            took_s = self._clock() - self._since.pop(message_id, self._clock())
+            now = self._clock()
+            took_s = now - self._since.pop(message_id, now)
             self._mean_s = took_s if self._mean_s is None else self._mean_s + (took_s - self._mean_s) / AVERAGED
 
     @property
