@@ -9,6 +9,7 @@ import click
 
 from .callbacks import callbacks
 from .dead import dead
+from .evaluate import evaluate
 from .jobs import cancel, jobs, status, submit
 from .models import models
 from .serve import api, demo, up, worker
@@ -21,5 +22,5 @@ def main() -> None:
     """Generation jobs for latent diffusion."""
 
 
-for command in (submit, status, cancel, jobs, models, api, worker, callbacks, dead, up, demo, train):
+for command in (submit, status, cancel, jobs, models, api, worker, callbacks, dead, up, demo, train, evaluate):
     main.add_command(command)

