@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 
 from latentline_worker.training import splits
 from latentline_worker.training.concepts import STYLES, make_concept
+from latentline_worker.training.distill import DistillRecipe
+from latentline_worker.training.lora import LoraRecipe
 from latentline_worker.training.manifest import HELD_BACK_STYLE, load_catalogue, write_prompts
 from latentline_worker.training.recipe import AutoencoderRecipe, DenoiserRecipe, Schedule
 
@@ -67,14 +69,24 @@ def denoiser_recipe(prediction: str = "flow", **changes: Any) -> DenoiserRecipe:
     return DenoiserRecipe(TINY_DENOISER, made, 32, prediction, compositions=2, first_compositions=1, next_composition_steps=4)
 
 
-def toml(recipe: AutoencoderRecipe | DenoiserRecipe) -> str:
+def lora_recipe(**changes: Any) -> LoraRecipe:
+    """Rank 4 on every attention."""
+    return LoraRecipe(schedule(**changes), rank=4, alpha=4, size_px=32, compositions=2, next_composition_steps=4)
+
+
+def distill_recipe(**changes: Any) -> DistillRecipe:
+    """Two windows of two teacher steps."""
+    return DistillRecipe(schedule(ema_decay=0.9, **changes), 32, windows=2, solver_steps=2, guidance=2.0, compositions=2)
+
+
+def toml(recipe: AutoencoderRecipe | DenoiserRecipe | LoraRecipe | DistillRecipe) -> str:
     """The recipe as a TOML file."""
 
     def lines(values: dict[str, Any]) -> str:
         return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
     values = dataclasses.asdict(recipe)
-    tables = {name: values.pop(name) for name in ("model", "schedule")}
+    tables = {name: values.pop(name) for name in ("model", "schedule") if name in values}
     return lines(values) + "".join(f"\n[{name}]\n{lines(table)}" for name, table in tables.items())
 
 

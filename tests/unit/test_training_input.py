@@ -196,7 +196,11 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(RECIPE)
     (tmp_path / "d.toml").write_text(toml(denoiser_recipe()))
     told = {
-        "recipes that come with latentline: emoji-autoencoder, emoji-denoiser": ("autoencoder", "none.toml", *options),
+        "come with latentline: emoji-autoencoder, emoji-denoiser, emoji-distill, emoji-lora": (
+            "autoencoder",
+            "none.toml",
+            *options,
+        ),
         "no such folder": ("autoencoder", tmp_path / "a.toml", "--data", tmp_path / "none", "--out", tmp_path / "out"),
         "no training's state is there": ("export", tmp_path, tmp_path / "weights"),
         "device nonsense": ("autoencoder", tmp_path / "a.toml", *options, "--device", "nonsense"),
@@ -209,9 +213,9 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_recipes_of_the_package_are_whole() -> None:
-    from latentline_worker.training.commands import _recipe
+    from latentline_worker.training.inputs import find_recipe
 
-    assert _recipe("emoji-autoencoder", AutoencoderRecipe).model["class"] == "AutoencoderTiny"
-    bundled = _recipe("emoji-denoiser", DenoiserRecipe)
+    assert find_recipe("emoji-autoencoder", AutoencoderRecipe).model["class"] == "AutoencoderTiny"
+    bundled = find_recipe("emoji-denoiser", DenoiserRecipe)
     assert bundled.prediction == "flow" and set(bundled.model) >= set(TINY_DENOISER)
     assert Run(Path("out")).prepare().type in ("cpu", "cuda")

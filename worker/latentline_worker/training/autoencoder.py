@@ -59,6 +59,7 @@ class AutoencoderTask:
         made = model if model is not None else make_model(recipe.model, recipe.schedule.seed)
         # On a CPU this layout is a third faster for convolutions of this kind.
         self.model: Any = made.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.inputs: dict[str, str] = {}
         self.variational = recipe.model["class"] == "AutoencoderKL"
 
     def loss(self, step: int, rank: int) -> torch.Tensor:

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TypeVar
 
-import diffusers
 import torch
 
-from latentline.errors import ModelError
-
 from . import fits, recipe
-from .autoencoder import AutoencoderTask
+from .autoencoder import AutoencoderTask, make_model
 from .build import build
 from .denoiser import DenoiserTask
+from .distill import DistillRecipe, DistillTask, check_teacher
 from .errors import TrainingError
 from .export import export as write_weights
 from .export import place_of
-from .folders import FolderData
+from .inputs import class_name, data_key, find_recipe, load_model, open_source
 from .latents import LatentCache
 from .loop import Task, Training
-from .manifest import MANIFEST, find_leaks
+from .lora import LoraRecipe, LoraTask
+from .manifest import find_leaks
+from .package import package as write_package
+from .package import prediction_of
 from .processes import processes
 from .progress import progress
-from .recipe import AUTOENCODERS, AutoencoderRecipe, DenoiserRecipe
-from .sources import BuiltData, Source
+from .recipe import AutoencoderRecipe, DenoiserRecipe
+from .sources import BuiltData
+from .style import write_style
 
 Say = Callable[[str], None]
-R = TypeVar("R")
 
 
 def data(folder: Path, packages: Path | None, say: Say) -> None:
@@ -90,27 +87,69 @@ class Run:
 
 def autoencoder(recipe_name: str, folder: Path, run: Run, say: Say) -> bool:
     """Train an autoencoder; False where it was stopped before its end."""
-    made = _recipe(recipe_name, AutoencoderRecipe)
+    made = find_recipe(recipe_name, AutoencoderRecipe)
     device = run.prepare()
     with processes(device) as rank:
         say = say if rank == 0 else _silent
         fits.check_autoencoder(made, device)
-        model = _load(run.init, made.model["class"]) if run.init else None
-        return _train(AutoencoderTask(made, _source(folder, made.size_px, say, False), model, device), run, say, rank)
+        model = load_model(run.init, made.model["class"]) if run.init else None
+        return _train(AutoencoderTask(made, open_source(folder, made.size_px, say, False), model, device), run, say, rank)
 
 
 def denoiser(recipe_name: str, folder: Path, autoencoder_folder: Path, run: Run, say: Say) -> bool:
     """Train a denoiser on an autoencoder's latents; False where it was stopped before its end."""
-    made = _recipe(recipe_name, DenoiserRecipe)
+    made = find_recipe(recipe_name, DenoiserRecipe)
     device = run.prepare()
     with processes(device) as rank:
         say = say if rank == 0 else _silent
-        vae = _load(autoencoder_folder, _class_name(autoencoder_folder))
-        source = _source(folder, made.size_px, say, True)
-        cache = LatentCache(run.out, source, vae, f"{_data_key(folder)}/{made.size_px}", say, device, rank)
+        cache = _cache(folder, made.size_px, autoencoder_folder, run, say, device, rank)
         fits.check_denoiser(made, cache, device)
-        model = _load(run.init, made.model["class"]) if run.init else None
+        model = load_model(run.init, made.model["class"]) if run.init else make_model(made.model, made.schedule.seed)
         return _train(DenoiserTask(made, cache, model, device), run, say, rank)
+
+
+def distill(recipe_name: str, folder: Path, autoencoder_folder: Path, denoiser_folder: Path, run: Run, say: Say) -> bool:
+    """Distil a denoiser into a few steps; False where it was stopped before its end."""
+    made = find_recipe(recipe_name, DistillRecipe)
+    check_teacher(prediction_of(denoiser_folder), denoiser_folder)
+    device = run.prepare()
+    with processes(device) as rank:
+        say = say if rank == 0 else _silent
+        cache = _cache(folder, made.size_px, autoencoder_folder, run, say, device, rank)
+        teacher = load_model(denoiser_folder, "UNet2DConditionModel")
+        fits.check_copy(made, made.compositions, cache, teacher, device)
+        return _train(DistillTask(made, cache, teacher, device), run, say, rank)
+
+
+def lora(recipe_name: str, folder: Path, autoencoder_folder: Path, denoiser_folder: Path, run: Run, say: Say) -> bool:
+    """Train an adapter for a denoiser; False where it was stopped before its end."""
+    made = find_recipe(recipe_name, LoraRecipe)
+    known = prediction_of(denoiser_folder)
+    if known not in (None, made.prediction):
+        raise TrainingError(f"{denoiser_folder}: predicts {known}, and the recipe's prediction is {made.prediction}")
+    device = run.prepare()
+    with processes(device) as rank:
+        say = say if rank == 0 else _silent
+        cache = _cache(folder, made.size_px, autoencoder_folder, run, say, device, rank)
+        base = load_model(denoiser_folder, "UNet2DConditionModel")
+        fits.check_copy(made, made.compositions, cache, base, device)
+        return _train(LoraTask(made, cache, base, device), run, say, rank)
+
+
+def package(autoencoder_folder: Path, denoiser_folder: Path, target: Path, say: Say) -> None:
+    """Put the parts of a model into one folder in diffusers format."""
+    write_package(autoencoder_folder, denoiser_folder, target)
+    say(f"wrote {target}: a model that diffusers loads")
+
+
+def style(folder: Path, target: Path, count: int, say: Say) -> None:
+    """Write pictures of the held-back style as a folder to train an adapter on."""
+    say(f"wrote {write_style(folder, target, count)} pictures with captions into {target}")
+
+
+def _cache(folder: Path, size_px: int, autoencoder_folder: Path, run: Run, say: Say, device: torch.device, rank: int) -> LatentCache:
+    vae = load_model(autoencoder_folder, class_name(autoencoder_folder))
+    return LatentCache(run.out, open_source(folder, size_px, say, True), vae, f"{data_key(folder)}/{size_px}", say, device, rank)
 
 
 def _silent(line: str) -> None:
@@ -136,49 +175,3 @@ def _train(task: Task, run: Run, say: Say, rank: int) -> bool:
             done = training.run()
     say(f"the model is in {run.out}" if done else f"stopped at step {training.step}: the same command goes on from there")
     return done
-
-
-def _recipe(name: str, kind: type[R]) -> R:
-    """A recipe file, or one that comes with the package by its name."""
-    bundled = resources.files(__package__).joinpath("recipes")
-    known = sorted(item.name.removesuffix(".toml") for item in bundled.iterdir() if item.name.endswith(".toml"))
-    if name in known:
-        return recipe.parse(bundled.joinpath(f"{name}.toml").read_text(), kind, name)
-    if not Path(name).exists():
-        raise TrainingError(f"{name}: no such recipe file; recipes that come with latentline: {', '.join(known)}")
-    return recipe.load(Path(name), kind)
-
-
-def _source(folder: Path, size_px: int, say: Say, need_captions: bool) -> Source:
-    if (folder / MANIFEST).exists():
-        return BuiltData(folder, size_px)
-    return FolderData(folder, size_px, say, need_captions)
-
-
-def _data_key(folder: Path) -> str:
-    """Changes when the data do: the manifest, or names, sizes and captions of a folder's files."""
-    if (folder / MANIFEST).exists():
-        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    lines = [f"{path.name} {path.stat().st_size}" for path in sorted(folder.iterdir())]
-    lines += [path.read_text() for path in folder.glob("*.jsonl")]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _class_name(folder: Path) -> str:
-    """The class of an autoencoder folder, read from its configuration."""
-    try:
-        name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{folder}: no autoencoder in diffusers format: {error!r}") from error
-    if name not in AUTOENCODERS:
-        raise ModelError(f"{folder}: {name} cannot be used; allowed: {', '.join(AUTOENCODERS)}")
-    return str(name)
-
-
-def _load(folder: Path, class_name: str) -> torch.nn.Module:
-    """A model of diffusers in fp32, whatever precision its file has."""
-    try:
-        model: torch.nn.Module = getattr(diffusers, class_name).from_pretrained(folder, use_safetensors=True, local_files_only=True).float()
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder}: no {class_name} in diffusers format: {str(error).splitlines()[0]}") from error
-    return model

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .autoencoder import CPU, make_model
+from .autoencoder import CPU
 from .latents import LatentCache
 from .objectives import draw_times, make_scheduler, noised
-from .recipe import DenoiserRecipe
+from .recipe import Objective
 from .seeds import torch_random
 from .sheets import save_sheet, to_images, to_tensor
 
@@ -30,14 +30,13 @@ class DenoiserTask:
 
     Args:
         cache: latents and caption states of the training data.
+        model: the U-Net to train.
     """
 
-    def __init__(
-        self, recipe: DenoiserRecipe, cache: LatentCache, model: torch.nn.Module | None = None, device: torch.device = CPU
-    ) -> None:
+    def __init__(self, recipe: Objective, cache: LatentCache, model: torch.nn.Module, device: torch.device = CPU) -> None:
         self.recipe, self.cache, self.device = recipe, cache, device
-        made = model if model is not None else make_model(recipe.model, recipe.schedule.seed)
-        self.model: Any = made.to(device)
+        self.model: Any = model.to(device)
+        self.inputs = {"latents": cache.folder.name}
         self.held_out: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def loss(self, step: int, rank: int) -> torch.Tensor:
@@ -88,6 +87,6 @@ class DenoiserTask:
         return config.in_channels, config.sample_size, config.sample_size
 
 
-def num_shards(recipe: DenoiserRecipe, step: int) -> int:
+def num_shards(recipe: Objective, step: int) -> int:
     """How many pictures of each item are in use at a step: a few at first, one more from time to time, then all."""
     return min(recipe.compositions, recipe.first_compositions + step // recipe.next_composition_steps)

@@ -22,24 +22,26 @@ PLACE = "training.json"  # which step of which recipe the weights are from
 def export(run: Path, target: Path) -> int:
     """Write the model of a training, finished or not, in fp16; its step.
 
-    Averaged weights are taken where the recipe averages. An unfinished autoencoder is refused: its scaling factor is
-    measured at the end.
+    Averaged weights are taken where the recipe averages. An unfinished autoencoder is refused, because its scaling factor is
+    measured at the end; so are an unfinished distillation and an adapter.
 
     Raises:
-        TrainingError: ``run`` holds no training's state, or an unfinished autoencoder.
+        TrainingError: ``run`` holds no training's state, or one that is refused.
     """
     found = state.read(run)
     if found is None:
         raise TrainingError(f"{run}: no training's state is there")
-    arguments = found["recipe"]["model"]
+    if "rank" in found["recipe"]:
+        raise TrainingError(f"{run}: an adapter is small and is written at the end of its training: take {run}/adapter")
+    distilled = "windows" in found["recipe"]
+    arguments = {"class": "UNet2DConditionModel"} if distilled else found["recipe"]["model"]
     name = "denoiser" if arguments["class"] == "UNet2DConditionModel" else "autoencoder"
     model: Any
     if (run / name).exists():
         model = getattr(diffusers, arguments["class"]).from_pretrained(run / name, local_files_only=True)
-    elif name == "autoencoder":
-        raise TrainingError(
-            f"{run}: the autoencoder is at step {found['step']} of {found['recipe']['schedule']['steps']}: let it end first"
-        )
+    elif name == "autoencoder" or distilled:
+        what = "distillation" if distilled else "autoencoder"
+        raise TrainingError(f"{run}: the {what} is at step {found['step']} of {found['recipe']['schedule']['steps']}: let it end first")
     else:
         model = make_model(arguments, 0)
         model.load_state_dict(found["model"])

@@ -8,8 +8,10 @@ import torch
 
 from . import memory
 from .autoencoder import make_model, reconstruction_loss
+from .distill import DistillRecipe
 from .errors import TrainingError
 from .latents import LatentCache
+from .lora import LoraRecipe
 from .recipe import AutoencoderRecipe, DenoiserRecipe
 
 
@@ -41,6 +43,35 @@ def check_denoiser(made: DenoiserRecipe, cache: LatentCache, device: torch.devic
 
     with torch.device("meta"):
         model: Any = make_model(made.model, 0)
+    _check_shapes(model, z, width)
+    needed = memory.weights_bytes(model, made.schedule.ema_decay > 0) + memory.activation_bytes(run)
+    needed += cache.source.num_items * made.compositions * z[0].numel() * 2
+    memory.check(needed, "the denoiser's training", memory.free_bytes(device))
+
+
+def check_copy(made: DistillRecipe | LoraRecipe, compositions: int, cache: LatentCache, model: Any, device: torch.device) -> None:
+    """For trainings that begin with a denoiser and keep it beside what they train.
+
+    Raises:
+        TrainingError: the denoiser does not take this autoencoder's latents or this text encoder's states, or the training
+            does not fit into memory.
+    """
+    z = cache.encode(torch.zeros(1, 3, made.size_px, made.size_px))
+    batch, tokens, width = made.schedule.batch, *cache.empty.shape
+    _check_shapes(model, z, width)
+
+    def run() -> torch.Tensor:
+        copy: Any = type(model).from_config(model.config)
+        loss: torch.Tensor = copy(torch.zeros(batch, *z.shape[1:]), torch.zeros(batch), torch.zeros(batch, tokens, width)).sample.sum()
+        return loss
+
+    # An adapter's own weights are few: the distillation's bound holds for it as well.
+    needed = memory.weights_bytes(model, made.schedule.ema_decay > 0) + memory.activation_bytes(run)
+    needed += cache.source.num_items * compositions * z[0].numel() * 2
+    memory.check(needed, "the training", memory.free_bytes(device))
+
+
+def _check_shapes(model: Any, z: torch.Tensor, width: int) -> None:
     config = model.config
     if (config.in_channels, config.out_channels, config.sample_size) != (z.shape[1], z.shape[1], z.shape[2]):
         raise TrainingError(
@@ -48,6 +79,3 @@ def check_denoiser(made: DenoiserRecipe, cache: LatentCache, device: torch.devic
         )
     if config.cross_attention_dim != width:
         raise TrainingError(f"model.cross_attention_dim: got {config.cross_attention_dim}; the text encoder's states have {width}")
-    needed = memory.weights_bytes(model, made.schedule.ema_decay > 0) + memory.activation_bytes(run)
-    needed += cache.source.num_items * made.compositions * z[0].numel() * 2
-    memory.check(needed, "the denoiser's training", memory.free_bytes(device))

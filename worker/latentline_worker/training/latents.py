@@ -46,7 +46,7 @@ class LatentCache:
         rank: int = 0,
     ) -> None:
         self.source, self.say, self.device, self.rank = source, say, device, rank
-        self.folder = folder / f"latents-{_fingerprint(autoencoder, key)}"
+        self.folder = folder / f"latents-{fingerprint(autoencoder, key)}"
         self.autoencoder = autoencoder.eval().to(device)
         self.scale: float = autoencoder.config.scaling_factor
         self.shards: list[tuple[torch.Tensor, np.ndarray[Any, Any]]] = []
@@ -119,8 +119,9 @@ def _write(path: Path, array: np.ndarray[Any, Any]) -> None:
         raise TrainingError(f"{path}: latents cannot be saved: {error}") from error
 
 
-def _fingerprint(autoencoder: torch.nn.Module, key: str) -> str:
+def fingerprint(model: torch.nn.Module, key: str = "") -> str:
+    """Twelve digits that change with a weight or with the key."""
     digest = hashlib.sha256(key.encode())
-    for name, weight in autoencoder.state_dict().items():
+    for name, weight in model.state_dict().items():
         digest.update(name.encode() + weight.float().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -33,10 +33,12 @@ class Task(Protocol):
     Attributes:
         model: the module whose weights are trained.
         recipe: a frozen dataclass with a ``schedule``.
+        inputs: fingerprints of what else decides the weights, by name; a state made with other ones is refused.
     """
 
     model: torch.nn.Module
     recipe: Any
+    inputs: dict[str, str]
 
     def loss(self, step: int, rank: int) -> torch.Tensor:
         """The loss of one step, a function of (weights, seed, step, rank) alone."""
@@ -71,7 +73,7 @@ class Training:
 
     def resume(self) -> bool:
         """Continue from the saved state; False where there is none."""
-        found = states.load(self.folder, dataclasses.asdict(self.task.recipe))
+        found = states.load(self.folder, dataclasses.asdict(self.task.recipe), self.task.inputs)
         if found is None:
             return False
         self.task.model.load_state_dict(found["model"])
@@ -103,6 +105,7 @@ class Training:
             "optimisers": self.optimisers.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "recipe": dataclasses.asdict(self.task.recipe),
+            "inputs": self.task.inputs,
             "threads": torch.get_num_threads(),
             "processes": num_processes(),
         }

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from .recipe import DenoiserRecipe
+from .recipe import Objective
 
 NUM_TIMESTEPS = 1000
 # The linear schedule of DDPM: its last step keeps next to no signal, so that plain backgrounds can take any colour.
 DDPM = {"num_train_timesteps": NUM_TIMESTEPS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-def draw_times(recipe: DenoiserRecipe, step: int, count: int, generator: torch.Generator) -> torch.Tensor:
+def draw_times(recipe: Objective, step: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """(count,) times u in 0..1 at a step, by the density that the recipe gives for this part of the training."""
     share = step / recipe.schedule.steps
     mean = next(m for m, until in zip(recipe.density_mean, recipe.density_until, strict=True) if share < until or until == 1.0)

@@ -7,7 +7,7 @@ import inspect
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .errors import TrainingError
 
@@ -112,14 +112,43 @@ class DenoiserRecipe:
         """Raises: TrainingError: a value makes no sense; the message names it."""
         self.schedule.check()
         check_model(self.model, ("UNet2DConditionModel",))
-        at_least(self, size_px=16, compositions=1, first_compositions=1, next_composition_steps=1, density_std=0.0)
-        if self.prediction not in PREDICTIONS:
-            raise TrainingError(f"prediction: got {self.prediction!r}; allowed: {', '.join(PREDICTIONS)}")
-        if not 0 <= self.caption_dropout < 1:
-            raise TrainingError(f"caption_dropout: got {self.caption_dropout}; allowed: 0 up to, not including, 1")
-        until = self.density_until
-        if len(until) != len(self.density_mean) or until != sorted(until) or until[-1:] != [1.0]:
-            raise TrainingError(f"density_until: got {until}; allowed: one rising share for each density_mean, the last one 1.0")
+        at_least(self, size_px=16)
+        check_objective(self)
+
+
+class Objective(Protocol):
+    """What a recipe says of the denoiser's task; ``DenoiserRecipe`` explains each."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def prediction(self) -> str: ...
+    @property
+    def density_mean(self) -> list[float]: ...
+    @property
+    def density_until(self) -> list[float]: ...
+    @property
+    def density_std(self) -> float: ...
+    @property
+    def caption_dropout(self) -> float: ...
+    @property
+    def compositions(self) -> int: ...
+    @property
+    def first_compositions(self) -> int: ...
+    @property
+    def next_composition_steps(self) -> int: ...
+
+
+def check_objective(recipe: Objective) -> None:
+    """Raises: TrainingError: prediction, densities or dropout make no sense; the message names the key."""
+    at_least(recipe, compositions=1, first_compositions=1, next_composition_steps=1, density_std=0.0)
+    if recipe.prediction not in PREDICTIONS:
+        raise TrainingError(f"prediction: got {recipe.prediction!r}; allowed: {', '.join(PREDICTIONS)}")
+    if not 0 <= recipe.caption_dropout < 1:
+        raise TrainingError(f"caption_dropout: got {recipe.caption_dropout}; allowed: 0 up to, not including, 1")
+    until = recipe.density_until
+    if len(until) != len(recipe.density_mean) or until != sorted(until) or until[-1:] != [1.0]:
+        raise TrainingError(f"density_until: got {until}; allowed: one rising share for each density_mean, the last one 1.0")
 
 
 def at_least(thing: object, **least: float) -> None:
@@ -186,8 +215,10 @@ def _typed(value: Any, declared: str, name: str) -> Any:
     """The value as its field declares it; TOML writes 1 where a float is meant."""
     if declared == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if declared == "list[str]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value
     if declared == "list[float]" and isinstance(value, list) and all(type(v) in (int, float) for v in value):
         return [float(v) for v in value]
-    if type(value).__name__ != declared.partition("[")[0] or declared == "list[float]":
+    if type(value).__name__ != declared.partition("[")[0] or declared.startswith("list["):
         raise TrainingError(f"{name}: got {value!r}; must be {declared}")
     return value

@@ -50,15 +50,17 @@ def read(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def load(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The saved state of this recipe, or None where there is none.
+def load(folder: Path, recipe: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any] | None:
+    """The saved state of this recipe and these inputs, or None where there is none.
 
     Raises:
-        TrainingError: it is damaged, or a key of its recipe differs; the message names file or key.
+        TrainingError: it is damaged, or a key of its recipe or an input differs; the message names file or key.
     """
     state = read(folder)
     if state is not None and (differing := _differing(state["recipe"], recipe)):
         raise TrainingError(f"{folder / NAME} belongs to another recipe: {', '.join(differing)} differ; use another folder")
+    if state is not None and (differing := _differing(state.get("inputs", {}), inputs)):
+        raise TrainingError(f"{folder / NAME} was made with other inputs: {', '.join(differing)} differ; use another folder")
     return state
 
 
