@@ -62,7 +62,7 @@ class DenoiserTask:
         """Scaled latents on the CPU for text states (n, tokens, width), by guided sampling from fixed noise."""
         scheduler = make_scheduler(self.recipe.prediction)
         scheduler.set_timesteps(steps)
-        z = torch.randn(len(text), *self._shape(), generator=torch_random(0, 0, 0, "sheet"))
+        z = torch.randn(len(text), *self.shape(), generator=torch_random(0, 0, 0, "sheet"))
         both = torch.cat([self.cache.empty.expand_as(text), text])
         for t in scheduler.timesteps:
             without, with_text = self.model(torch.cat([z, z]).to(self.device), t, both.to(self.device)).sample.cpu().chunk(2)
@@ -82,7 +82,8 @@ class DenoiserTask:
         predicted = self.model(x.to(self.device), t.to(self.device), text.to(self.device)).sample
         return F.mse_loss(predicted.float(), target.to(self.device))
 
-    def _shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int]:
+        """Of one sample: channels, height, width."""
         config = self.model.config
         return config.in_channels, config.sample_size, config.sample_size
 

@@ -128,7 +128,7 @@ class Training:
         last_logged = self.step
         losses: list[float] = []
         while self.step < self.schedule.steps:
-            losses.append(self._one_step())
+            losses.append(self.one_step())
             self.step += 1
             self.on_step(self.step, losses[-1])
             if self.step % self.schedule.log_every_steps == 0:
@@ -161,7 +161,8 @@ class Training:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 
-    def _one_step(self) -> float:
+    def one_step(self) -> float:
+        """One step of the schedule, which the caller counts; its loss."""
         self.task.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bf16"):
             loss = self.task.loss(self.step, self.rank)
