@@ -104,6 +104,13 @@ def test_a_picture_of_something_else_is_found_out(source: BuiltData, tests: list
     assert all(seen.background == (asked.background == shown.background) for seen, asked, shown in wrong)
 
 
+def test_smaller_pictures_are_measured_as_well(folder: Path, probe: Probe) -> None:
+    small = BuiltData(folder, 64)
+    prompts = load_prompts(folder, "test", small.catalogue, limit=160)
+    figures = figures_of([look(ceilings.renders(prompts, small), prompts, probe)])
+    assert figures["count"].mean > 0.9 and figures["background"].mean > 0.95 and figures["place"].mean > 0.9
+
+
 def test_objects_are_counted_apart() -> None:
     assert count_objects(foreground(board((0.4, 0.5, 0.5)))) == 1
     assert count_objects(foreground(board((0.2, 0.25, 0.5), (0.2, 0.75, 0.5)))) == 2

@@ -17,6 +17,7 @@ from .foreground import Mask, Pixels, background_rgb, cells, count_objects, cut_
 from .probe import SIDE_PX, Probe
 from .prompts import Prompt
 
+SIZE_PX = 128  # the size that all distances in pixels here are meant for
 EDGE_PX = 1  # colours at an object's edge are mixed with the background
 LEAST_COLOURED = 0.02  # share of an object's pixels that must have a hue before its colour is read
 SMALL_EXTENT = 0.7  # of the picture's side: an object that is asked to be small stays below it
@@ -48,8 +49,14 @@ class Seen:
 
 
 def look(pictures: npt.NDArray[np.uint8], prompts: list[Prompt], probe: Probe) -> list[Seen]:
-    """Measure pictures, (n, size, size, 3), one for each prompt."""
-    return [_look(pixels, prompt, probe) for pixels, prompt in zip(pictures, prompts, strict=True)]
+    """Measure pictures, (n, size, size, 3), one for each prompt; those of other sizes are scaled first."""
+    return [_look(_scaled(pixels), prompt, probe) for pixels, prompt in zip(pictures, prompts, strict=True)]
+
+
+def _scaled(pixels: Pixels) -> Pixels:
+    if pixels.shape[0] == SIZE_PX:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR))
 
 
 def _look(pixels: Pixels, prompt: Prompt, probe: Probe) -> Seen:
