@@ -19,7 +19,6 @@ import torch
 
 from latentline_worker.engine.engine import Engine
 from latentline_worker.models import bundled_model
-from latentline_worker.samplers import sampler_table
 
 from . import real_shapes, report, runners, trace
 
@@ -50,14 +49,14 @@ class Bench:
         self.family = bundled_model.load(torch.device("cpu"), torch.float32)
         self.pipeline = bundled_model.pipeline()
         self.pipeline.set_progress_bar_config(disable=True)
-        self.engine = Engine(self.family)
+        self.engine = Engine([self.family])
         self.engine.warm_up()
         self.side = self.family.info.default_width
 
     def compile_samplers(self, jobs: Sequence[trace.Job]) -> None:
         """A worker compiles each once."""
         for job in jobs:
-            sampler_table(job.scheduler, self.family.scheduler_config, job.steps)
+            runners.to_work(self.family, job, self.side)
 
 
 def measure(quick: bool) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def main() -> None:
 
 def run(family: Family, store: Records, url: str, jobs: Sequence[Job], checkpoint_s: float | None) -> dict[str, Any]:
     """Run all jobs at once on a fresh engine, and measure the time, and the checkpoints' share of it."""
-    engine = Engine(family, checkpoint_s=checkpoint_s)
+    engine = Engine([family], checkpoint_s=checkpoint_s)
     engine.warm_up()
     leases = Leases(store, LEASE_S, checkpoint_schedule=engine.checkpoint_schedule)
     client = connect(url)

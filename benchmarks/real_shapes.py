@@ -7,15 +7,20 @@ pipelines, and the time outside the forward. It needs a CUDA device.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from latentline.jobs import ModelInfo
+from latentline.jobs import ModelInfo, ResolvedRequest
 from latentline_worker.engine.engine import Engine
-from latentline_worker.engine.request import Work
-from latentline_worker.samplers import sampler_table
+from latentline_worker.models.base import Encoded, Row, Text
+from latentline_worker.samplers import SamplerTable, sampler_table
+
+from .runners import to_work
+from .trace import Job
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 # Multiply-adds counted as two, attention included: TFLOP of one network row.
@@ -30,7 +35,7 @@ class RandomModel:
     def __init__(self, name: str) -> None:
         self.device, self.dtype = torch.device("cuda"), torch.bfloat16
         self.scheduler_config = dict(DDIMScheduler(**SCHEDULE, clip_sample=False).config)
-        self.name = name
+        self.name, self.revision = name, "random"
         side, _ = SHAPES[name]
         self.info = ModelInfo(id=name, family="sd", default_width=side, default_height=side, max_pixels=side * side)
         self.unet = _unet(name).to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -50,14 +55,28 @@ class RandomModel:
     def num_pixels(self, latents: torch.Tensor) -> int:
         return int(latents.shape[-2] * latents.shape[-1] * 64)
 
-    def encode(self, texts: Any) -> torch.Tensor:
-        return torch.randn(len(texts), *TEXT[self.name], device=self.device, dtype=self.dtype)
+    def table(self, request: ResolvedRequest) -> SamplerTable:
+        return sampler_table(request.scheduler, self.scheduler_config, request.num_inference_steps)
 
-    def count_tokens(self, text: str) -> tuple[int, int]:
-        return 1, 77
+    def texts(self, request: ResolvedRequest) -> tuple[Text, ...]:
+        return (Text(request.prompt), Text("", negative=True)) if request.guidance_scale > 1 else (Text(request.prompt),)
 
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        more = {}
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        embeds = torch.randn(len(texts), *TEXT[self.name], device=self.device, dtype=self.dtype)
+        return [Encoded({"prompt_embeds": one}, (1, 77)) for one in embeds]
+
+    def rows(self, request: ResolvedRequest, encoded: Sequence[Encoded]) -> list[Row]:
+        return [one.row for one in encoded]
+
+    def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
+        side, _ = SHAPES[self.name]
+        return torch.randn(self.latent_shape(side, side), generator=generator)
+
+    def guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return uncond + scale * (cond - uncond)
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
+        more, prompt_embeds = {}, rows["prompt_embeds"]
         if self.name == "sdxl":  # pooled text and the six size numbers
             more["added_cond_kwargs"] = {
                 "text_embeds": prompt_embeds[:, 0, :1280],
@@ -108,7 +127,7 @@ def one_by_one(model: RandomModel, images: int, steps: int) -> float:
     """Images a second the way a pipeline runs them: one guided job at a time, scheduler stepped on the host, then decoded."""
     side, _ = SHAPES[model.name]
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
-    prompt_embeds = model.encode(["", "a cat"])
+    rows = {"prompt_embeds": torch.stack([one.row["prompt_embeds"] for one in model.encode([Text("a cat"), Text("")])])}
     started = time.perf_counter()
     with torch.inference_mode():
         for _ in range(images):
@@ -116,8 +135,8 @@ def one_by_one(model: RandomModel, images: int, steps: int) -> float:
             x = torch.randn(1, *model.latent_shape(side, side), device="cuda")
             for t in scheduler.timesteps:
                 both = scheduler.scale_model_input(torch.cat([x, x]), t)
-                m = model.denoise(both, t.expand(2), prompt_embeds).float()
-                m_uncond, m_cond = m.chunk(2)
+                m = model.denoise(both, t.expand(2), rows).float()
+                m_cond, m_uncond = m.chunk(2)
                 x = scheduler.step(m_uncond + 5.0 * (m_cond - m_uncond), t, x).prev_sample
             model.decode(x, tiled=False).cpu()
     torch.cuda.synchronize()
@@ -127,13 +146,11 @@ def one_by_one(model: RandomModel, images: int, steps: int) -> float:
 def together(model: RandomModel, images: int, steps: int) -> tuple[float, Engine]:
     """Images a second through the engine, decoded, and the engine with its clock."""
     side, _ = SHAPES[model.name]
-    engine = Engine(model)
+    engine = Engine([model])
     engine.warm_up()
-    table = sampler_table("ddim", model.scheduler_config, steps)
-    shape = model.latent_shape(side, side)
     engine.clock.step_s = engine.clock.forward_s = 0.0
     started = time.perf_counter()
-    requests = [engine.submit(Work(str(i), model.name, "a cat", "", shape, table, 5.0, (i,))) for i in range(images)]
+    requests = [engine.submit(replace(to_work(model, Job("a cat", "ddim", steps, 5.0, i), side), decode=True)) for i in range(images)]
     while not engine.idle:
         engine.step()
     for request in requests:

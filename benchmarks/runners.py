@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from latentline.jobs import ResolvedRequest
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.request import Request, Work
-from latentline_worker.models.base import Family
-from latentline_worker.samplers import make_scheduler, sampler_table
+from latentline_worker.models.base import Family, Row
+from latentline_worker.samplers import make_scheduler
 
 from .trace import MAX_STATIC_BATCH, Job
 
@@ -92,6 +93,7 @@ def pipelines(trace: Sequence[Job], pipeline: Any, side_px: int, batched: bool) 
 def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Run:
     """The engine itself, stepped here instead of by its thread."""
     run = Run()
+    (family,) = engine.families.values()
     todo, now = deque(sorted(trace, key=lambda job: job.arrival_s)), 0.0
     running: dict[Request, Job] = {}
     shared = batches = 0
@@ -101,7 +103,7 @@ def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Run:
         started = time.perf_counter()
         joined = False
         while todo and todo[0].arrival_s <= now:
-            running[engine.submit(to_work(engine.family, todo[0], side_px))] = todo[0]
+            running[engine.submit(to_work(family, todo[0], side_px))] = todo[0]
             todo.popleft()
             joined = True
         rows, step_s, forward_s = engine.num_rows, engine.clock.step_s, engine.clock.forward_s
@@ -128,31 +130,39 @@ def engine(trace: Sequence[Job], engine: Engine, side_px: int) -> Run:
 
 def bare_network(engine: Engine, batch_rows: Counter[int], side_px: int, repeats: int = 5) -> float:
     """Seconds that the network alone takes for these calls: a lower bound of the engine's time."""
-    family = engine.family
-    prompt_embeds = family.encode([""])[0]
-    shape = family.latent_shape(side_px, side_px)
+    (family,) = engine.families.values()
+    network = engine.networks[family.info.id]
+    work = to_work(family, Job("", family.info.first_scheduler, 20, 1.0, 0), side_px)
     total = 0.0
     with torch.inference_mode():
-        for rows, count in sorted(batch_rows.items()):
-            if rows:
-                x, t = torch.randn(rows, *shape, device=family.device), torch.full((rows,), 500.0, device=family.device)
-                total += count * _seconds(lambda x=x, t=t, rows=rows: engine.network(x, t, prompt_embeds.expand(rows, -1, -1)), repeats)
+        (row,) = family.rows(work.request, family.encode(work.texts))
+        for num_rows, count in sorted(batch_rows.items()):
+            if num_rows:
+                x, t, rows = network_inputs(family, work, row, num_rows)
+                total += count * _seconds(lambda x=x, t=t, rows=rows: network(x, t, rows), repeats)
     return total
+
+
+def network_inputs(family: Family, work: Work, row: Row, count: int) -> tuple[torch.Tensor, torch.Tensor, Row]:
+    """Random latents of this size with one row's conditions, ``count`` times."""
+    x, t = torch.randn(count, *work.latent_shape, device=family.device), torch.full((count,), 500.0, device=family.device)
+    return x, t, {name: tensor.expand(count, *tensor.shape) for name, tensor in row.items()}
 
 
 def to_work(family: Family, job: Job, side_px: int) -> Work:
     """A trace's job as the engine's work. Its result is the latents, as that of the pipelines is."""
-    return Work(
-        job_id=str(job.seed),
+    request = ResolvedRequest(
+        version=1,
         model=family.info.id,
         prompt=job.prompt,
-        negative_prompt="",
-        latent_shape=family.latent_shape(side_px, side_px),
-        table=sampler_table(job.scheduler, family.scheduler_config, job.steps),
+        width=side_px,
+        height=side_px,
+        num_inference_steps=job.steps,
         guidance_scale=job.guidance_scale,
-        seeds=(job.seed,),
-        decode=False,
+        scheduler=job.scheduler,
+        seed=job.seed,
     )
+    return Work.of(family, request, str(job.seed), decode=False)
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:

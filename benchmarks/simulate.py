@@ -173,18 +173,21 @@ def measure_costs() -> dict[int, float]:
     from latentline_worker.engine.engine import Engine
     from latentline_worker.models import bundled_model
 
-    engine = Engine(bundled_model.load(torch.device("cpu"), torch.float32))
+    from .runners import network_inputs, to_work
+
+    family = bundled_model.load(torch.device("cpu"), torch.float32)
+    engine = Engine([family])
     engine.warm_up()
-    shape = engine.family.latent_shape(engine.family.info.default_width, engine.family.info.default_height)
-    prompt_embeds = engine.family.encode([""])
+    work = to_work(family, trace.Job("", family.info.first_scheduler, 20, 1.0, 0), family.info.default_width)
     points = {}
     with torch.inference_mode():
+        (row,) = family.rows(work.request, family.encode(work.texts))
         for rows in MEASURED_ROWS:
-            x, t, s = torch.randn(rows, *shape), torch.full((rows,), 500.0), prompt_embeds.expand(rows, -1, -1)
+            inputs = network_inputs(family, work, row, rows)
             times = []
             for _ in range(25):
                 started = time.perf_counter()
-                engine.network(x, t, s)
+                engine.networks[family.info.id](*inputs)
                 times.append(time.perf_counter() - started)
             points[rows] = statistics.median(times)
     return points

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.engines import assert_close, drain, make_engine, once, recorded_texts, run, solo, tight, work
+from support.engines import assert_close, drain, encoded_times, make_engine, once, recorded_texts, run, solo, tight, work
 
 from latentline.errors import NumericalError
 from latentline_worker.engine.conditioning import MICRO_BATCH
@@ -22,7 +22,7 @@ def test_of_jobs_that_wait_for_a_slot_the_more_urgent_joins_first(family: Stable
     joined = []
     while not engine.idle:
         engine.step()
-        joined += [request.work.prompt for request in (patient, usual, urgent) if "joined" in request.times and request.step == 1]
+        joined += [request.work.job_id for request in (patient, usual, urgent) if "joined" in request.times and request.step == 1]
     assert joined == ["urgent", "usual", "patient"]
 
 
@@ -53,9 +53,8 @@ def test_a_slot_in_which_a_job_left_nan_gives_the_next_job_its_own_picture(
     victim = work(family, "victim", "ddim", steps=3)
     expected = solo(family, victim)
     engine = tight(family, 2)
-    real = family.encode
     with monkeypatch.context() as patch:
-        patch.setattr(family, "encode", lambda texts: real(texts) * float("nan"))
+        patch.setattr(family, "encode", encoded_times(family, lambda prompt: float("nan")))
         (bad,) = run(engine, work(family, "bad", "pndm", steps=5, guidance=1.0))
     with pytest.raises(NumericalError):
         bad.result(0)

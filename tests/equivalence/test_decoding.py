@@ -154,10 +154,10 @@ def test_an_image_in_tiles_and_a_whole_one_are_not_decoded_in_one_call(family: S
     decodes.fails = lambda latents, tiled: torch.OutOfMemoryError("simulated") if len(decodes.calls) == 1 else None
     results: dict[str, torch.Tensor | Exception] = {}
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    made = decoder.Decoder(family, max_batch=4)
-    made.submit(latents[:1], lambda outcome: results.update(tiled=outcome))
+    made = decoder.Decoder(max_batch=4)
+    made.submit(family, latents[:1], lambda outcome: results.update(tiled=outcome))
     made.decode_some()
-    made.submit(latents[1:], lambda outcome: results.update(whole=outcome))
+    made.submit(family, latents[1:], lambda outcome: results.update(whole=outcome))
     made.decode_some()
     assert results.keys() == {"tiled"}
     made.decode_some()
@@ -175,7 +175,7 @@ def test_images_of_one_job_that_need_tiles_keep_their_order(family: StableDiffus
     decodes = Decodes(family, monkeypatch)
     decodes.fails = lambda latents, tiled: None if tiled else torch.OutOfMemoryError("simulated")
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    pixels = decoder.Decoder(family, max_batch=2).decode_now(latents)
+    pixels = decoder.Decoder(max_batch=2).decode_now(family, latents)
     with torch.inference_mode():
         expected = torch.cat([family.decode(image[None], tiled=True) for image in latents])
     assert (pixels.int() - expected.int()).abs().max() <= 1  # rounding
@@ -186,8 +186,8 @@ def test_a_request_is_told_once_however_many_of_its_images_fail(family: StableDi
     decodes = Decodes(family, monkeypatch)
     decodes.fails = lambda latents, tiled: ValueError("broken")
     outcomes: list[torch.Tensor | Exception] = []
-    made = decoder.Decoder(family, max_batch=2)
-    made.submit(torch.randn(5, 4, 16, 16), outcomes.append)
+    made = decoder.Decoder(max_batch=2)
+    made.submit(family, torch.randn(5, 4, 16, 16), outcomes.append)
     made.decode_some()
     assert [str(outcome) for outcome in outcomes] == ["broken"]
     assert not made.pending, "the request's other images are dropped"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from support import engines
 
 from latentline.errors import NumericalError
 from latentline.jobs import SCHEDULERS
@@ -16,26 +17,15 @@ from latentline_worker.engine.cost import CostModel
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.planner import Planner
 from latentline_worker.engine.request import Cancelled, Work
+from latentline_worker.models.base import Row, Text
 from latentline_worker.models.sd import StableDiffusion
-from latentline_worker.samplers import make_scheduler, sampler_table
+from latentline_worker.samplers import make_scheduler
 
 RELATIVE = 1e-4  # fp32: what the contract promises against solo runs
 
 
-def work(
-    family: StableDiffusion, job_id: str, prompt: str, scheduler: str, steps: int, guidance: float, seeds: tuple[int, ...], **options: Any
-) -> Work:
-    return Work(
-        job_id=job_id,
-        model="tiny",
-        prompt=prompt,
-        negative_prompt="blurry",
-        latent_shape=family.latent_shape(32, 32),
-        table=sampler_table(scheduler, family.scheduler_config, steps),
-        guidance_scale=guidance,
-        seeds=seeds,
-        **{"decode": False, **options},
-    )
+def work(family: StableDiffusion, prompt: str, scheduler: str, steps: int, guidance: float, seeds: tuple[int, ...], **options: Any) -> Work:
+    return engines.work(family, prompt, scheduler, steps, guidance, seeds, **options)
 
 
 def alone(
@@ -67,7 +57,7 @@ class Everything(CostModel):
 
 @pytest.fixture
 def engine(family: StableDiffusion) -> Iterator[Engine]:
-    engine = Engine(family)
+    engine = Engine([family])
     engine.planner = Planner(Everything(64))
     yield engine
     engine.stop()
@@ -91,8 +81,8 @@ MATES = [
 def test_mixed_batch_equals_plain_pipeline(
     scheduler: str, pipeline: StableDiffusionPipeline, family: StableDiffusion, engine: Engine
 ) -> None:
-    subject = engine.submit(work(family, "subject", "a cat", scheduler, 10, 6.0, (42, 43)))
-    mates = [engine.submit(work(family, f"mate{i}", f"thing {i}", *mate)) for i, mate in enumerate(MATES)]
+    subject = engine.submit(work(family, "a cat", scheduler, 10, 6.0, (42, 43)))
+    mates = [engine.submit(work(family, f"thing {i}", *mate)) for i, mate in enumerate(MATES)]
     engine.start()
     latents = subject.result(120)
     for mate in mates:
@@ -103,8 +93,8 @@ def test_mixed_batch_equals_plain_pipeline(
 
 
 def test_unguided_job_equals_plain_pipeline(pipeline: StableDiffusionPipeline, family: StableDiffusion, engine: Engine) -> None:
-    subject = engine.submit(work(family, "subject", "a dog", "euler", 8, 1.0, (3,)))
-    engine.submit(work(family, "mate", "a hat", "ddim", 5, 4.0, (4,)))
+    subject = engine.submit(work(family, "a dog", "euler", 8, 1.0, (3,)))
+    engine.submit(work(family, "a hat", "ddim", 5, 4.0, (4,)))
     engine.start()
     latents = subject.result(60)  # before the pipeline runs: both use one tokenizer, which is not thread-safe
     expected = alone(pipeline, "a dog", "euler", 8, 1.0, (3,))
@@ -113,10 +103,10 @@ def test_unguided_job_equals_plain_pipeline(pipeline: StableDiffusionPipeline, f
 
 def test_prompt_embeds_equal_the_pipelines(pipeline: StableDiffusionPipeline, family: StableDiffusion) -> None:
     expected, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
-    conditioner = Conditioner(family)
-    conditioner.encode_some(["a dog", "a red cat"])
-    known = conditioner.get("a red cat")
-    assert known is not None and (known.prompt_embeds - expected[0]).abs().max() <= RELATIVE * expected.abs().max()
+    conditioner = Conditioner()
+    conditioner.encode_some([(family, Text("a dog")), (family, Text("a red cat"))])
+    known = conditioner.get(family, Text("a red cat"))
+    assert known is not None and (known.row["prompt_embeds"] - expected[0]).abs().max() <= RELATIVE * expected.abs().max()
 
 
 def test_decode_equals_the_pipelines(pipeline: StableDiffusionPipeline, family: StableDiffusion) -> None:
@@ -129,8 +119,8 @@ def test_decode_equals_the_pipelines(pipeline: StableDiffusionPipeline, family: 
 
 
 def test_cancel_frees_the_row_and_leaves_the_mates(family: StableDiffusion, engine: Engine) -> None:
-    victim = engine.submit(work(family, "victim", "a", "ddim", 50, 5.0, (1,)))
-    mate = engine.submit(work(family, "mate", "b", "ddim", 10, 5.0, (2,)))
+    victim = engine.submit(work(family, "a", "ddim", 50, 5.0, (1,)))
+    mate = engine.submit(work(family, "b", "ddim", 10, 5.0, (2,)))
     engine.step()
     engine.step()
     victim.cancel("cancel")
@@ -145,23 +135,23 @@ def test_cancel_frees_the_row_and_leaves_the_mates(family: StableDiffusion, engi
 
 
 def test_a_job_that_joins_late_shares_the_next_step(family: StableDiffusion, engine: Engine) -> None:
-    first = engine.submit(work(family, "first", "a", "euler", 6, 5.0, (1,)))
+    first = engine.submit(work(family, "a", "euler", 6, 5.0, (1,)))
     engine.step()
-    late = engine.submit(work(family, "late", "b", "ddim", 3, 5.0, (2,)))
+    late = engine.submit(work(family, "b", "ddim", 3, 5.0, (2,)))
     engine.step()
     assert (first.step, late.step, first.batch_jobs) == (2, 1, 2)
 
 
 def test_one_failing_job_leaves_the_others(family: StableDiffusion, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = engine.submit(work(family, "good", "a", "ddim", 3, 5.0, (1,)))
-    bad = engine.submit(work(family, "bad", "b", "ddim", 3, 5.0, (2,)))
-    poison = family.encode(["b"])[0]
+    good = engine.submit(work(family, "a", "ddim", 3, 5.0, (1,)))
+    bad = engine.submit(work(family, "b", "ddim", 3, 5.0, (2,)))
+    poison = engines.embeds(family, "b")[0]
     real = family.denoise
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        if any(torch.allclose(row, poison, atol=1e-4) for row in prompt_embeds):
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
+        if any(torch.allclose(row, poison, atol=1e-4) for row in rows["prompt_embeds"]):
             raise RuntimeError("poison")
-        return real(latents, timesteps, prompt_embeds)
+        return real(latents, timesteps, rows)
 
     monkeypatch.setattr(family, "denoise", denoise)
     for _ in range(3):
@@ -172,12 +162,9 @@ def test_one_failing_job_leaves_the_others(family: StableDiffusion, engine: Engi
 
 
 def test_numbers_that_are_not_finite_fail_their_job_alone(family: StableDiffusion, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = family.encode
-    monkeypatch.setattr(
-        family, "encode", lambda texts: real(texts) * torch.tensor([float("nan") if t == "b" else 1.0 for t in texts])[:, None, None]
-    )
-    good = engine.submit(work(family, "good", "a", "ddim", 3, 5.0, (1,)))
-    bad = engine.submit(work(family, "bad", "b", "ddim", 3, 5.0, (2,)))
+    monkeypatch.setattr(family, "encode", engines.encoded_times(family, lambda prompt: float("nan") if prompt == "b" else 1.0))
+    good = engine.submit(work(family, "a", "ddim", 3, 5.0, (1,)))
+    bad = engine.submit(work(family, "b", "ddim", 3, 5.0, (2,)))
     for _ in range(3):
         engine.step()
     assert torch.isfinite(good.result(0)).all()
@@ -186,7 +173,7 @@ def test_numbers_that_are_not_finite_fail_their_job_alone(family: StableDiffusio
 
 
 def test_stop_cancels_what_is_in_flight(family: StableDiffusion, engine: Engine) -> None:
-    request = engine.submit(work(family, "long", "a", "ddim", 100, 5.0, (1,)))
+    request = engine.submit(work(family, "a", "ddim", 100, 5.0, (1,)))
     engine.start()
     engine.stop()
     with pytest.raises(Cancelled, match="shutdown"):

@@ -6,45 +6,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.engines import once
+from support.engines import SIGNATURE
 
 from latentline.errors import OutOfMemory
 from latentline_worker.engine import memory as module
 from latentline_worker.engine.memory import Footprint, Memory, free_bytes, peak_bytes
 from latentline_worker.engine.request import LaneKey
-from latentline_worker.models.sd import StableDiffusion
 
 CPU = torch.device("cpu")
 # 4 x 16 x 16 = 1024 values: 32 px pictures of the tiny model, which has 2 x 2 pixels a latent.
-KEY = LaneKey("tiny", (4, 16, 16), 77)
+KEY = LaneKey("tiny", (4, 16, 16), SIGNATURE)
 # Nine places in the history (4 past latents, 4 past outputs, noise) of 1024 float32 values, and two prompt embeds of
 # 77 x 32 float32 values: 9 * 1024 * 4 + 2 * 77 * 32 * 4.
 SLOT = 36_864 + 19_712
 
 
-def memory(family: StableDiffusion, limit: int, row: float = 100.0, decode: float = 300.0) -> Memory:
+def memory(limit: int, row: float = 100.0, decode: float = 300.0) -> Memory:
     """A row takes 102,400 bytes and a decode 307,200, unless told otherwise."""
-    made = Memory(family, limit)
-    made.footprint = Footprint(row, decode)
+    made = Memory(CPU, limit)
+    made.footprints["tiny"] = Footprint(row, decode, 4 / 4)  # 2 x 2 pixels a latent of 4 values
     return made
 
 
-@once
-def test_an_image_between_steps_takes_its_history_and_two_prompt_embeds(family: StableDiffusion) -> None:
-    assert memory(family, 1).slot_bytes(KEY, 32) == SLOT
-    family.dtype = torch.bfloat16  # of the embeds alone: the history stays float32
-    try:
-        assert memory(family, 1).slot_bytes(KEY, 32) == 36_864 + 9_856
-    finally:
-        family.dtype = torch.float32
+def test_an_image_between_steps_takes_its_history_and_two_prompt_embeds() -> None:
+    assert memory(1).slot_bytes(KEY) == SLOT
+    half = LaneKey("tiny", (4, 16, 16), (("prompt_embeds", (77, 32), "bfloat16"),))  # of the embeds alone: the history stays float32
+    assert memory(1).slot_bytes(half) == 36_864 + 9_856
 
 
 @pytest.mark.parametrize(
     ("limit", "slots"), [(4 * 3 * SLOT, 3), (4 * 3 * SLOT - 4, 2), (1, 1)], ids=["three", "not quite three", "one always"]
 )
-@once
-def test_a_quarter_of_the_memory_is_for_images_between_steps(family: StableDiffusion, limit: int, slots: int) -> None:
-    assert memory(family, limit).num_slots(KEY, 32) == slots
+def test_a_quarter_of_the_memory_is_for_images_between_steps(limit: int, slots: int) -> None:
+    assert memory(limit).num_slots(KEY) == slots
 
 
 @pytest.mark.parametrize(
@@ -52,26 +46,23 @@ def test_a_quarter_of_the_memory_is_for_images_between_steps(family: StableDiffu
     [(2_048_000, 15), (2_047_000, 14), (100_000_000, 64), (1, 1)],
     ids=["15", "not quite 15", "as many as asked", "one always"],
 )
-@once
-def test_three_quarters_of_the_memory_are_for_the_rows_of_a_forward(family: StableDiffusion, limit: int, rows: int) -> None:
+def test_three_quarters_of_the_memory_are_for_the_rows_of_a_forward(limit: int, rows: int) -> None:
     """2,048,000 * 0.75 = 15 rows of 102,400 bytes."""
-    assert memory(family, limit).num_rows(KEY, 64) == rows
+    assert memory(limit).num_rows(KEY, 64) == rows
 
 
-@once
-def test_before_the_warm_up_rows_count_as_nothing(family: StableDiffusion) -> None:
-    made = Memory(family, 1000)
+def test_before_the_warm_up_rows_count_as_nothing() -> None:
+    made = Memory(CPU, 1000)
     assert (made.num_rows(KEY, 64), made.row_bytes(KEY), made.decode_bytes(KEY)) == (64, 0, 0)
 
 
-@once
-def test_a_decode_takes_what_its_pixels_take_up_to_the_size_of_a_tile(family: StableDiffusion) -> None:
-    made = memory(family, 1)
+def test_a_decode_takes_what_its_pixels_take_up_to_the_size_of_a_tile() -> None:
+    made = memory(1)
     assert made.decode_bytes(KEY) == 307_200
     # 2048 x 2048 px is decoded in tiles: no more at a time than 1024 x 1024 px, 1,048,576 latent values, take.
-    assert made.decode_bytes(LaneKey("tiny", (4, 1024, 1024), 77)) == 314_572_800
-    assert made.decode_bytes(LaneKey("tiny", (4, 512, 512), 77)) == 314_572_800
-    assert made.decode_bytes(LaneKey("tiny", (4, 256, 512), 77)) == 157_286_400
+    assert made.decode_bytes(LaneKey("tiny", (4, 1024, 1024), SIGNATURE)) == 314_572_800
+    assert made.decode_bytes(LaneKey("tiny", (4, 512, 512), SIGNATURE)) == 314_572_800
+    assert made.decode_bytes(LaneKey("tiny", (4, 256, 512), SIGNATURE)) == 157_286_400
 
 
 @pytest.mark.parametrize(
@@ -79,19 +70,15 @@ def test_a_decode_takes_what_its_pixels_take_up_to_the_size_of_a_tile(family: St
     [(100.0, 300.0, 1, SLOT + 307_200), (100.0, 300.0, 8, SLOT + 819_200), (400.0, 300.0, 1, SLOT + 409_600)],
     ids=["the decode is larger", "eight rows", "the row is larger"],
 )
-@once
-def test_a_lane_needs_a_slot_and_the_larger_of_forward_and_decode(
-    family: StableDiffusion, row: float, decode: float, rows: int, needed: int
-) -> None:
-    memory(family, needed, row, decode).check(KEY, 32, rows)
+def test_a_lane_needs_a_slot_and_the_larger_of_forward_and_decode(row: float, decode: float, rows: int, needed: int) -> None:
+    memory(needed, row, decode).check(KEY, rows)
     with pytest.raises(OutOfMemory, match=f"latents of 4x16x16 need {needed:,} bytes for .* and this worker has {needed - 1:,}:"):
-        memory(family, needed - 1, row, decode).check(KEY, 32, rows)
+        memory(needed - 1, row, decode).check(KEY, rows)
 
 
-@once
-def test_measured_activations_get_a_margin_of_a_quarter(family: StableDiffusion) -> None:
-    made = Memory(family, 10**9)
-    made.measure(KEY, lambda: torch.zeros(1000), lambda: torch.zeros(2500))  # 4,000 and 10,000 bytes
+def test_measured_activations_get_a_margin_of_a_quarter() -> None:
+    made = Memory(CPU, 10**9)
+    made.measure(KEY, 1024, lambda: torch.zeros(1000), lambda: torch.zeros(2500))  # 4,000 and 10,000 bytes
     assert (made.row_bytes(KEY), made.decode_bytes(KEY)) == (5_000, 12_500)
 
 
@@ -146,7 +133,6 @@ def test_free_memory_is_what_the_machine_and_its_control_group_leave(
     assert free_bytes(CPU, machine(tmp_path, *figures)) == free
 
 
-@once
-def test_the_engine_uses_nine_tenths_of_what_is_free(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_uses_nine_tenths_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda _: 1_000_000)
-    assert Memory(family).usable == 900_000
+    assert Memory(CPU).usable == 900_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,23 +11,25 @@ from support.engines import (
     Denoise,
     assert_close,
     counted,
+    embeds,
     once,
     short_of_memory,
 )
 
 from latentline_worker.engine import network
 from latentline_worker.engine.network import Network
+from latentline_worker.models.base import Row
 from latentline_worker.models.sd import StableDiffusion
 
 
 class FakeGraph:
     """What a captured CUDA graph does as far as tensors go: one static output, overwritten by every replay."""
 
-    def __init__(self, forward: Denoise, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    def __init__(self, forward: Callable[..., torch.Tensor], rows: tuple[torch.Tensor, ...]) -> None:
         self._forward = forward
         self._out = forward(*rows).clone()
 
-    def __call__(self, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return self._out.copy_(self._forward(*rows))
 
 
@@ -36,21 +39,21 @@ def test_parts_of_a_split_batch_do_not_share_the_output_of_a_captured_graph(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, fixed_rows: int | None
 ) -> None:
     x = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    timesteps, prompt_embeds = torch.full((8,), 500.0), family.encode(list("abcdefgh"))
-    expected = Network(family)(x, timesteps, prompt_embeds)[0]
+    timesteps, rows = torch.full((8,), 500.0), {"prompt_embeds": embeds(family, *"abcdefgh")}
+    expected = Network(family)(x, timesteps, rows)[0]
     short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: len(latents) <= 4)
     monkeypatch.setattr(network, "_Graph", FakeGraph)
     net = Network(family, fixed_rows)
     net._graphs = {}
-    got, rows = net(x, timesteps, prompt_embeds)
-    assert rows == 4
+    got, most = net(x, timesteps, rows)
+    assert most == 4
     assert_close(got, expected)
 
 
-def example_rows(family: StableDiffusion, count: int, size: tuple[int, int] = (32, 32)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def example_rows(family: StableDiffusion, count: int, size: tuple[int, int] = (32, 32)) -> tuple[torch.Tensor, torch.Tensor, Row]:
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(count, *family.latent_shape(*size), generator=generator)
-    return x, torch.linspace(10, 900, count), family.encode([f"thing {i}" for i in range(count)])
+    return x, torch.linspace(10, 900, count), {"prompt_embeds": embeds(family, *[f"thing {i}" for i in range(count)])}
 
 
 @torch.inference_mode()
@@ -76,10 +79,10 @@ def test_a_forward_that_cannot_be_recorded_runs_through_python_with_a_warning(
 ) -> None:
     real = family.denoise
 
-    def change(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def change(latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise error("not while tracing")
-        return real(latents, timesteps, prompt_embeds)
+        return real(latents, timesteps, rows)
 
     assert_falls_back(family, monkeypatch, caplog, change, f"cannot be recorded ({error.__name__})")
 
@@ -91,9 +94,9 @@ def test_a_recording_that_gives_other_results_is_not_used(
 ) -> None:
     real = family.denoise
 
-    def change(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def change(latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
         factor = 2.0 if int(latents.shape[0]) == 2 else 1.0  # decided while recording
-        return real(latents, timesteps, prompt_embeds) * factor
+        return real(latents, timesteps, rows) * factor
 
     assert_falls_back(family, monkeypatch, caplog, change, "gives other results")
 

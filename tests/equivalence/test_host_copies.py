@@ -141,7 +141,7 @@ def test_nobody_waits_for_a_device_that_hangs_but_the_engines_own_thread(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda
 ) -> None:
     engine = make_engine(family, checkpoint_s=0.0)
-    engine._publisher._copies = cuda.copies()
+    engine.publisher._copies = cuda.copies()
 
     # The engine's tensors are on the CPU here; the copies treat them as the device's.
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None, raising=False)
@@ -150,7 +150,7 @@ def test_nobody_waits_for_a_device_that_hangs_but_the_engines_own_thread(
     assert cuda.waiting.wait(60), "with nothing left to launch, the engine's thread waits for its copies"
     # What leases and the watchdog do meanwhile, each at once:
     assert request.checkpoint is None and request.preview is None and not request.future.done()
-    engine.progress_at -= 3600
+    engine.intake.progress_at -= 3600
     assert engine.stalled_for() > 3000, "it hangs, with a job in it"
     cuda.happened.set()
     assert request.result(60).shape == (1, 32, 32, 3)
@@ -168,7 +168,7 @@ def test_the_engine_goes_on_launching_while_copies_are_under_way(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda
 ) -> None:
     engine = make_engine(family, checkpoint_s=0.0)
-    engine._publisher._copies = cuda.copies()
+    engine.publisher._copies = cuda.copies()
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None, raising=False)
     monkeypatch.setattr(engine.checkpoint_schedule, "due", lambda *_: True)
     request = engine.submit(work(family, steps=9, preview_every=1))
@@ -188,7 +188,7 @@ def test_a_device_that_is_lost_while_it_copies_ends_the_engine(
     family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, steps: int
 ) -> None:
     engine = make_engine(family, checkpoint_s=0.0)
-    engine._publisher._copies = cuda.copies()
+    engine.publisher._copies = cuda.copies()
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None, raising=False)
     cuda.lost = True
     request = engine.submit(work(family, steps=steps))

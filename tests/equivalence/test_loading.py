@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from support.engines import embeds
 
 from latentline.errors import ModelError
 from latentline_worker.models import registry
@@ -26,12 +27,14 @@ def folder(pipeline: StableDiffusionPipeline, tmp_path: Path) -> Path:
 def test_a_folder_is_served_under_its_name_and_equals_the_pipeline(folder: Path, family: StableDiffusion) -> None:
     loaded = registry.load(str(folder), CPU, torch.float32)
     assert loaded.info.id == "my-model"
+    assert isinstance(loaded, StableDiffusion)
     assert loaded.scheduler_config["prediction_type"] == family.scheduler_config["prediction_type"]
-    prompt_embeds = loaded.encode(["a cat"])
-    assert torch.equal(prompt_embeds, family.encode(["a cat"]))
+    rows = {"prompt_embeds": embeds(loaded, "a cat")}
+    assert torch.equal(rows["prompt_embeds"], embeds(family, "a cat"))
+    assert loaded.revision == family.revision
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(loaded.denoise(x, torch.tensor([500.0]), prompt_embeds), family.denoise(x, torch.tensor([500.0]), prompt_embeds))
+        assert torch.equal(loaded.denoise(x, torch.tensor([500.0]), rows), family.denoise(x, torch.tensor([500.0]), rows))
         assert (loaded.decode(x, tiled=False) == family.decode(x, tiled=False)).all()
 
 

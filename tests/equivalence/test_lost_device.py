@@ -37,7 +37,9 @@ def result_copy_lost(self: HostCopies, tensors: Any, publish: Any, real: Any = H
 PATHS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "encoding": (StableDiffusion, "encode", lost),
     "growing the lane": (Lane, "_grow", lost),
-    "joining the lane": (Noise, "draw", lost),
+    "joining the lane": (StableDiffusion, "start", lost),
+    "fresh noise": (Noise, "draw", lost),
+    "the check of the rows": (torch, "isnan", lost),
     "gathering": (Lane, "_gather", lost),
     "the network": (StableDiffusion, "denoise", lost),
     "guidance": (Lane, "_guide", lost),

@@ -27,6 +27,7 @@ from support.engines import (
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.request import Request, Work
+from latentline_worker.models.base import Row
 from latentline_worker.models.sd import StableDiffusion
 
 # Bfloat16 has 8 bits of mantissa, and a batch may sum in another order. Measured with torch 2.13.0 on an x86-64 CPU: the
@@ -98,9 +99,9 @@ def test_in_the_reproducible_mode_every_forward_has_the_fixed_number_of_rows(
 ) -> None:
     real, sizes = family.denoise, set()
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        sizes.add((len(latents), len(timesteps), len(prompt_embeds)))
-        return real(latents, timesteps, prompt_embeds)
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
+        sizes.add((len(latents), len(timesteps), len(rows["prompt_embeds"])))
+        return real(latents, timesteps, rows)
 
     monkeypatch.setattr(family, "denoise", denoise)
     run(make_engine(family, fixed_rows=FIXED_ROWS), *mates_of(family, 5))

@@ -19,6 +19,7 @@ from support.engines import (
 )
 
 from latentline_worker.engine.preview import LatentToRgb
+from latentline_worker.models.base import Row
 from latentline_worker.models.sd import StableDiffusion
 from latentline_worker.samplers import make_scheduler
 
@@ -76,8 +77,8 @@ def test_denoised_is_the_schedulers_own_prediction_of_the_clean_latents(
 ) -> None:
     real, outputs = family.denoise, []
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        outputs.append(real(latents, timesteps, states))
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
+        outputs.append(real(latents, timesteps, rows))
         return outputs[-1]
 
     monkeypatch.setattr(family, "denoise", denoise)

@@ -60,11 +60,11 @@ def test_an_engine_that_fails_ends_every_request(
 
 
 def test_warm_up_measures_memory_finds_a_row_budget_and_leaves_nothing_behind(family: StableDiffusion) -> None:
-    engine = Engine(family, max_rows=16)
+    engine = Engine([family], max_rows=16)
     engine.warm_up()
     key, _ = keys(family)
-    footprint = engine.memory.footprint
-    assert footprint is not None and footprint.row > 0 and footprint.decode > 0
+    footprint = engine.memory.footprints["tiny"]
+    assert footprint.row > 0 and footprint.decode > 0
     assert 1 <= engine.planner.cost.budget(key) <= 16
     assert engine.planner.cost.seconds(key, 1) > 0, "nothing was observed"
     assert engine.idle
@@ -188,7 +188,7 @@ def test_decodes_after_a_stop_are_progress_and_each_result_is_published_before_t
     def slow(latents: torch.Tensor, tiled: bool) -> Exception | None:
         order.append("decode")
         stalls.append(engine.stalled_for())
-        engine.progress_at -= 3600  # an hour passes
+        engine.intake.progress_at -= 3600  # an hour passes
         return None
 
     decodes.fails = slow
@@ -208,7 +208,7 @@ def test_decodes_after_a_stop_are_progress_and_each_result_is_published_before_t
 @once
 def test_an_engine_that_waited_for_work_is_not_stalled_when_some_comes(family: StableDiffusion) -> None:
     engine = make_engine(family)
-    engine.progress_at -= 3600  # idle for an hour
+    engine.intake.progress_at -= 3600  # idle for an hour
     assert engine.stalled_for() == 0
     engine.submit(work(family))
     assert engine.stalled_for() < 60
@@ -229,7 +229,7 @@ def test_a_decode_that_hangs_is_a_stall_also_when_nothing_else_is_left(family: S
     engine.start()
     request = engine.submit(work(family, decode=True))
     assert entered.wait(60)
-    engine.progress_at -= 3600
+    engine.intake.progress_at -= 3600
     assert engine.stalled_for() > 3000
     go_on.set()
     request.result(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -9,23 +10,25 @@ from typing import Any
 import pytest
 import torch
 
+from latentline.jobs import ResolvedRequest
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.cost import CostModel
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.memory import Memory
 from latentline_worker.engine.planner import Planner
 from latentline_worker.engine.request import Cancelled, LaneKey, Request, Work
+from latentline_worker.models.base import Encoded, Family, Row, Text
 from latentline_worker.models.sd import StableDiffusion
-from latentline_worker.samplers import sampler_table
 
 RELATIVE = 1e-4  # fp32: what the contract promises against solo runs
 FIXED_ROWS = 8
+SIGNATURE = (("prompt_embeds", (77, 32), "float32"),)  # of the tiny model's rows
 MOST_STEPS = 2000  # of any test: an engine that does not become idle fails the test instead of hanging it
 
 # For tests to which the prediction type makes no difference.
 once = pytest.mark.parametrize("pipeline", ["epsilon"], indirect=True)
 
-Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Denoise = Callable[[torch.Tensor, torch.Tensor, Row], torch.Tensor]
 
 
 class Everything(CostModel):
@@ -35,14 +38,14 @@ class Everything(CostModel):
         return self.limit(lane)
 
 
-def make_engine(family: StableDiffusion, **options: Any) -> Engine:
-    engine = Engine(family, **options)
+def make_engine(family: Family, *others: Family, **options: Any) -> Engine:
+    engine = Engine([family, *others], **options)
     engine.planner = Planner(Everything(engine.planner.cost.max_rows))
     return engine
 
 
 def work(
-    family: StableDiffusion,
+    family: Family,
     prompt: str = "a cat",
     scheduler: str = "ddim",
     steps: int = 4,
@@ -51,17 +54,25 @@ def work(
     size: tuple[int, int] = (32, 32),
     **options: Any,
 ) -> Work:
-    return Work(
-        job_id=prompt,
-        model="tiny",
-        prompt=prompt,
-        negative_prompt="blurry",
-        latent_shape=family.latent_shape(*size),
-        table=sampler_table(scheduler, family.scheduler_config, steps),
-        guidance_scale=guidance,
-        seeds=seeds,
-        **{"decode": False, **options},
+    asked = {name: options.pop(name) for name in list(options) if name in ResolvedRequest.model_fields}
+    request = ResolvedRequest(
+        **{
+            "version": 1,
+            "model": family.info.id,
+            "prompt": prompt,
+            "negative_prompt": "blurry",
+            "width": size[0],
+            "height": size[1],
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "scheduler": scheduler,
+            "seed": seeds[0],
+            "num_images": len(seeds),
+            **asked,
+        }
     )
+    made = Work.of(family, request, prompt, decode=options.pop("decode", False))
+    return dataclasses.replace(made, seeds=seeds, **options)
 
 
 def drain(engine: Engine) -> None:
@@ -79,7 +90,7 @@ def run(engine: Engine, *works: Work) -> list[Request]:
     return requests
 
 
-def solo(family: StableDiffusion, one: Work, **options: Any) -> torch.Tensor:
+def solo(family: Family, one: Work, **options: Any) -> torch.Tensor:
     return run(make_engine(family, **options), one)[0].result(0)
 
 
@@ -110,11 +121,11 @@ def short_of_memory(
     """
     real, events = family.denoise, []
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        if not fits(latents, prompt_embeds):
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
+        if not fits(latents, rows["prompt_embeds"]):
             events.append(len(latents))
             raise torch.OutOfMemoryError("out of memory (simulated)")
-        return real(latents, timesteps, prompt_embeds)
+        return real(latents, timesteps, rows)
 
     monkeypatch.setattr(family, "denoise", denoise)
     return events
@@ -141,21 +152,39 @@ def mates_of(family: StableDiffusion, seed: int, count: int = 5, **options: Any)
 def keys(family: StableDiffusion) -> tuple[LaneKey, LaneKey]:
     """The lanes of the model's own size and of twice that: four times the pixels."""
     width, height = family.info.default_width, family.info.default_height
-    own, large = (LaneKey("tiny", family.latent_shape(factor * width, factor * height), 77) for factor in (1, 2))
+    own, large = (LaneKey("tiny", family.latent_shape(factor * width, factor * height), SIGNATURE) for factor in (1, 2))
     return own, large
 
 
 def needed_bytes(memory: Memory, key: LaneKey, rows: int = 1) -> int:
-    return memory.slot_bytes(key, 32) + max(rows * memory.row_bytes(key), memory.decode_bytes(key))
+    return memory.slot_bytes(key) + max(rows * memory.row_bytes(key), memory.decode_bytes(key))
 
 
 def tight(family: StableDiffusion, slots: int) -> Engine:
     """An engine whose memory allows so many images between steps."""
-    key = LaneKey("tiny", family.latent_shape(32, 32), 77)
+    key = LaneKey("tiny", family.latent_shape(32, 32), SIGNATURE)
     engine = make_engine(family)
-    engine.memory.usable = 4 * slots * engine.memory.slot_bytes(key, 32)
-    assert engine.memory.num_slots(key, 32) == slots
+    engine.memory.usable = 4 * slots * engine.memory.slot_bytes(key)
+    assert engine.memory.num_slots(key) == slots
     return engine
+
+
+def embeds(family: StableDiffusion, *prompts: str) -> torch.Tensor:
+    """(prompts, tokens, width) prompt embeds."""
+    return torch.stack([one.row["prompt_embeds"] for one in family.encode([Text(prompt) for prompt in prompts])])
+
+
+def encoded_times(family: StableDiffusion, factor: Callable[[str], float]) -> Callable[[Sequence[Text]], list[Encoded]]:
+    """The family's ``encode`` with each text's embeds multiplied by a factor, such as NaN."""
+    real = family.encode
+
+    def encode(texts: Sequence[Text]) -> list[Encoded]:
+        return [
+            Encoded({name: tensor * factor(text.prompt) for name, tensor in one.row.items()}, one.tokens)
+            for text, one in zip(texts, real(texts), strict=True)
+        ]
+
+    return encode
 
 
 class Decodes:
@@ -184,9 +213,9 @@ def recorded_texts(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> 
     """The texts of each call of ``family.encode`` from now on; texts with "bad" fail."""
     real, calls = family.encode, []
 
-    def encode(texts: Sequence[str]) -> torch.Tensor:
-        calls.append(list(texts))
-        if any("bad" in text for text in texts):
+    def encode(texts: Sequence[Text]) -> list[Encoded]:
+        calls.append([text.prompt for text in texts])
+        if any("bad" in text.prompt for text in texts):
             raise ValueError("no such letter")
         return real(texts)
 
@@ -198,9 +227,9 @@ def counted(family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, change: De
     """The row counts of the calls of ``family.denoise`` from Python, from now on."""
     real, calls = family.denoise, []
 
-    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def denoise(latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
         calls.append(len(latents))
-        return (change or real)(latents, timesteps, prompt_embeds)
+        return (change or real)(latents, timesteps, rows)
 
     monkeypatch.setattr(family, "denoise", denoise)
     return calls

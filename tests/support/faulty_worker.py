@@ -27,21 +27,22 @@ def main() -> int:
 
     from latentline_worker.engine.network import Network
     from latentline_worker.generate import launch
+    from latentline_worker.models.base import Encoded, Row, Text
     from latentline_worker.models.sd import StableDiffusion
 
     real_encode, real_denoise = StableDiffusion.encode, StableDiffusion.denoise
     poison: dict[str, tuple[torch.Tensor, str, int]] = {}
 
-    def encode(self: StableDiffusion, texts: Sequence[str]) -> torch.Tensor:
-        states = real_encode(self, texts)
-        for text, state in zip(texts, states, strict=True):
-            if found := re.search(r"\[(oom|nan|error|kill|wedge)@(\d+)\]", text):
-                poison[text] = (state.clone(), found[1], int(found[2]))
-        return states
+    def encode(self: StableDiffusion, texts: Sequence[Text]) -> list[Encoded]:
+        encoded = real_encode(self, texts)
+        for text, one in zip(texts, encoded, strict=True):
+            if found := re.search(r"\[(oom|nan|error|kill|wedge)@(\d+)\]", text.prompt):
+                poison[text.prompt] = (one.row["prompt_embeds"].clone(), found[1], int(found[2]))
+        return encoded
 
-    def denoise(self: StableDiffusion, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def denoise(self: StableDiffusion, latents: torch.Tensor, timesteps: torch.Tensor, given: Row) -> torch.Tensor:
         time.sleep(STEP_S)
-        out = real_denoise(self, latents, timesteps, states)
+        out, states = real_denoise(self, latents, timesteps, given), given["prompt_embeds"]
         for state, kind, when in poison.values():
             rows = [i for i, row in enumerate(states) if torch.equal(row, state) and timesteps[i] <= when]
             if not rows:

@@ -15,16 +15,23 @@ from latentline_worker.engine.request import Cancelled, Request, Work
 from latentline_worker.generate.leases import Leases
 from latentline_worker.generate.runner import JobRunner
 from latentline_worker.images.upload import Uploader
+from latentline_worker.models.base import Text
+from latentline_worker.samplers import sampler_table
 
 PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
+
+CONFIG = dict(DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).config)
 
 # What the runner and the worker process use of a model family.
 FAMILY = cast(
     Any,
     SimpleNamespace(
         info=MODEL,
-        scheduler_config=dict(DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).config),
+        revision="test",
+        dtype=torch.float32,
         latent_shape=lambda width, height: (4, height // 8, width // 8),
+        table=lambda request: sampler_table(request.scheduler, CONFIG, request.num_inference_steps),
+        texts=lambda request: (Text(request.prompt),),
     ),
 )
 

@@ -1,62 +1,65 @@
-"""Text -> prompt embeds, cached: the same few negative prompts and popular prompts come again and again."""
+"""Text -> rows, cached: the same few negative prompts and popular prompts come again and again."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from latentline_worker.models.base import Family
+from latentline_worker.models.base import Encoded, Family, Text
 
 from .failures import run_in_parts
 
 CACHE_ENTRIES = 512  # 32 x 384 fp32 embeds take 48 KiB each, SD 1.5's 77 x 768 in fp16 116 KiB
 MICRO_BATCH = 8  # texts of one call: a denoise step waits for one such call at most
 
-
-@dataclass(frozen=True)
-class Conditioning:
-    """An encoded text."""
-
-    prompt_embeds: torch.Tensor  # (tokens, width), on the device
-    tokens: tuple[int, int]  # in the text, and how many of them the encoder reads
+ModelText = tuple[str, Text]  # the id of the model that encodes it, and the text
 
 
 class Conditioner:
     """Encodes texts in micro-batches and caches the newest. Used by the thread that owns the device.
 
     Args:
-        family: the loaded model.
         micro_batch: texts of one call; 1 in the reproducible mode, where no result may depend on the texts beside it.
     """
 
-    def __init__(self, family: Family, micro_batch: int = MICRO_BATCH) -> None:
-        self._family = family
+    def __init__(self, micro_batch: int = MICRO_BATCH) -> None:
         self._micro_batch = micro_batch
-        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self._cache: OrderedDict[ModelText, Encoded] = OrderedDict()
 
-    def get(self, text: str) -> Conditioning | None:
-        """The cached conditioning, or None."""
-        if text in self._cache:
-            self._cache.move_to_end(text)
-        return self._cache.get(text)
+    def get(self, family: Family, text: Text) -> Encoded | None:
+        """The cached result, or None."""
+        key = family.info.id, text
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        return self._cache.get(key)
 
-    def encode_some(self, texts: Iterable[str]) -> dict[str, Exception]:
-        """Encode one micro-batch of the texts that are not cached.
+    def encode_some(self, wanted: Iterable[tuple[Family, Text]]) -> dict[ModelText, Exception]:
+        """Encode one micro-batch of the texts that are not cached: those of the first one's model.
 
         Returns:
             The texts that cannot be encoded, with their errors. Nothing is remembered of them.
         """
-        unknown = list(dict.fromkeys(text for text in texts if text not in self._cache))[: self._micro_batch]
-        failures: dict[str, Exception] = {}
-        run_in_parts(unknown, self._encode, failures.__setitem__, device=self._family.device)
+        unknown = [(family, text) for family, text in wanted if (family.info.id, text) not in self._cache]
+        failures: dict[ModelText, Exception] = {}
+        if unknown:
+            first = unknown[0][0]
+            texts = list(dict.fromkeys(text for family, text in unknown if family is first))[: self._micro_batch]
+            run_in_parts(
+                texts,
+                lambda part: self._encode(first, part),
+                lambda text, error: failures.__setitem__((first.info.id, text), error),
+                device=first.device,
+            )
         while len(self._cache) > CACHE_ENTRIES:
             self._cache.popitem(last=False)
         return failures
 
     @torch.inference_mode()
-    def _encode(self, texts: Sequence[str]) -> None:
-        for text, prompt_embeds in zip(texts, self._family.encode(texts), strict=True):
-            self._cache[text] = Conditioning(prompt_embeds.clone(), self._family.count_tokens(text))
+    def _encode(self, family: Family, texts: Sequence[Text]) -> None:
+        for text, encoded in zip(texts, family.encode(texts), strict=True):
+            # Copied, because each may be a view of the whole micro-batch's result, which it would keep in memory.
+            row = {name: tensor.clone() for name, tensor in encoded.row.items()}
+            self._cache[family.info.id, text] = replace(encoded, row=row)

@@ -25,11 +25,17 @@ TILE_ABOVE_PIXELS = 1024 * 1024
 class Decoding:
     """The images of one request while they are decoded."""
 
+    family: Family
     latents: torch.Tensor  # (images, c, h, w)
     tiled: bool
     finish: Callable[[torch.Tensor | Exception], None]
     pixels: dict[int, torch.Tensor] = field(default_factory=dict)  # by the image's place
     failed: bool = False
+
+    @property
+    def alike(self) -> tuple[str, torch.Size, bool]:
+        """Images for which this is equal can be decoded in one call."""
+        return self.family.info.id, self.latents.shape[1:], self.tiled
 
     @property
     def complete(self) -> bool:
@@ -43,14 +49,12 @@ class Decoder:
     """Decodes images of any jobs together. Used by the thread that owns the device.
 
     Args:
-        family: the loaded model.
         max_batch: images of one call; 1 in the reproducible mode.
         tiles_on_shortage: decode an image in tiles if memory runs out. It then looks slightly different (34.6 dB on a tiny
             model), so in the reproducible mode such a job fails instead.
     """
 
-    def __init__(self, family: Family, max_batch: int, tiles_on_shortage: bool = True) -> None:
-        self._family = family
+    def __init__(self, max_batch: int, tiles_on_shortage: bool = True) -> None:
         self._max_batch = max_batch
         self._tiles_on_shortage = tiles_on_shortage
         self._queue: deque[Image] = deque()
@@ -59,20 +63,21 @@ class Decoder:
     def pending(self) -> bool:
         return bool(self._queue)
 
-    def submit(self, latents: torch.Tensor, finish: Callable[[torch.Tensor | Exception], None]) -> None:
+    def submit(self, family: Family, latents: torch.Tensor, finish: Callable[[torch.Tensor | Exception], None]) -> None:
         """Decode (images, c, h, w) latents in one of the next calls of :meth:`decode_some`.
 
         Args:
+            family: the request's model.
             latents: of one request.
             finish: called once, with (images, height, width, 3) uint8 pixels on the device or with the error.
         """
-        decoding = Decoding(latents, self._family.num_pixels(latents) > TILE_ABOVE_PIXELS, finish)
+        decoding = Decoding(family, latents, family.num_pixels(latents) > TILE_ABOVE_PIXELS, finish)
         self._queue.extend((decoding, i) for i in range(len(latents)))
 
-    def decode_now(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_now(self, family: Family, latents: torch.Tensor) -> torch.Tensor:
         """Decode a few images at once, for warm-up."""
         outcomes: list[torch.Tensor | Exception] = []
-        self.submit(latents, outcomes.append)
+        self.submit(family, latents, outcomes.append)
         while self.pending:
             self.decode_some()
         if isinstance(outcomes[0], Exception):
@@ -80,13 +85,15 @@ class Decoder:
         return outcomes[0]
 
     def decode_some(self) -> None:
-        """Decode one micro-batch: at most ``max_batch`` images, all of the first one's shape and tiling."""
+        """Decode one micro-batch: at most ``max_batch`` images, all of the first one's model, shape and tiling."""
         batch: list[Image] = []
         while self._queue and len(batch) < self._max_batch:
             decoding, first = self._queue[0][0], batch[0][0] if batch else self._queue[0][0]
-            if decoding.latents.shape[1:] != first.latents.shape[1:] or decoding.tiled != first.tiled:
+            if decoding.alike != first.alike:
                 break
             batch.append(self._queue.popleft())
+        if not batch:
+            return
         retry: list[Image] = []
 
         def failed(image: Image, error: Exception) -> None:
@@ -95,7 +102,7 @@ class Decoder:
             else:
                 self._fail(image[0], error)
 
-        run_in_parts(batch, self._decode, failed, device=self._family.device)
+        run_in_parts(batch, self._decode, failed, device=batch[0][0].family.device)
         for decoding in dict.fromkeys(decoding for decoding, _ in batch):
             if decoding.complete:
                 decoding.finish(_joined(decoding))
@@ -110,7 +117,7 @@ class Decoder:
     @torch.inference_mode()
     def _decode(self, images: Sequence[Image]) -> None:
         latents = torch.stack([decoding.latents[i] for decoding, i in images])
-        decoded = self._family.decode(latents, tiled=images[0][0].tiled)
+        decoded = images[0][0].family.decode(latents, tiled=images[0][0].tiled)
         for (decoding, i), pixels in zip(images, decoded, strict=True):
             decoding.pixels[i] = pixels
 

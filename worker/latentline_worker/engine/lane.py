@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentline_worker.models.base import Family
+from latentline_worker.models.base import Family, Row
 from latentline_worker.samplers import MAX_ORDER
 
 from .checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from .clock import StepClock
 from .network import Network
 from .noise import Noise, draws_undone_on_error
 from .request import LaneKey, Request
+from .rows import MAX_BRANCHES, zeros
 
 GROWTH = 8  # slots added at a time
 OUTPUTS = MAX_ORDER  # place in the history of the newest network output
@@ -36,9 +37,9 @@ class _Step:
     used: npt.NDArray[np.intp]  # places in the history that any image's coefficients use
     coefficients: torch.Tensor  # (images, HISTORY)
     guidance: torch.Tensor  # (guided images, 1, 1, 1)
-    x: torch.Tensor  # (rows, c, h, w) network input: the images, then the guided ones again without their prompt
+    x: torch.Tensor  # (rows, c, h, w) network input: the images, then the guided ones again for their unconditional branch
     timesteps: torch.Tensor  # (rows,)
-    prompt_embeds: torch.Tensor  # (rows, tokens, width)
+    rows: Row  # what else the network is given: (rows, ...) by name
 
 
 class Lane:
@@ -46,10 +47,12 @@ class Lane:
 
     ``history`` is (slots, 2 * MAX_ORDER + 1, c * h * w) float32: past latents newest first, past network outputs newest
     first, and this step's noise. Its sum, weighted with each job's coefficients, is the sampler update of all jobs at
-    once, whatever their samplers. It is float32 also when the network runs in half precision. All that a step reads is on
-    the device already, except one small table of numbers, the places of its rows, and fresh noise. These are sent from
-    pinned memory, so that the host does not wait for what it has queued before. For the same reason no tensor is indexed
-    with a list or a mask.
+    once, whatever their samplers. It is float32 also when the network runs in half precision. What the network is given
+    beside the latents lies in one table per name, (slots, guidance branches, ...).
+
+    All that a step reads is on the device already, except one small table of numbers, the places of its rows, and fresh
+    noise. These are sent from pinned memory, so that the host does not wait for what it has queued before. For the same
+    reason no tensor is indexed with a list or a mask.
     """
 
     def __init__(self, family: Family, key: LaneKey, network: Network, clock: StepClock) -> None:
@@ -61,35 +64,34 @@ class Lane:
         self._noises: dict[int, Noise] = {}  # by slot
         self._slots: dict[Request, torch.Tensor] = {}  # (images,) each request's slots, on the device
         self._history = torch.zeros(0, HISTORY, key.num_latents, device=family.device)
-        self._cond: torch.Tensor | None = None  # (slots, tokens, width) prompt embeds
-        self._uncond: torch.Tensor | None = None  # likewise, of the negative prompts
+        self._signature = key.signature
+        self._rows = self._empty_rows(0)  # name -> (slots, MAX_BRANCHES, ...)
 
     @property
     def num_used(self) -> int:
         """Slots that hold an image."""
         return len(self._history) - len(self._free)
 
-    def join(self, request: Request, cond: torch.Tensor, uncond: torch.Tensor | None) -> None:
+    def join(self, request: Request, rows: Sequence[Row]) -> None:
         """Give every image of the request a slot with its first latents, drawn as diffusers draws them.
 
         Args:
             request: its ``slots`` are written.
-            cond: (tokens, width) prompt embeds.
-            uncond: likewise, of the negative prompt; None for an unguided job.
+            rows: one per guidance branch.
         """
         work = request.work
         if len(self._free) < request.num_images:
-            self._grow(max(GROWTH, request.num_images), cond)
-        assert self._cond is not None and self._uncond is not None  # _grow made them
-        for seed in work.seeds:
+            self._grow(max(GROWTH, request.num_images))
+        for i, seed in enumerate(work.seeds):
             slot = self._free.pop()
             request.slots.append(slot)
             noise = self._noises[slot] = Noise(seed, self.shape, self.family.dtype)
+            first = self.family.start(work.request, i, noise.generator).float().flatten()
             self._history[slot].zero_()  # zero coefficients do not cancel what an earlier job left: 0 * NaN is NaN
-            self._history[slot, 0] = self._to_device(noise.draw()) * work.table.init_noise_sigma
-            self._cond[slot] = cond
-            if uncond is not None:
-                self._uncond[slot] = uncond
+            self._history[slot, 0] = self._to_device(first) * work.table.init_noise_sigma
+            for branch, row in enumerate(rows):
+                for name, tensor in row.items():
+                    self._rows[name][slot, branch] = tensor
         self._slots[request] = self._to_device(torch.tensor(request.slots))
         if work.resume is not None:
             self._restore(request, work.resume)
@@ -141,7 +143,7 @@ class Lane:
         self._clock.mark()
         step = self._gather(requests)
         self._clock.mark()
-        m, rows = self._network(step.x, step.timesteps, step.prompt_embeds, most_rows)
+        m, rows = self._network(step.x, step.timesteps, step.rows, most_rows)
         self._clock.mark()
         m = self._guide(step, m)
         with draws_undone_on_error(step.noises):
@@ -153,7 +155,6 @@ class Lane:
 
     def _gather(self, requests: Sequence[Request]) -> _Step:
         """Read the rows and their numbers. The only other transfer to the device is that of the noise."""
-        assert self._cond is not None and self._uncond is not None  # a request joined
         images = [(r, slot) for r in requests for slot in r.slots]
         count = len(images)
         guided = [i for i, (r, _) in enumerate(images) if r.work.guided]
@@ -162,7 +163,7 @@ class Lane:
         numbers = np.empty((count, 3 + HISTORY), dtype=np.float32)
         for i, (r, _) in enumerate(images):
             table = r.work.table
-            numbers[i, :3] = table.input_scale[r.step], table.timesteps[r.step], r.work.guidance_scale
+            numbers[i, :3] = table.input_scale[r.step], table.timesteps[r.step], r.work.request.guidance_scale
             numbers[i, 3:] = table.coefficients[r.step]
         sent = self._to_device(torch.from_numpy(numbers))
         places = self._to_device(torch.tensor([slot for _, slot in images] + guided + noisy))
@@ -181,15 +182,15 @@ class Lane:
             guidance=guidance,
             x=torch.cat([x, x[guided_at]]),
             timesteps=torch.cat([timesteps, timesteps[guided_at]]),
-            prompt_embeds=torch.cat([self._cond[slots], self._uncond[slots[guided_at]]]),
+            rows={name: torch.cat([table[slots, 0], table[slots[guided_at], 1]]) for name, table in self._rows.items()},
         )
 
     def _guide(self, step: _Step, m: torch.Tensor) -> torch.Tensor:
-        """(rows, c, h, w) network outputs -> (images, c, h, w): classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598)."""
+        """(rows, c, h, w) network outputs -> (images, c, h, w), each image's branches combined."""
         count = len(step.slots)
         m, m_uncond = m[:count], m[count:]
         if len(step.guided):
-            m[step.guided] = m_uncond + step.guidance * (m[step.guided] - m_uncond)
+            m[step.guided] = self.family.guide(m[step.guided], m_uncond, step.guidance)
         return m
 
     def _advance(self, step: _Step, m: torch.Tensor) -> None:
@@ -216,14 +217,13 @@ class Lane:
             return tensor
         return tensor.pin_memory().to(self.family.device, non_blocking=True)
 
-    def _grow(self, count: int, prompt_embeds: torch.Tensor) -> None:
-        def extend(old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-            fresh = like.new_zeros(count, *like.shape)
-            return fresh if old is None else torch.cat([old, fresh])
+    def _empty_rows(self, count: int) -> dict[str, torch.Tensor]:
+        return zeros(self._signature, (count, MAX_BRANCHES), self.family.device)
 
+    def _grow(self, count: int) -> None:
         start = len(self._history)
-        # All three are made before any is kept: memory may run out in each of them.
-        history = extend(self._history, self._history.new_zeros(self._history.shape[1:]))
-        cond, uncond = extend(self._cond, prompt_embeds), extend(self._uncond, prompt_embeds)
-        self._history, self._cond, self._uncond = history, cond, uncond
+        # All are made before any is kept: memory may run out in each of them.
+        history = torch.cat([self._history, self._history.new_zeros(count, *self._history.shape[1:])])
+        rows = {name: torch.cat([self._rows[name], more]) for name, more in self._empty_rows(count).items()}
+        self._history, self._rows = history, rows
         self._free.extend(range(start, start + count))

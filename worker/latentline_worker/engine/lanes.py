@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from latentline_worker.models.base import Family
+
+from .clock import StepClock
 from .failures import release_memory
 from .lane import Lane
 from .memory import Memory
@@ -17,15 +20,25 @@ class Lanes(Mapping[LaneKey, Lane]):
     """Lanes by key, the least recently used first. Opening one drops the empty ones that have been unused for longest.
 
     Args:
-        make: makes an empty lane.
-        network: forgets what it captured for a dropped lane's shape.
+        families: the loaded models by id.
+        networks: by model; a dropped lane's forgets what it captured for that shape.
         memory: decides how many images a lane may hold.
+        clock: marks the parts of the lanes' steps.
+        opened: told of each lane that is opened.
     """
 
-    def __init__(self, make: Callable[[LaneKey], Lane], network: Network, memory: Memory) -> None:
-        self._make = make
-        self._network = network
+    def __init__(
+        self,
+        families: Mapping[str, Family],
+        networks: Mapping[str, Network],
+        memory: Memory,
+        clock: StepClock,
+        opened: Callable[[LaneKey], None],
+    ) -> None:
+        self._families = families
+        self._networks = networks
         self._memory = memory
+        self._clock, self._opened = clock, opened
         self._lanes: dict[LaneKey, Lane] = {}
 
     def __getitem__(self, key: LaneKey) -> Lane:
@@ -37,31 +50,29 @@ class Lanes(Mapping[LaneKey, Lane]):
     def __len__(self) -> int:
         return len(self._lanes)
 
-    def open(self, key: LaneKey, width: int, rows: int) -> None:
-        """Add a lane that does not exist yet.
-
-        Args:
-            key: of the lane.
-            width: of its prompt embeds.
-            rows: that one forward has at least.
+    def use(self, key: LaneKey) -> Lane:
+        """The lane, opened if it does not exist, which is now the most recently used one.
 
         Raises:
-            OutOfMemory: the lane would not fit.
+            OutOfMemory: it does not exist and would not fit.
         """
-        self._memory.check(key, width, rows)
-        empty = [other for other, lane in self._lanes.items() if not lane.num_used]
-        for other in empty[: max(0, len(self._lanes) - MAX_LANES + 1)]:
-            del self._lanes[other]
-            self._network.forget(other.latent_shape)
-            release_memory(self._network.family.device)
-        self._lanes[key] = self._make(key)
-
-    def use(self, key: LaneKey) -> Lane:
-        """The lane, which is now the most recently used one."""
+        if key not in self._lanes:
+            self._open(key)
         lane = self._lanes[key] = self._lanes.pop(key)
         return lane
 
-    def has_slots(self, key: LaneKey, num_images: int, width: int) -> bool:
+    def _open(self, key: LaneKey) -> None:
+        network = self._networks[key.model]
+        self._memory.check(key, network.fixed_rows or 1)
+        empty = [other for other, lane in self._lanes.items() if not lane.num_used]
+        for other in empty[: max(0, len(self._lanes) - MAX_LANES + 1)]:
+            del self._lanes[other]
+            self._networks[other.model].forget(other)
+            release_memory(network.family.device)
+        self._lanes[key] = Lane(self._families[key.model], key, network, self._clock)
+        self._opened(key)
+
+    def has_slots(self, key: LaneKey, num_images: int) -> bool:
         """Whether memory allows that many more images in the lane. An empty lane takes any job."""
         used = self._lanes[key].num_used
-        return not used or used + num_images <= self._memory.num_slots(key, width)
+        return not used or used + num_images <= self._memory.num_slots(key)

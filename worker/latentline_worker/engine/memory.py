@@ -14,11 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentline.errors import OutOfMemory
-from latentline_worker.models.base import Family
 from latentline_worker.samplers import MAX_ORDER
 
 from .decoder import TILE_ABOVE_PIXELS
 from .request import LaneKey
+from .rows import MAX_BRANCHES, num_bytes
 
 log = logging.getLogger(__name__)
 
@@ -109,68 +109,76 @@ def _group_bytes(group: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of activations per latent value: of one network row, and of one decoded image."""
+    """Bytes of a model's activations per latent value: of one network row, and of one decoded image."""
 
     row: float
     decode: float
+    pixels: float
+    """Pixels per latent value: larger images are decoded in tiles."""
 
 
 class Memory:
     """Decides how many images and rows of each size fit.
 
     Args:
-        family: the loaded model.
+        device: of the loaded models.
         limit_bytes: what the engine may use beside the weights; by default ``USABLE`` of what is free after loading.
     """
 
-    def __init__(self, family: Family, limit_bytes: int | None = None) -> None:
-        self._family = family
-        self.usable = limit_bytes if limit_bytes is not None else int(free_bytes(family.device) * USABLE)
-        self.footprint: Footprint | None = None  # None before warm-up: activations then count as nothing
+    def __init__(self, device: torch.device, limit_bytes: int | None = None) -> None:
+        self._device = device
+        self.usable = limit_bytes if limit_bytes is not None else int(free_bytes(device) * USABLE)
+        self.footprints: dict[str, Footprint] = {}  # by model; before a model's warm-up its activations count as nothing
 
-    def measure(self, key: LaneKey, denoise: Callable[[], object], decode: Callable[[], object]) -> None:
-        """Measure the footprint with one row's forward and one image's decode at a lane's shape."""
-        with peak_bytes(self._family.device) as row:
+    def measure(self, key: LaneKey, num_pixels: int, denoise: Callable[[], object], decode: Callable[[], object]) -> None:
+        """Measure a model's footprint with one row's forward and one image's decode at a lane's shape.
+
+        Args:
+            key: of the lane.
+            num_pixels: of one image of that shape.
+        """
+        with peak_bytes(self._device) as row:
             denoise()
-        with peak_bytes(self._family.device) as image:
+        with peak_bytes(self._device) as image:
             decode()
-        self.footprint = Footprint(row=MARGIN * row() / key.num_latents, decode=MARGIN * image() / key.num_latents)
+        size = key.num_latents
+        self.footprints[key.model] = Footprint(MARGIN * row() / size, MARGIN * image() / size, num_pixels / size)
         log.info(
-            "memory: %d MB usable; a row takes %.1f MB, a decode %.1f MB", self.usable >> 20, self.row_bytes(key) / 2**20, image() / 2**20
-        )
+            "memory: %d MB usable; a row of %s takes %.1f MB, a decode %.1f MB",
+            self.usable >> 20, key.model, self.row_bytes(key) / 2**20, image() / 2**20,
+        )  # fmt: skip
 
     def row_bytes(self, key: LaneKey) -> int:
         """Activations of one network row. Proportional to the latents, because attention runs in memory-efficient kernels."""
-        return int(self.footprint.row * key.num_latents) if self.footprint else 0
+        found = self.footprints.get(key.model)
+        return int(found.row * key.num_latents) if found else 0
 
     def decode_bytes(self, key: LaneKey) -> int:
         """Activations of decoding one image, or one tile where it is decoded in tiles."""
-        if not self.footprint:
-            return 0
-        pixels = self._family.num_pixels(torch.empty(1, *key.latent_shape, device="meta"))
-        return int(self.footprint.decode * key.num_latents * min(1.0, TILE_ABOVE_PIXELS / pixels))
+        found = self.footprints.get(key.model)
+        return int(found.decode * min(key.num_latents, TILE_ABOVE_PIXELS / found.pixels)) if found else 0
 
-    def slot_bytes(self, key: LaneKey, width: int) -> int:
-        """One image between steps: history in float32, and both prompt embeds, ``width`` wide, in the network's type."""
+    def slot_bytes(self, key: LaneKey) -> int:
+        """One image between steps: history in float32, and the rows of its guidance branches."""
         history = (2 * MAX_ORDER + 1) * key.num_latents * 4
-        return history + 2 * key.text_tokens * width * self._family.dtype.itemsize
+        return history + MAX_BRANCHES * num_bytes(key.signature)
 
-    def num_slots(self, key: LaneKey, width: int) -> int:
+    def num_slots(self, key: LaneKey) -> int:
         """Images that a lane may hold between steps."""
-        return max(1, int(self.usable * SLOT_SHARE) // self.slot_bytes(key, width))
+        return max(1, int(self.usable * SLOT_SHARE) // self.slot_bytes(key))
 
     def num_rows(self, key: LaneKey, most: int) -> int:
         """Rows of one forward, at most ``most``."""
         room = int(self.usable * (1 - SLOT_SHARE))
-        return max(1, min(most, room // self.row_bytes(key))) if self.footprint else most
+        return max(1, min(most, room // self.row_bytes(key))) if key.model in self.footprints else most
 
-    def check(self, key: LaneKey, width: int, rows: int = 1) -> None:
+    def check(self, key: LaneKey, rows: int = 1) -> None:
         """Refuse a lane that would not fit with ``rows`` rows in a forward: one, or those of the reproducible mode.
 
         Raises:
             OutOfMemory: the message names the bytes needed and the bytes usable.
         """
-        needed = self.slot_bytes(key, width) + max(rows * self.row_bytes(key), self.decode_bytes(key))
+        needed = self.slot_bytes(key) + max(rows * self.row_bytes(key), self.decode_bytes(key))
         if needed > self.usable:
             shape, count = "x".join(map(str, key.latent_shape)), "one row" if rows == 1 else f"{rows} rows"
             raise OutOfMemory(

@@ -9,17 +9,21 @@ from typing import Any
 
 import torch
 
-from latentline_worker.models.base import Family
+from latentline_worker.models.base import Family, Row
 
 from .failures import out_of_memory, run_in_parts
+from .request import LaneKey
 
 log = logging.getLogger(__name__)
 
 # Row counts for which CUDA graphs are captured; rows in between are padded. After 2, each is at most half as large again as the last.
 BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 
-# (rows, c, h, w) latents, (rows,) timesteps, (rows, tokens, width) prompt embeds
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# (rows, c, h, w) latents, (rows,) timesteps, then the tensors of the rows in the order of their names, (rows, ...) each.
+Flat = tuple[torch.Tensor, ...]
+Forward = Callable[..., torch.Tensor]
+# What a recording or a graph is made for: the names, and what each tensor has beside its row axis.
+Kind = tuple[tuple[str, ...], tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
 
 class Network:
@@ -35,13 +39,17 @@ class Network:
     def __init__(self, family: Family, fixed_rows: int | None = None, graphs: bool = True) -> None:
         self.family = family
         self.fixed_rows = fixed_rows
-        self._graphs: dict[tuple[int, ...], _Graph] | None = {} if graphs and family.device.type == "cuda" else None
-        self._traced: Callable[..., torch.Tensor] | None = None
+        self._graphs: dict[tuple[Kind, int], _Graph] | None = {} if graphs and family.device.type == "cuda" else None
+        self._traced: dict[Kind, Forward] = {}  # the latents' shape left out: a recording serves every size
 
-    def __call__(
-        self, x: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, most: int | None = None
-    ) -> tuple[torch.Tensor, int]:
+    def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, rows: Row, most: int | None = None) -> tuple[torch.Tensor, int]:
         """Run all rows, in several calls if there are more than ``most`` or memory is short.
+
+        Args:
+            x: (rows, c, h, w) latents, as the network takes them.
+            timesteps: (rows,).
+            rows: (rows, ...) tensors by name.
+            most: rows of one call.
 
         Returns:
             (rows, c, h, w) float32 network outputs, and the rows of the largest call that memory allowed.
@@ -49,13 +57,14 @@ class Network:
         Raises:
             torch.OutOfMemoryError: not even one row fits (or, in the reproducible mode, not the fixed shape).
         """
+        names, flat = _flat(x, timesteps, rows)
         if self.fixed_rows is not None:
-            return self._padded_parts(x, timesteps, prompt_embeds, self.fixed_rows), self.fixed_rows
+            return self._padded_parts(names, flat, self.fixed_rows), self.fixed_rows
         parts: list[torch.Tensor] = []
 
         def run(places: Sequence[int]) -> None:
             part = slice(places[0], places[-1] + 1)
-            parts.append(self._call(x[part], timesteps[part], prompt_embeds[part]))
+            parts.append(self._call(names, tuple(tensor[part] for tensor in flat)))
 
         def failed(_: int, error: Exception) -> None:
             raise error
@@ -64,7 +73,7 @@ class Network:
         size = run_in_parts(range(len(x)), run, failed, device=self.family.device, size=most, divide=out_of_memory)
         return parts[0] if len(parts) == 1 else torch.cat(parts), size
 
-    def trace(self, x: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
+    def trace(self, x: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> None:
         """On a CPU, record the forward once on example rows and replay it without Python from then on.
 
         The operators and their results stay the same; the interpreter's work between them is saved, a fifth to a quarter
@@ -72,63 +81,82 @@ class Network:
         """
         if self.family.device.type != "cpu":
             return
+        names, flat = _flat(x, timesteps, rows)
+        forward = _forward(self.family, names)
         with warnings.catch_warnings():
             # torch.jit.trace is deprecated in favour of torch.compile, which needs a C++ compiler and a minute per shape.
             # torch is pinned; with a later version that has no torch.jit.trace, the forward is not recorded.
             warnings.simplefilter("ignore")
             try:
-                traced = torch.jit.trace(_Forward(self.family).eval(), (x, timesteps, prompt_embeds), check_trace=False)
+                traced = torch.jit.trace(_Module(forward).eval(), flat, check_trace=False)
                 traced = torch.jit.freeze(traced)
-                others = torch.cat([x, x, x]).repeat(1, 1, 2, 1), torch.cat([timesteps] * 3), torch.cat([prompt_embeds] * 3)
-                same = all(torch.equal(traced(*rows), self.family.denoise(*rows)) for rows in ((x, timesteps, prompt_embeds), others))
+                others = torch.cat([x, x, x]).repeat(1, 1, 2, 1), *(torch.cat([tensor] * 3) for tensor in flat[1:])
+                same = all(torch.equal(traced(*one), forward(*one)) for one in (flat, others))
             except Exception as error:  # a forward may do many things that cannot be recorded
                 log.warning("the forward cannot be recorded (%s): it runs through Python", type(error).__name__)
                 return
         if same:
-            self._traced = traced
+            self._traced[_kind(names, flat[1:])] = traced
         else:
             log.warning("the recorded forward gives other results: it runs through Python")
 
-    def forget(self, latent_shape: tuple[int, ...]) -> None:
-        """Drop what was captured for this shape."""
+    def forget(self, lane: LaneKey) -> None:
+        """Drop what was captured for this lane."""
         if self._graphs is not None:
-            self._graphs = {key: graph for key, graph in self._graphs.items() if key[1:4] != latent_shape}
+            names = tuple(name for name, _, _ in lane.signature)
+            self._graphs = {key: graph for key, graph in self._graphs.items() if (key[0][0], key[0][1][0][0]) != (names, lane.latent_shape)}
 
-    def _padded_parts(self, x: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor, size: int) -> torch.Tensor:
+    def _padded_parts(self, names: tuple[str, ...], flat: Flat, size: int) -> torch.Tensor:
         parts = []
-        for i in range(0, len(x), size):
-            part = x[i : i + size], timesteps[i : i + size], prompt_embeds[i : i + size]
-            count = len(part[0])
-            parts.append(self._call(*(_pad(tensor, size) for tensor in part))[:count])
+        for i in range(0, len(flat[0]), size):
+            part = tuple(tensor[i : i + size] for tensor in flat)
+            parts.append(self._call(names, tuple(_pad(tensor, size) for tensor in part))[: len(part[0])])
         return torch.cat(parts)
 
-    def _call(self, x: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def _call(self, names: tuple[str, ...], flat: Flat) -> torch.Tensor:
         if self._graphs is None:
-            forward = self._traced if self._traced is not None else self.family.denoise
-            return forward(x, timesteps, prompt_embeds).float()
-        count = len(x)
+            forward = self._traced.get(_kind(names, flat[1:]))
+            return (forward or _forward(self.family, names))(*flat).float()
+        count = len(flat[0])
         size = next((bucket for bucket in BUCKETS if bucket >= count), count)
-        rows = _pad(x, size), _pad(timesteps, size), _pad(prompt_embeds, size)
-        key = (*rows[0].shape, *rows[2].shape)
+        padded = tuple(_pad(tensor, size) for tensor in flat)
+        key = _kind(names, padded), size
         if key not in self._graphs:
-            self._graphs[key] = _Graph(self.family.denoise, rows)
+            self._graphs[key] = _Graph(_forward(self.family, names), padded)
         # Copied: the next replay overwrites this output.
-        return self._graphs[key](rows)[:count].to(torch.float32, copy=True)
+        return self._graphs[key](padded)[:count].to(torch.float32, copy=True)
 
 
-class _Forward(torch.nn.Module):
-    def __init__(self, family: Family) -> None:
+def _flat(x: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> tuple[tuple[str, ...], Flat]:
+    """The names in order, and all inputs in that order: recordings and graphs take no mappings."""
+    names = tuple(sorted(rows))
+    return names, (x, timesteps, *(rows[name] for name in names))
+
+
+def _forward(family: Family, names: tuple[str, ...]) -> Forward:
+    """``family.denoise`` over flat inputs."""
+    return lambda x, timesteps, *tensors: family.denoise(x, timesteps, dict(zip(names, tensors, strict=True)))
+
+
+def _kind(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Kind:
+    return names, tuple((tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors)
+
+
+class _Module(torch.nn.Module):
+    """A forward in the shape that the recorder takes."""
+
+    def __init__(self, forward: Forward) -> None:
         super().__init__()
-        self._family = family
+        self._forward = forward
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        return self._family.denoise(x, timesteps, prompt_embeds)
+    def forward(self, *flat: torch.Tensor) -> torch.Tensor:
+        return self._forward(*flat)
 
 
 class _Graph:
     """One captured forward. Replays read the static inputs, so new rows are copied into them first."""
 
-    def __init__(self, forward: Callable[..., torch.Tensor], rows: Rows) -> None:
+    def __init__(self, forward: Forward, rows: Flat) -> None:
         self._rows = tuple(tensor.clone() for tensor in rows)
         # Run once before the capture, as PyTorch's notes on CUDA graphs ask: lazy initialisation cannot be captured.
         stream: Any = torch.cuda.Stream()
@@ -140,7 +168,7 @@ class _Graph:
         with torch.cuda.graph(self._graph):
             self._out = forward(*self._rows)
 
-    def __call__(self, rows: Rows) -> torch.Tensor:
+    def __call__(self, rows: Flat) -> torch.Tensor:
         for static, fresh in zip(self._rows, rows, strict=True):
             static.copy_(fresh)
         self._graph.replay()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -28,19 +28,25 @@ class Publisher:
     the job keeps the one before. A lost device is raised.
 
     Args:
-        family: the loaded model.
+        families: the loaded models by id, all on one device.
         schedule: told what checkpoints cost. None: no periodic checkpoints, only one at shutdown.
     """
 
-    def __init__(self, family: Family, schedule: CheckpointSchedule | None) -> None:
-        self._family = family
+    def __init__(self, families: Mapping[str, Family], schedule: CheckpointSchedule | None) -> None:
+        self._families = families
         self._schedule = schedule
-        self._copies = HostCopies(family.device)
-        self._rgb: LatentToRgb | None = None
+        self._copies = HostCopies(next(iter(families.values())).device)
+        self._rgb: dict[str, LatentToRgb] = {}
 
-    def prepare_previews(self, channels: int) -> None:
-        """Fit the map from latents to RGB, which takes a few decodes; otherwise the first preview does that."""
-        self._rgb = LatentToRgb.fit(self._family, channels)
+    @property
+    def periodic(self) -> bool:
+        """Whether checkpoints are taken beside the one at shutdown."""
+        return self._schedule is not None
+
+    def prepare_previews(self, model: str, channels: int) -> LatentToRgb:
+        """Fit the model's map from latents to RGB, which takes a few decodes; otherwise the first preview does that."""
+        self._rgb[model] = LatentToRgb.fit(self._families[model], channels)
+        return self._rgb[model]
 
     def checkpoint(self, request: Request, lane: Lane) -> None:
         """Publish ``request.checkpoint``, as soon as it is complete."""
@@ -66,12 +72,28 @@ class Publisher:
 
         @torch.inference_mode()
         def copy() -> None:
-            if self._rgb is None:
-                self.prepare_previews(request.work.latent_shape[0])
-            assert self._rgb is not None
-            self._copies.copy([self._rgb(lane.denoised(request))], publish)
+            model, channels = request.work.model, request.work.latent_shape[0]
+            rgb = self._rgb.get(model) or self.prepare_previews(model, channels)
+            self._copies.copy([rgb(lane.denoised(request))], publish)
 
         self._optional("preview", request, copy)
+
+    def conditions(self, request: Request) -> None:
+        """Fail the request early if a tensor that the network is given of it holds NaN; see ``request.broken``."""
+        names = sorted({name for row in request.conditions for name in row})
+
+        def publish(tensors: Sequence[torch.Tensor]) -> None:
+            broken = [name for name, found in zip(names, tensors[0].tolist(), strict=True) if found]
+            if broken:
+                request.broken = NumericalError(f"{', '.join(broken)} of {request.work.model}: not a number, for this job's texts")
+
+        @torch.inference_mode()
+        def copy() -> None:
+            if names:
+                flags = [torch.stack([torch.isnan(row[name]).any() for row in request.conditions]).any() for name in names]
+                self._copies.copy([torch.stack(flags)], publish)
+
+        self._optional("check of its rows", request, copy)
 
     def result(self, result: torch.Tensor, finite: torch.Tensor, finish: Callable[[torch.Tensor | Exception], None]) -> None:
         """Call ``finish`` with the result as soon as it is in host memory, or with the error.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import threading
 import time
 from concurrent.futures import Future
@@ -12,13 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from latentline.jobs import Phase
+from latentline.jobs import Phase, ResolvedRequest
 
 from .checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # requests are built and read without torch
+    from collections.abc import Sequence
+
     import torch
 
+    from latentline_worker.models.base import Family, Row, Text
     from latentline_worker.samplers import SamplerTable
 
 _arrivals = itertools.count()
@@ -32,12 +37,16 @@ class Cancelled(Exception):
         self.reason = reason
 
 
+Signature = tuple[tuple[str, tuple[int, ...], str], ...]
+"""(name, shape, type) of each tensor of a row, by name."""
+
+
 class LaneKey(NamedTuple):
     """Requests with equal keys can share a forward."""
 
     model: str
     latent_shape: tuple[int, int, int]
-    text_tokens: int
+    signature: Signature  # of the rows
 
     @property
     def num_latents(self) -> int:
@@ -48,36 +57,56 @@ class LaneKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """A job as the engine needs it: text and numbers in, pixels out."""
+    """A job as the engine needs it: text and numbers in, pixels out. :meth:`of` makes it from a request."""
 
     job_id: str
     model: str
-    prompt: str
-    negative_prompt: str
+    weights: str  # a digest of them, and the type in which they run
+    request: ResolvedRequest  # with its width and height filled in
     latent_shape: tuple[int, int, int]
     table: SamplerTable
-    guidance_scale: float
+    texts: tuple[Text, ...]  # one per guidance branch
     seeds: tuple[int, ...]  # one per image
-    priority: int = 5  # 0 is the most urgent
-    tenant: str = "default"  # the planner divides the device fairly among tenants
     deadline: float | None = None  # time.monotonic(); the planner prefers jobs that are about to miss theirs
-    preview_every: int = 0  # network calls between previews; 0 for none
     decode: bool = True  # False: the result is the latents
     resume: Checkpoint | None = None  # of another worker, to start from
 
+    @classmethod
+    def of(cls, family: Family, request: ResolvedRequest, job_id: str, *, deadline: float | None = None, decode: bool = True) -> Work:
+        """What a family makes of a request.
+
+        Raises:
+            InvalidRequest: the model does not make that size, or does not offer the scheduler.
+            CompileError: it cannot use the scheduler in this way.
+        """
+        width, height = family.info.size_of(request)
+        request = request.model_copy(update={"width": width, "height": height})
+        return cls(
+            job_id=job_id,
+            model=family.info.id,
+            weights=f"{family.revision} {family.dtype}",
+            request=request,
+            latent_shape=family.latent_shape(width, height),
+            table=family.table(request),
+            texts=family.texts(request),
+            seeds=tuple(request.seed + i for i in range(request.num_images)),
+            deadline=deadline,
+            decode=decode,
+        )
+
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1  # as in diffusers: guidance has an effect only above 1
+        return len(self.texts) > 1
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts to encode: an unguided job needs no negative prompt."""
-        return (self.prompt, self.negative_prompt) if self.guided else (self.prompt,)
-
-    @property
-    def identity(self) -> list[object]:
-        """JSON values that must be equal for a checkpoint's history to mean the same."""
-        return [self.model, list(self.latent_shape), self.table.num_steps, self.table.order, list(self.seeds), self.guidance_scale]
+    def identity(self) -> str:
+        """A digest of all that the latents depend on: a checkpoint of other work does not continue this one."""
+        request = self.request
+        parts = [
+            self.model, self.weights, self.latent_shape, self.table.digest, self.seeds, request.guidance_scale,
+            [(text.prompt, text.negative) for text in self.texts], request.width, request.height,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -105,7 +134,9 @@ class Request:
     checkpoint: Checkpoint | None = None  # the newest that is complete
     checkpoint_at: float = field(default_factory=time.monotonic)  # when the last one was begun
     prompt_tokens: tuple[int, int] = (0, 0)  # tokens in the prompt, and how many of them the text encoder reads
-    text_tokens: int = 0  # length of the prompt embeds; known once the text is encoded
+    conditions: Sequence[Row] = ()  # one row per guidance branch: from when the texts are encoded until the lane holds them
+    signature: Signature = ()  # of those rows
+    broken: Exception | None = None  # what is wrong with them, once it is known: the device was not waited for
     slots: list[int] = field(default_factory=list)  # one per image, while in a lane
     arrival: int = field(default_factory=lambda: next(_arrivals))  # the order in which requests came
     times: dict[str, float] = field(default_factory=lambda: {"submitted": time.monotonic()})  # time.monotonic() of each event
@@ -126,16 +157,16 @@ class Request:
 
     @property
     def rows(self) -> int:
-        """Network rows of one step: a guided image needs two."""
-        return self.num_images * (2 if self.work.guided else 1)
+        """Network rows of one step: one per image and guidance branch."""
+        return self.num_images * len(self.work.texts)
 
     @property
     def priority(self) -> int:
-        return self.work.priority
+        return self.work.request.priority
 
     @property
     def tenant(self) -> str:
-        return self.work.tenant
+        return self.work.request.tenant
 
     @property
     def deadline(self) -> float | None:
@@ -143,7 +174,7 @@ class Request:
 
     @property
     def lane(self) -> LaneKey:
-        return LaneKey(self.work.model, self.work.latent_shape, self.text_tokens)
+        return LaneKey(self.work.model, self.work.latent_shape, self.signature)
 
     def reached(self, event: str) -> None:
         """Note the time at which ``event`` first happened."""

@@ -29,7 +29,7 @@ def make_engine(settings: WorkerSettings, family: Family) -> Engine:
         ConfigurationError: the fixed rows of the reproducible mode do not fit into memory.
     """
     engine = Engine(
-        family,
+        [family],
         max_rows=settings.max_rows,
         decode_batch=settings.decode_batch,
         fixed_rows=settings.reproducible_rows,

@@ -18,7 +18,7 @@ from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.request import Cancelled, Request, Work
 from latentline_worker.images.upload import Uploader
 from latentline_worker.models.base import Family
-from latentline_worker.samplers import CompileError, sampler_table
+from latentline_worker.samplers import CompileError
 
 from . import outcome
 from .exclusive import SharedExclusiveLock
@@ -158,29 +158,14 @@ class JobRunner:
         Raises:
             InvalidRequest: the model or its scheduler refuses it.
         """
-        request, info = record.request, self._family.info
-        width, height = info.size_of(request)
-        try:
-            table = sampler_table(request.scheduler, self._family.scheduler_config, request.num_inference_steps)
-        except CompileError as error:
-            raise InvalidRequest("scheduler", request.scheduler, str(error)) from error
+        request = record.request
         deadline = None
         if request.deadline_s and record.started_at:  # both times are the broker's; what is left of them counts from now
             deadline = time.monotonic() + record.created_at + request.deadline_s - record.started_at
-        return Work(
-            job_id=record.id,
-            model=info.id,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            latent_shape=self._family.latent_shape(width, height),
-            table=table,
-            guidance_scale=request.guidance_scale,
-            seeds=tuple(request.seed + i for i in range(request.num_images)),
-            priority=request.priority,
-            tenant=request.tenant,
-            deadline=deadline,
-            preview_every=request.preview_every,
-        )
+        try:
+            return Work.of(self._family, request, record.id, deadline=deadline)
+        except CompileError as error:
+            raise InvalidRequest("scheduler", request.scheduler, str(error)) from error
 
     def _settle(self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: Timings) -> None:
         job_id = claim.record.id

@@ -1,9 +1,12 @@
-"""SHA-256 sums of a model folder, so that damaged weights are found at start and not in the pictures."""
+"""SHA-256 sums of a model folder, so that damaged weights are found at start, and of weights in memory, which name a revision."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from latentline.errors import ModelError
 
@@ -32,6 +35,16 @@ def check(folder: Path) -> None:
             raise ModelError(f"{path}: missing from the model")
         if _sum(path) != expected:
             raise ModelError(f"{path}: its SHA-256 sum is not the one in {sums}: the file is damaged or was changed")
+
+
+def of_modules(modules: Iterable[torch.nn.Module]) -> str:
+    """A digest of the modules' weights as they are in memory: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _sum(path: Path) -> str:

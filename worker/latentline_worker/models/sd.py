@@ -16,9 +16,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors import SafetensorError, safe_open
 
 from latentline.errors import ModelError
-from latentline.jobs import MAX_SIZE_PX, MIN_SIZE_PX, ModelInfo
+from latentline.jobs import MAX_SIZE_PX, MIN_SIZE_PX, ModelInfo, ResolvedRequest
+from latentline_worker.samplers import SamplerTable, sampler_table
 
 from . import checksums
+from .base import Encoded, Row, Text
 
 PARTS = ("vae", "unet", "text_encoder")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -42,6 +44,7 @@ class StableDiffusion:
         prediction = scheduler_config.get("prediction_type", "epsilon")
         if prediction not in PREDICTION_TYPES:
             raise ModelError(f"{model_id}: prediction_type is {prediction!r}; allowed: {', '.join(PREDICTION_TYPES)}")
+        self.revision = checksums.of_modules((vae, unet, text_encoder))
         for part in (vae, unet, text_encoder):
             part.to(device).eval().requires_grad_(False)
             if part.dtype != dtype:
@@ -100,20 +103,38 @@ class StableDiffusion:
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
 
-    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+    def table(self, request: ResolvedRequest) -> SamplerTable:
+        return sampler_table(request.scheduler, self.scheduler_config, request.num_inference_steps)
+
+    def texts(self, request: ResolvedRequest) -> tuple[Text, ...]:
+        prompt = Text(request.prompt)
+        # As in diffusers: guidance has an effect only above 1.
+        return (prompt, Text(request.negative_prompt, negative=True)) if request.guidance_scale > 1 else (prompt,)
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         # The same computation as StableDiffusionPipeline.encode_prompt without LoRA and clip_skip.
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        prompts = [text.prompt for text in texts]
+        length = int(self.tokenizer.model_max_length)
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         mask = tokens.attention_mask.to(self.device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        prompt_embeds: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
-        return prompt_embeds.to(self.dtype)
+        states: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        counts = [len(ids) for ids in self.tokenizer(prompts, truncation=False, verbose=False).input_ids]
+        return [Encoded({"prompt_embeds": one}, (count, length)) for one, count in zip(states.to(self.dtype), counts, strict=True)]
 
-    def count_tokens(self, text: str) -> tuple[int, int]:
-        return len(self.tokenizer(text, truncation=False, verbose=False).input_ids), int(self.tokenizer.model_max_length)
+    def rows(self, request: ResolvedRequest, encoded: Sequence[Encoded]) -> list[Row]:
+        return [one.row for one in encoded]
 
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+    def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
+        assert request.width is not None and request.height is not None
+        return torch.randn((1, *self.latent_shape(request.width, request.height)), generator=generator, dtype=self.dtype)[0]
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
+        out: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=rows["prompt_embeds"], return_dict=False)[0]
         return out
+
+    def guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        # Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598).
+        return uncond + scale * (cond - uncond)
 
     def num_pixels(self, latents: torch.Tensor) -> int:
         return int(latents.shape[-2] * latents.shape[-1] * self.vae_scale_factor**2)

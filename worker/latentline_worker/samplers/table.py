@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 MAX_ORDER = 4  # past latents, and past network outputs, that a step may use (LMS and PNDM need four)
+DIGITS = 6  # decimals of a table that its digest sees
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,14 @@ class SamplerTable:
     """(N, 2): the clean latents that call n predicts are ``[n,0] * (network's input) + [n,1] * (its output)``."""
     draws: npt.NDArray[np.bool_]
     """(N,) whether call n draws noise. Some schedulers draw noise and do not use it; the generator advances all the same."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that makes the trajectory, the same on every machine.
+
+        The coefficients are rounded first: they come from a least-squares fit, whose last bits depend on the CPU.
+        """
+        found = hashlib.sha256(f"{self.num_steps} {self.order}".encode())
+        for values in (self.timesteps, self.input_scale, self.coefficients, self.init_noise_sigma, self.draws):
+            found.update((np.round(np.asarray(values, dtype=np.float64), DIGITS) + 0.0).tobytes())  # adding 0 turns -0 into 0
+        return found.hexdigest()

@@ -1,0 +1,93 @@
+"""Requests on their way into a lane: their texts are encoded, then each image gets a slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from latentline_worker.models.base import Family
+
+from .conditioning import Conditioner
+from .failures import raise_if_lost
+from .lanes import Lanes
+from .publisher import Publisher
+from .request import LaneKey, Request
+from .rows import common_signature
+
+
+class Admission:
+    """The requests that wait for a lane. Used by the thread that owns the device.
+
+    Args:
+        families: the loaded models by id.
+        conditioner: encodes their texts.
+        lanes: where they go.
+        publisher: looks at what the families make of the texts.
+    """
+
+    def __init__(self, families: Mapping[str, Family], conditioner: Conditioner, lanes: Lanes, publisher: Publisher) -> None:
+        self._families, self._conditioner, self._lanes, self._publisher = families, conditioner, lanes, publisher
+        self.waiting: list[Request] = []  # text not encoded yet, or no slot free; the most urgent first
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self.waiting = sorted([*self.waiting, *requests], key=lambda r: (r.work.request.priority, r.arrival))
+
+    def remove(self, request: Request) -> None:
+        """The request leaves, if it is waiting here."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+
+    def admit(self, joined: Callable[[Request], None], failed: Callable[[Request, Exception], None]) -> None:
+        """Encode one micro-batch of text, and move requests whose texts are encoded into their lanes.
+
+        Args:
+            joined: told of each request that is in its lane; may raise, which fails that request.
+            failed: told of each request that cannot be admitted, or whose ``joined`` raised.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
+        wanted = ((self._families[r.work.model], text) for r in self.waiting if not r.conditions for text in r.work.texts)
+        failures = self._conditioner.encode_some(wanted)
+        full: set[LaneKey] = set()  # lanes in which a request waits for slots: later ones must not overtake it
+        for request in list(self.waiting):
+            try:
+                for text in request.work.texts:
+                    if error := failures.get((request.work.model, text)):
+                        raise error
+                if self._condition(request) and self._join(request, full):
+                    joined(request)
+            except Exception as error:
+                raise_if_lost(error)
+                failed(request, error)
+
+    def _condition(self, request: Request) -> bool:
+        """Make the request's rows, once its texts are encoded; whether it has them.
+
+        Raises:
+            ModelError: the family made rows that no batch can hold.
+        """
+        if request.conditions:
+            return True
+        work, family = request.work, self._families[request.work.model]
+        encoded = [found for text in work.texts if (found := self._conditioner.get(family, text)) is not None]
+        if len(encoded) < len(work.texts):
+            return False
+        rows = family.rows(work.request, encoded)
+        request.signature = common_signature(work.model, rows, len(work.texts))
+        request.conditions, request.prompt_tokens = rows, encoded[0].tokens
+        self._publisher.conditions(request)
+        return True
+
+    def _join(self, request: Request, full: set[LaneKey]) -> bool:
+        """Move the request into its lane if there is a slot for each image; else it waits."""
+        key = request.lane
+        lane = self._lanes.use(key)
+        if key in full:
+            return False
+        if not self._lanes.has_slots(key, request.num_images):
+            full.add(key)
+            return False
+        lane.join(request, request.conditions)
+        request.conditions = ()  # the lane holds them
+        self.remove(request)
+        return True
