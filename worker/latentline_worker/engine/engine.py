@@ -98,11 +98,10 @@ class Engine:
     def submit(self, work: Work) -> Request:
         """Run this work from the next step on."""
         request = Request(work)
-        if work.model in self.families:
-            self.intake.submit(request)
-        else:
+        if work.model not in self.families:
             request.future.set_exception(ModelError(f"{work.model}: not loaded; loaded: {', '.join(self.families)}"))
-        return request
+            return request
+        return self.intake.submit(request)
 
     @property
     def idle(self) -> bool:

@@ -37,16 +37,17 @@ class Intake:
         """The engine has failed."""
         return self._closed == "lost"
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request) -> Request:
         """Hand in a request, or end it if none is accepted any more."""
         with self._wake:
             if self._closed:
                 request.future.set_exception(Cancelled(self._closed))
-                return
+                return request
             if self.idle:
                 self.progress_at = time.monotonic()  # before the request counts: waiting for work is no stall
             self._incoming.append(request)
             self._wake.notify()
+        return request
 
     def close(self, reason: str) -> None:
         """Accept no more requests; the engine's thread stops waiting. An engine that has failed stays so."""
