@@ -1,7 +1,7 @@
 """``python -m benchmarks.broker``: what jobs and workers cost the broker, also of an earlier version beside this one.
 
-A real Valkey, real worker processes whose device is a clock (:mod:`benchmarks.sleeping_worker`). Calls, commands and bytes are counted by the
-broker itself (INFO), and so is its CPU time. With ``--before CHECKOUT`` each part runs on that checkout's code too, side by side.
+A real Valkey, real worker processes whose device is a clock (:mod:`benchmarks.sleeping_worker`). The broker itself counts calls,
+commands, bytes and its CPU time (INFO). ``--before CHECKOUT`` measures the code of that checkout in the same run.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Bench:
         self._folder = folder
         self.broker = Broker(folder, "secret")
         self.broker.start()
-        store = {name: "x" * 20 for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "BUCKET", "REGION")}
+        store = dict.fromkeys(("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "BUCKET", "REGION"), "x" * 20)
         self.environment = {
             "LATENTLINE_REDIS_URL": self.broker.url,
             "LATENTLINE_S3_ENDPOINT_URL": "http://127.0.0.1:9",  # nothing is stored

@@ -193,6 +193,14 @@ class Claim(Message):
     record: JobRecord
     token: int
 
+    @property
+    def deadline_in_s(self) -> float | None:
+        """Seconds from the claim to the job's deadline, both on the broker's clock; None for a job without one."""
+        record = self.record
+        if not record.request.deadline_s or record.started_at is None:
+            return None
+        return record.created_at + record.request.deadline_s - record.started_at
+
 
 @dataclass(frozen=True)
 class Submission:

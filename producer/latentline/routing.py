@@ -193,6 +193,11 @@ def workers_key() -> str:
     return f"{PREFIX}:workers"
 
 
+def signals_key(worker: str) -> str:
+    """List: what was decided about jobs that this worker runs (``verdict token job_id``), until it has read it."""
+    return f"{PREFIX}:signals:{worker}"
+
+
 def turn_key(duties: str) -> str:
     """String: the process that does these duties of the whole fleet now; it expires within seconds."""
     return f"{PREFIX}:turn:{duties}"

@@ -187,6 +187,8 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     (cancelled,) = submit(producer)
     claim = store.claim(cancelled, "six", 30)
     records.run(producer, records.cancel(cancelled, 600))
+    signal = store.next_signal("six", 1)
+    assert claim is not None and signal is not None and signal.token == claim.token
     assert claim is not None and store.release(cancelled, claim.token)
 
     store.bury("lost", "message", "a reason")

@@ -1,11 +1,12 @@
-"""The heartbeat: leases renewed, progress reported, verdicts heard, checkpoints written once."""
+"""The leases thread: leases renewed, progress reported, verdicts heard, checkpoints written once."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,10 +20,11 @@ from latentline import records, routing
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
 from latentline.jobs import Claim, JobRequest, Phase, resolve
-from latentline.records import Records
+from latentline.records import Beat, Records, Signal, Verdict
 from latentline_worker.engine.request import Preview
 from latentline_worker.generate import leases as leases_module
-from latentline_worker.generate.leases import LeasedJob, Leases
+from latentline_worker.generate.leased_job import LeasedJob
+from latentline_worker.generate.leases import INTERVAL_S, PROGRESS_PER_S, Leases
 from latentline_worker.maintenance.liveness import LivenessFile
 
 PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
@@ -38,9 +40,24 @@ def store(client: fakeredis.FakeRedis) -> Records:
     return Records(client)
 
 
+class Clock:
+    """Seconds that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def leases(store: Records) -> Leases:
-    return Leases(store, lease_s=30)
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def leases(store: Records, clock: Clock) -> Leases:
+    return Leases(store, lease_s=30, clock=clock)
 
 
 def claim(client: fakeredis.FakeRedis, **fields: Any) -> Claim:
@@ -128,7 +145,142 @@ def test_a_beat_tells_phase_and_step(client: fakeredis.FakeRedis, leases: Leases
         assert field(client, job, "phase") == "uploading"
 
 
-def test_a_job_that_continues_from_a_checkpoint_never_goes_back_a_step(client: fakeredis.FakeRedis, leases: Leases) -> None:
+class Calls:
+    """Counts the calls of ``records.beat`` and the jobs in each; some fail."""
+
+    def __init__(self, store: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real = store.beat
+        self.num_jobs: list[int] = []
+        self.fails = False
+        monkeypatch.setattr(store, "beat", self)
+
+    def __call__(self, beats: Sequence[Beat]) -> list[Verdict]:
+        self.num_jobs.append(len(beats))
+        if self.fails:
+            raise BrokerUnavailable("away")
+        return self._real(beats)
+
+
+@pytest.fixture
+def calls(store: Records, monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(store, monkeypatch)
+
+
+@pytest.fixture
+def held(client: fakeredis.FakeRedis, leases: Leases) -> Iterator[Callable[[int], list[LeasedJob]]]:
+    """Makes jobs that are held until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count: [stack.enter_context(leases.hold(claim(client))) for _ in range(count)]
+
+
+Held = Callable[[int], list[LeasedJob]]
+
+
+def test_a_beat_with_nothing_to_report_makes_no_call(leases: Leases, held: Held, calls: Calls) -> None:
+    leases.beat()
+    jobs = held(3)
+    requests = [attach(job, InEngine()) for job in jobs]
+    leases.beat()
+    leases.beat()
+    requests[1].phase = Phase.DECODING
+    leases.beat()
+    assert calls.num_jobs == [3, 1]
+
+
+@pytest.mark.parametrize(("num_jobs", "every_s"), [(1, INTERVAL_S), (32, 32 / PROGRESS_PER_S)])
+def test_steps_are_reported_at_a_bounded_rate_and_phases_at_once(
+    leases: Leases, held: Held, calls: Calls, clock: Clock, num_jobs: int, every_s: float
+) -> None:
+    requests = [attach(job, InEngine()) for job in held(num_jobs)]
+    leases.beat()
+    for request in requests:
+        request.step += 1
+    clock.now += every_s - 0.01
+    leases.beat()
+    assert calls.num_jobs == [num_jobs], "too early for steps"
+    requests[0].phase = Phase.DECODING
+    leases.beat()
+    assert calls.num_jobs == [num_jobs, 1]
+    clock.now += 0.01
+    leases.beat()
+    assert sum(calls.num_jobs[2:]) == num_jobs - 1, "the first has reported its step together with its phase"
+
+
+def test_a_lease_is_renewed_when_a_third_of_it_has_passed(
+    client: fakeredis.FakeRedis, leases: Leases, held: Held, calls: Calls, clock: Clock
+) -> None:
+    (job,) = held(1)
+    leases.beat()
+    client.hset(routing.job_key(job.claim.record.id), "lease_until", 1)
+    clock.now += 9.9
+    leases.beat()
+    assert field(client, job, "lease_until") == "1"
+    clock.now += 0.1
+    leases.beat()
+    assert float(field(client, job, "lease_until") or 0) > 1 and calls.num_jobs == [1, 1]
+
+
+def test_after_a_beat_that_failed_everything_is_reported_again(leases: Leases, held: Held, calls: Calls) -> None:
+    jobs = held(2)
+    leases.beat()
+    request = attach(jobs[0], InEngine())
+    request.preview = Preview(2, np.full((1, 4, 6, 3), 200, dtype=np.uint8))
+    calls.fails = True
+    with pytest.raises(BrokerUnavailable):
+        leases.beat()
+    calls.fails = False
+    leases.beat()
+    assert calls.num_jobs == [2, 1, 2], "both leases are renewed, since the broker may have lost its data"
+    assert jobs[0]._preview_step == 2
+
+
+def test_a_job_is_stopped_at_its_deadline_without_the_broker(
+    client: fakeredis.FakeRedis, store: Records, leases: Leases, clock: Clock, calls: Calls
+) -> None:
+    with leases.hold(claim(client, deadline_s=60)) as job, leases.hold(claim(client)) as other:
+        request = attach(job, InEngine())
+        leases.beat()
+        clock.now += 59.5
+        leases.beat()
+        assert job.stop_reason is None
+        clock.now += 0.6
+        calls.fails = True
+        with contextlib.suppress(BrokerUnavailable):
+            leases.beat()
+        assert (job.stop_reason, request.cancelled, other.stop_reason) == ("expired", ["expired"], None)
+
+
+def test_a_cancel_whose_signal_is_lost_is_heard_at_the_renewal(
+    client: fakeredis.FakeRedis, leases: Leases, held: Held, clock: Clock
+) -> None:
+    (job,) = held(1)
+    leases.beat()
+    records.run(client, records.cancel(job.claim.record.id, 600))
+    leases.beat()
+    assert job.stop_reason is None
+    clock.now += 10
+    leases.beat()
+    assert job.stop_reason == "cancel"
+
+
+def test_a_signal_stops_the_job_that_is_held_under_its_token(leases: Leases, held: Held) -> None:
+    first, second = held(2)
+    record_id, token = first.claim.record.id, first.claim.token
+    leases.stop_job(Signal(record_id, token - 1, Verdict.STALE))
+    leases.stop_job(Signal("another", token, Verdict.CANCEL))
+    assert first.stop_reason is None
+    leases.stop_job(Signal(record_id, token, Verdict.CANCEL))
+    assert (first.stop_reason, second.stop_reason) == ("cancel", None)
+
+
+def test_a_stale_job_stops_alone(client: fakeredis.FakeRedis, leases: Leases, held: Held) -> None:
+    jobs = held(3)
+    client.hset(routing.job_key(jobs[1].claim.record.id), "token", 99)
+    leases.beat()
+    assert [job.stop_reason for job in jobs] == [None, "stale", None]
+
+
+def test_a_job_that_continues_from_a_checkpoint_never_goes_back_a_step(client: fakeredis.FakeRedis, leases: Leases, clock: Clock) -> None:
     first = claim(client)
     store = Records(client)
     assert store.checkpoint(first.record.id, first.token, 12, b"state") and store.release(first.record.id, first.token)
@@ -142,11 +294,12 @@ def test_a_job_that_continues_from_a_checkpoint_never_goes_back_a_step(client: f
         leases.beat()
         assert field(client, job, "step") == "12"
         request.step = 13
+        clock.now += INTERVAL_S
         leases.beat()
         assert field(client, job, "step") == "13"
 
 
-def test_steps_of_the_job_are_counted_and_not_calls_of_the_network(client: fakeredis.FakeRedis, leases: Leases) -> None:
+def test_steps_of_the_job_are_counted_and_not_calls_of_the_network(client: fakeredis.FakeRedis, leases: Leases, clock: Clock) -> None:
     """heun calls the network twice per step, except at the last: 39 calls for 20 steps."""
     with leases.hold(claim(client, scheduler="heun")) as job:
         request = attach(job, InEngine(b"state", num_steps=39))
@@ -155,6 +308,7 @@ def test_steps_of_the_job_are_counted_and_not_calls_of_the_network(client: faker
         assert field(client, job, "step") == "10"
         assert (field(client, job, "checkpoint_step"), job.checkpoint_step) == ("10", 10)
         request.step = 39
+        clock.now += INTERVAL_S
         leases.beat()
         assert field(client, job, "step") == "20"
 

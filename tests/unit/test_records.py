@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import fakeredis
@@ -15,7 +16,7 @@ from latentline import records, routing
 from latentline.connection import connect, connect_async
 from latentline.errors import BrokerUnavailable, IdempotencyConflict, InvalidRequest, JobNotFound, StaleToken, TenantQuotaExceeded
 from latentline.jobs import ImageRef, JobError, JobRequest, ModelInfo, Phase, Status, resolve
-from latentline.records import Backoff, Beat, Records, Verdict, arun, run
+from latentline.records import Backoff, Beat, Records, Signal, Verdict, arun, held, run
 
 BACKOFF = Backoff(first_s=60, most_s=1000, jitter=0.5)
 IMAGE = ImageRef(key="t/j/1/0.png", seed=1, width=64, height=64, content_type="image/png", sha256="0" * 64, num_bytes=3)
@@ -846,6 +847,58 @@ def test_cancel_of_a_running_job_reaches_its_worker(client: redis.Redis, store: 
     record = run(client, records.cancel(job_id, 600))
     assert claim and record.status is Status.RUNNING and record.cancel_requested
     assert store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30)]) == [Verdict.CANCEL]
+    assert 0 < client.ttl(routing.signals_key("w")) <= 60, "what nobody reads goes"
+    assert store.next_signal("another", 0.01) is None
+    assert store.next_signal("w", 1) == Signal(job_id, claim.token, Verdict.CANCEL)
+    assert store.next_signal("w", 0.01) is None, "each is told once"
+
+
+def test_only_what_runs_is_signalled(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    assert claim and store.release(job_id, claim.token)
+    run(client, records.cancel(job_id, 600))
+    assert not client.exists(routing.signals_key("w"))
+
+
+def test_the_worker_of_a_job_that_is_taken_away_is_told(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 0)
+    assert claim and store.reclaim() == [job_id]
+    assert store.next_signal("w", 1) == Signal(job_id, claim.token, Verdict.STALE)
+
+
+def test_many_beats_are_split_into_calls_of_bounded_size(client: redis.Redis, store: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = [store.claim(submit(client), "w", 30) for _ in range(6)]
+    beats = [Beat(claim.record.id, claim.token, Phase.DENOISING, 1, 30, 1, ("x" * 1000,)) for claim in claims if claim]
+    beats[4] = replace(beats[4], token=99)
+    sizes: list[int] = []
+    real = client.pipeline
+
+    def pipeline(**options: Any) -> Any:
+        made = real(**options)
+        execute = made.execute_command
+        made.execute_command = lambda *args: (sizes.append(len(args[-1])), execute(*args))[1]
+        return made
+
+    monkeypatch.setattr(client, "pipeline", pipeline)
+    monkeypatch.setattr(held, "MAX_BEAT_BYTES", 4000)
+    go = [Verdict.GO] * 4
+    assert store.beat(beats) == [*go, Verdict.STALE, Verdict.GO]
+    assert len(sizes) >= 2 and max(sizes) < 5000
+    sizes.clear()
+    monkeypatch.setattr(held, "MAX_BEATS", 4)
+    monkeypatch.setattr(held, "MAX_BEAT_BYTES", 10**6)
+    assert store.beat(beats) == [*go, Verdict.STALE, Verdict.GO] and len(sizes) == 2
+
+
+def test_a_report_without_renewal_leaves_the_lease(client: redis.Redis, store: Records) -> None:
+    job_id = submit(client)
+    claim = store.claim(job_id, "w", 30)
+    before = client.hget(routing.job_key(job_id), "lease_until"), client.zscore(routing.leases_key(), job_id)
+    assert claim and store.beat([Beat(job_id, claim.token, Phase.DENOISING, 2, 0)]) == [Verdict.GO]
+    assert (client.hget(routing.job_key(job_id), "lease_until"), client.zscore(routing.leases_key(), job_id)) == before
+    assert run(client, records.get(job_id)).step == 2
 
 
 def test_a_job_whose_cancel_was_asked_for_is_not_queued_again(client: redis.Redis, store: Records) -> None:

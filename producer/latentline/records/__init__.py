@@ -3,7 +3,7 @@
 from .dead import dead_letter, dead_letters, drop_dead_letter
 from .driving import Call, Operation, arun, domain_errors, run
 from .fleet import CachedFleet, Fleet, durability, fleet, models, workers
-from .held import MAX_ERRORS, Backoff, Beat, Verdict
+from .held import MAX_ERRORS, Backoff, Beat, Signal, Verdict
 from .jobs import MAX_PAGE, cancel, events, follow, get, list_jobs, submit
 from .maintenance import MAX_OVERDUE, MAX_WAKE
 from .outbox import callbacks, replay_callback
@@ -11,6 +11,7 @@ from .worker import Records
 
 __all__ = [
     "MAX_ERRORS", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "Backoff", "Beat", "CachedFleet", "Call", "Fleet", "Operation",
-    "Records", "Verdict", "arun", "callbacks", "cancel", "dead_letter", "dead_letters", "domain_errors", "drop_dead_letter",
-    "durability", "events", "fleet", "follow", "get", "list_jobs", "models", "replay_callback", "run", "submit", "workers",
+    "Records", "Signal", "Verdict", "arun", "callbacks", "cancel", "dead_letter", "dead_letters", "domain_errors",
+    "drop_dead_letter", "durability", "events", "fleet", "follow", "get", "list_jobs", "models", "replay_callback", "run",
+    "submit", "workers",
 ]  # fmt: skip

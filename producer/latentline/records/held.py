@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.client import NEVER_DECODE
 
@@ -23,10 +23,13 @@ from .jobs import record_of
 MAX_ERRORS = 4  # Retryable errors after which a job fails.
 SUSPECT_CRASHES = 2  # Crashes without progress after which a job runs alone.
 CHECKPOINT_TTL_S = 86400
+# Of one call of beat.lua. The broker serves nobody else while it runs one: 256 jobs without previews take it some milliseconds.
+MAX_BEATS = 64
+MAX_BEAT_BYTES = 256 * 1024
 
 
 class Verdict(StrEnum):
-    """The answer to a heartbeat."""
+    """What a worker has to do with a job that it holds."""
 
     GO = "go"
     CANCEL = "cancel"
@@ -36,15 +39,23 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Beat:
-    """How a job in flight stands."""
+    """What a worker reports of a job in flight."""
 
     job_id: str
     token: int
     phase: Phase
     step: int
-    lease_s: float
+    lease_s: float  # for how long its lease is renewed; 0 leaves the lease as it is
     batch_jobs: int = 0
     previews: tuple[str, ...] = ()  # a data: URL per image, when there is a new one
+
+
+class Signal(NamedTuple):
+    """What was decided about a job, told to the worker that holds it under this token."""
+
+    job_id: str
+    token: int
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -103,21 +114,18 @@ class HeldJobs(Driven):
 
     @driven
     def beat(self, beats: Sequence[Beat]) -> Operation[list[Verdict]]:
-        """Renew leases and store progress of many jobs in one round trip."""
-        calls = [
-            {
-                "id": beat.job_id,
-                "token": beat.token,
-                "phase": beat.phase.value,
-                "step": beat.step,
-                "lease_s": beat.lease_s,
-                "batch_jobs": beat.batch_jobs,
-                "previews": json.dumps(beat.previews) if beat.previews else "",
-            }
-            for beat in beats
-        ]
-        replies = yield from call_script_many(BEAT, calls)
-        return [Verdict(reply) for reply in replies]
+        """Renew leases and store progress: one round trip, and one script call unless there is much to send."""
+        replies = yield from call_script_many(BEAT, [{"beats": part} for part in _beats_as_json(beats)])
+        return [Verdict(verdict) for verdicts in replies for verdict in verdicts]
+
+    @driven
+    def next_signal(self, worker: str, wait_s: float) -> Operation[Signal | None]:
+        """The oldest signal for this worker that is unread, and unread no more; None if none comes within ``wait_s``."""
+        found = yield lambda client: client.brpop([routing.signals_key(worker)], wait_s)
+        if not found:
+            return None
+        verdict, token, job_id = found[1].split(" ", 2)
+        return Signal(job_id, int(token), Verdict(verdict))
 
     @driven
     def checkpoint(self, job_id: str, token: int, step: int, data: bytes) -> Operation[bool]:
@@ -196,6 +204,28 @@ class HeldJobs(Driven):
             timings=timings,
             retention_s=self._retention_s,
         )
+
+
+def _beats_as_json(beats: Sequence[Beat]) -> Iterator[str]:
+    """The beats as the arguments of one or more calls of beat.lua."""
+    part: list[str] = []
+    for beat in beats:
+        fields = {
+            "id": beat.job_id,
+            "token": beat.token,
+            "phase": beat.phase.value,
+            "step": beat.step,
+            "lease_s": beat.lease_s,
+            "batch_jobs": beat.batch_jobs,
+            "previews": json.dumps(beat.previews) if beat.previews else "",
+        }
+        text = json.dumps(fields)
+        if part and (len(part) >= MAX_BEATS or sum(map(len, part)) + len(text) > MAX_BEAT_BYTES):
+            yield f"[{','.join(part)}]"
+            part = []
+        part.append(text)
+    if part:
+        yield f"[{','.join(part)}]"
 
 
 def _stale(job_id: str, token: int) -> StaleToken:

@@ -7,15 +7,18 @@
 -- * A job whose deadline has passed is not queued again.
 -- * A job fails for lost workers only after max_crashes_alone counted crashes on which no other job ran beside it.
 --
+-- Its worker gets a signal: it may be alive, and then stops working on the job.
+--
 -- Returns 1 when the job was taken away, else 0.
--- uses: clock, jobs, memory_bound
+-- uses: clock, jobs, memory_bound, signals
 
 local id, max_crashes_alone, retention_s = unpack(ARGV)
 
 local key = keys.job(id)
-local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone', 'step', 'furthest', 'deadline_at')
+local job = redis.call('HMGET', key, 'status', 'lease_until', 'cancel_requested', 'alone', 'step', 'furthest', 'deadline_at',
+  'worker', 'token')
 local status, lease_until, cancel_requested, ran_alone = job[1], job[2], job[3], job[4]
-local step, furthest, deadline_at = job[5], job[6], job[7]
+local step, furthest, deadline_at, worker, token = job[5], job[6], job[7], job[8], job[9]
 if status ~= 'running' then
   redis.call('ZREM', keys.leases(), id)
   if not status then redis.call('ZREM', keys.index('running'), id) end -- its record has expired
@@ -38,4 +41,5 @@ elseif crashes_alone >= tonumber(max_crashes_alone) then
 else
   jobs.requeue(id, 0, true)
 end
+signals.send(worker, id, token, 'stale')
 return 1

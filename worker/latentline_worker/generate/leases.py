@@ -1,4 +1,4 @@
-"""The leases thread: renews the leases of the jobs in flight, reports their progress, and hears what became of them."""
+"""The leases thread: renews the leases of the jobs in flight, reports their progress, and ends them at their deadline."""
 
 from __future__ import annotations
 
@@ -6,70 +6,39 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
 
 from latentline.errors import LatentlineError
-from latentline.jobs import Claim, Phase
-from latentline.records import Beat, Records, Verdict
+from latentline.jobs import Claim
+from latentline.records import Records, Signal, Verdict
 from latentline_worker.engine.checkpoint import Checkpoint, CheckpointSchedule
 from latentline_worker.engine.request import Request
-from latentline_worker.images.encode import encode_preview
+
+from .leased_job import LeasedJob
 
 log = logging.getLogger(__name__)
 
-# Between two beats. The engine hears of a cancel after this time and the beat before it, with its checkpoints: up to
-# 32 MB for each job.
-INTERVAL_S = 0.1
+INTERVAL_S = 0.1  # between two beats
+# Steps within a phase are reported at this rate, over all jobs of the process: ten times a second for one job, once for
+# sixteen. More would cost the broker more than the transitions of the jobs do.
+PROGRESS_PER_S = 16
 RELEASE_S = 5.0  # how long a broker that does not answer may delay the end of the process
 
 
-@dataclass(eq=False)
-class LeasedJob:
-    """One claimed job as the leases thread sees it. ``stop_reason`` is set once and never taken back."""
-
-    claim: Claim
-    request: Request | None = None
-    uploading: bool = False
-    preview_step: int = 0  # network call of the newest preview that was sent
-    checkpoint_call: int = 0  # network call of the newest checkpoint that was looked at
-    checkpoint_step: int = 0  # the same in the job's own steps, of the newest checkpoint that was written
-    stop_reason: str | None = None
-    checkpoint_lock: threading.Lock = field(default_factory=threading.Lock)  # held while a checkpoint is written
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def attach(self, request: Request) -> None:
-        """Report on this engine request from now on, and stop it when the job is stopped, or was stopped before."""
-        with self._lock:
-            self.request = request
-            if self.stop_reason:
-                request.cancel(self.stop_reason)
-
-    def stop(self, reason: str) -> None:
-        with self._lock:
-            self.stop_reason = self.stop_reason or reason
-            if self.request:
-                self.request.cancel(reason)
-
-    def own_steps(self, calls: int) -> int:
-        """Network calls as steps of the job: some samplers call the network more than once per step."""
-        assert self.request is not None  # only a request makes network calls
-        return calls * self.claim.record.num_steps // self.request.num_steps
-
-
 class Leases:
-    """One thread; each beat is one round trip for all jobs of the process, then their checkpoints.
+    """One thread; each beat is one call for the jobs that have something to report, if any, then their checkpoints.
 
     The thread never waits for the device: what it sends of a request lies in host memory.
 
     Args:
         records: the job records.
-        lease_s: for how long each beat renews a lease.
+        lease_s: for how long a lease is renewed.
         engine_stalled: whether the engine counts as hung. Then only jobs that need no engine any more keep their leases;
             the others go to other workers when theirs run out.
         touch_liveness_file: called at every beat, also while the broker is away: the process is well.
         broker_lost: called when the broker does not answer.
         checkpoint_schedule: told what checkpoints cost.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -80,9 +49,11 @@ class Leases:
         touch_liveness_file: Callable[[], None] = lambda: None,
         broker_lost: Callable[[], None] = lambda: None,
         checkpoint_schedule: CheckpointSchedule | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._records, self._lease_s, self._engine_stalled = records, lease_s, engine_stalled
         self._touch_liveness_file, self._broker_lost, self._schedule = touch_liveness_file, broker_lost, checkpoint_schedule
+        self._clock = clock
         self._jobs: set[LeasedJob] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -99,7 +70,8 @@ class Leases:
     @contextlib.contextmanager
     def hold(self, claim: Claim) -> Iterator[LeasedJob]:
         """Keep the lease of a claimed job for the duration of the block."""
-        job = LeasedJob(claim)
+        left_s = claim.deadline_in_s
+        job = LeasedJob(claim, deadline=None if left_s is None else self._clock() + left_s)
         with self._lock:
             self._jobs.add(job)
         try:
@@ -107,6 +79,13 @@ class Leases:
         finally:
             with self._lock:
                 self._jobs.discard(job)
+
+    def stop_job(self, signal: Signal) -> None:
+        """Stop the job of a signal, if this process still holds it under the token that the signal is meant for."""
+        with self._lock:
+            jobs = [job for job in self._jobs if (job.claim.record.id, job.claim.token) == (signal.job_id, signal.token)]
+        for job in jobs:
+            job.stop(signal.verdict.value)
 
     def uploads_left(self) -> bool:
         """Whether a job is being uploaded."""
@@ -162,21 +141,41 @@ class Leases:
             job.checkpoint_step = step
 
     def beat(self) -> None:
-        """One round: renew, report, pass verdicts on to the engine, write checkpoints."""
+        """One round: end what is overdue, report and renew, pass verdicts on to the engine, write checkpoints.
+
+        Raises:
+            LatentlineError: the broker does not answer. Then every job counts as not reported.
+        """
         with self._lock:
             jobs = list(self._jobs)
+        now = self._clock()
+        for job in jobs:
+            if job.deadline is not None and now >= job.deadline:
+                job.stop(Verdict.EXPIRED.value)
         if self._engine_stalled():
             jobs = [job for job in jobs if job.uploading]
-        if not jobs:
+        try:
+            self._report(jobs, now)
+        except LatentlineError:
+            for job in jobs:
+                job.renew_soon()
+            raise
+        # Only after every job has heard its verdict: writing a checkpoint may take long, or fail.
+        for job in jobs:
+            if job.stop_reason is None:
+                self.save_checkpoint(job)
+
+    def _report(self, jobs: Sequence[LeasedJob], now: float) -> None:
+        """Send what the jobs have to report, and stop those of which the broker says so."""
+        reports = [(job, beat) for job in jobs if (beat := job.report(now, self._lease_s))]
+        if not reports:
             return
-        verdicts = self._records.beat([self._report(job) for job in jobs])
-        for job, verdict in zip(jobs, verdicts, strict=True):
+        verdicts = self._records.beat([beat for _, beat in reports])
+        every_s = max(INTERVAL_S, len(jobs) / PROGRESS_PER_S)
+        for (job, beat), verdict in zip(reports, verdicts, strict=True):
+            job.reported(beat, now, every_s)
             if verdict is not Verdict.GO:
                 job.stop(verdict.value)
-        # Only after every job has heard its verdict: writing a checkpoint may take long, or fail.
-        for job, verdict in zip(jobs, verdicts, strict=True):
-            if verdict is Verdict.GO:
-                self.save_checkpoint(job)
 
     def _loop(self) -> None:
         while not self._stopped.wait(INTERVAL_S):
@@ -188,16 +187,3 @@ class Leases:
                 self._broker_lost()
             except Exception:
                 log.exception("leases: a beat failed")
-
-    def _report(self, job: LeasedJob) -> Beat:
-        request = job.request
-        record = job.claim.record  # as it was claimed, so its step is the one from which the job continues
-        beat = Beat(job_id=record.id, token=job.claim.token, phase=Phase.ENCODING, step=record.step, lease_s=self._lease_s)
-        if request is None:
-            return beat
-        step = max(record.step, job.own_steps(request.step))
-        preview = request.preview
-        if preview and preview.step > job.preview_step:
-            job.preview_step = preview.step
-            beat = replace(beat, previews=tuple(encode_preview(image) for image in preview.pixels))
-        return replace(beat, phase=Phase.UPLOADING if job.uploading else request.phase, step=step, batch_jobs=request.batch_jobs)

@@ -22,7 +22,8 @@ from latentline_worker.samplers import CompileError
 
 from . import outcome
 from .exclusive import SharedExclusiveLock
-from .leases import LeasedJob, Leases
+from .leased_job import LeasedJob
+from .leases import Leases
 from .outcome import CancelRequested, Failed, HandOver, NotOurs, Outcome, Succeeded, TryAgain
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class JobRunner:
 
     def _generate(self, job: LeasedJob, timings: Timings) -> tuple[ImageRef, ...]:
         record = job.claim.record
-        work = self.prepare(record)
+        work = self.prepare(record, job.deadline)
         if record.attempt > 1:
             resume = Checkpoint.from_bytes(self._insist(lambda: self._records.load_checkpoint(record.id)), work)
             work = replace(work, resume=resume)
@@ -152,20 +153,19 @@ class JobRunner:
         timings["uploading_s"] = round(time.monotonic() - started, 4)
         return refs
 
-    def prepare(self, record: JobRecord) -> Work:
+    def prepare(self, record: JobRecord, deadline: float | None = None) -> Work:
         """A claimed job as work for the engine.
+
+        Args:
+            deadline: of the job, ``time.monotonic()``.
 
         Raises:
             InvalidRequest: the model or its scheduler refuses it.
         """
-        request = record.request
-        deadline = None
-        if request.deadline_s and record.started_at:  # both times are the broker's; what is left of them counts from now
-            deadline = time.monotonic() + record.created_at + request.deadline_s - record.started_at
         try:
-            return Work.of(self._family, request, record.id, deadline=deadline)
+            return Work.of(self._family, record.request, record.id, deadline=deadline)
         except CompileError as error:
-            raise InvalidRequest("scheduler", request.scheduler, str(error)) from error
+            raise InvalidRequest("scheduler", record.request.scheduler, str(error)) from error
 
     def _settle(self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: Timings) -> None:
         job_id = claim.record.id

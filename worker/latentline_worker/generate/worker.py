@@ -29,6 +29,7 @@ from latentline_worker.transport.app import NO_GOSSIP, create_app
 from .announcer import Announcer
 from .leases import Leases
 from .runner import JobRunner
+from .signals import Signals
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class GenerateWorker:
             broker_lost=self._reaper.broker_lost,
             checkpoint_schedule=engine.checkpoint_schedule,
         )
+        self._signals = Signals(records, name, self._leases)
         self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
         self._announcer = Announcer(records, name, self._model)
         self._upkeep = Upkeep(records, name, self._model.id, self._reaper, Deadlines(records))
@@ -90,6 +92,7 @@ class GenerateWorker:
         """
         self._leases.start()
         self._watchdog.start()
+        self._signals.start()
         self._announcer.start()
         self._upkeep.start()
         self._expiry.start()
@@ -112,6 +115,7 @@ class GenerateWorker:
         self._expiry.stop()
         self._upkeep.stop()
         self._watchdog.stop()
+        self._signals.stop()
         self._leases.stop()
         self._announcer.stop()
         self._liveness.remove()

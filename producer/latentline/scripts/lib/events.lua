@@ -10,10 +10,15 @@ local events = {}
 
 local MOST = 1000 -- entries of one stream; a job of 150 steps has fewer
 
+-- Append an event whose data, with its `seq`, is JSON already. The caller has stored that `seq` in the record.
+function events.append(id, kind, data)
+  redis.call('XADD', keys.events(id), 'MAXLEN', '~', MOST, '*', 'type', kind, 'at', clock.now, 'data', data)
+end
+
 -- Append an event; its `seq`.
 function events.add(id, kind, data)
   data.seq = redis.call('HINCRBY', keys.job(id), 'seq', 1)
-  redis.call('XADD', keys.events(id), 'MAXLEN', '~', MOST, '*', 'type', kind, 'at', clock.now, 'data', cjson.encode(data))
+  events.append(id, kind, cjson.encode(data))
   return data.seq
 end
 
@@ -21,7 +26,7 @@ end
 function events.add_preview(id, data, images)
   data.seq = redis.call('HINCRBY', keys.job(id), 'seq', 1)
   local open = string.sub(cjson.encode(data), 1, -2) .. ', "images": ' -- the images are large: they are not decoded here
-  redis.call('XADD', keys.events(id), 'MAXLEN', '~', MOST, '*', 'type', 'job.preview', 'at', clock.now, 'data', open .. '[]}')
+  events.append(id, 'job.preview', open .. '[]}')
   redis.call('HSET', keys.preview(id), 'seq', data.seq, 'data', open .. images .. '}')
   redis.call('EXPIRE', keys.preview(id), const.PREVIEW_KEPT_S)
 end
