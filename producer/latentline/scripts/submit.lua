@@ -37,16 +37,25 @@ if idempotency_key ~= '' then
   redis.call('EXPIRE', idempotency, const.KEY_KEPT_S)
 end
 
+local function length_of(shard)
+  local length = 0
+  for _, step in ipairs(const.PRIORITY_STEPS) do
+    length = length + redis.call('LLEN', wakeups.list(queue_prefix .. shard, step))
+  end
+  return length
+end
+
 local function emptiest_shard()
-  local tenants, least, emptiest = {}, nil, nil
+  local tenants, fewest = {}, math.huge
   for _, shard in ipairs(redis.call('HVALS', keys.shards(model))) do tenants[shard] = (tenants[shard] or 0) + 1 end
+  for shard = 0, const.NUM_SHARDS - 1 do fewest = math.min(fewest, tenants[tostring(shard)] or 0) end
+  local least, emptiest = math.huge, nil
   for shard = 0, const.NUM_SHARDS - 1 do
-    local length = 0
-    for _, step in ipairs(const.PRIORITY_STEPS) do
-      length = length + redis.call('LLEN', wakeups.list(queue_prefix .. shard, step))
+    if (tenants[tostring(shard)] or 0) == fewest then
+      if fewest == 0 then return shard end -- a shard without tenants has no jobs: its length need not be looked at
+      local length = length_of(shard)
+      if length < least then least, emptiest = length, shard end
     end
-    local load = (tenants[tostring(shard)] or 0) * 1e9 + length
-    if not least or load < least then least, emptiest = load, shard end
   end
   return emptiest
 end

@@ -1,0 +1,191 @@
+"""What jobs and workers cost the broker: calls, commands and bytes, as a real broker counts them. No test here measures time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import redis
+from support.jobs import PATIENCE_S, accepted
+
+from latentline import records, routing
+from latentline.jobs import Claim, ImageRef, JobRequest, Phase, Status, resolve
+from latentline.records import Records
+from latentline_worker.embedded.process import clean_env
+from latentline_worker.generate.leased_job import LeasedJob
+from latentline_worker.generate.leases import INTERVAL_S, Leases
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red apple left of a green cup on a wooden table, soft light, in the style of an old children's book"
+IMAGE = ImageRef(key="default/job/1/0.png", seed=1, width=64, height=64, content_type="image/png", sha256="0" * 64, num_bytes=4096)
+WATCHED_S = 6.0  # idle workers send heartbeats every three seconds
+
+
+class Counted:
+    """What the broker did between two looks at its counters, without the looks themselves."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._before = self._read()
+
+    def _read(self) -> dict[str, int]:
+        calls = cast(dict[str, Any], self._client.info("commandstats"))
+        counts = {name.removeprefix("cmdstat_"): int(row["calls"]) for name, row in calls.items() if name != "cmdstat_info"}
+        scripts = counts.get("evalsha", 0) + counts.get("eval", 0)
+        received = int(cast(dict[str, Any], self._client.info("stats"))["total_net_input_bytes"])
+        return {"scripts": scripts, "commands": sum(counts.values()) - scripts, "bytes": received}
+
+    def since(self) -> dict[str, int]:
+        """Script calls, commands (those inside of scripts among them), bytes received."""
+        now = self._read()
+        return {name: now[name] - self._before[name] for name in now}
+
+
+class Request:
+    """A request in the engine, as the leases thread sees it."""
+
+    def __init__(self) -> None:
+        self.step, self.num_steps, self.batch_jobs = 0, 20, 1
+        self.phase, self.preview, self.checkpoint = Phase.DENOISING, None, None
+
+    def cancel(self, reason: str) -> None: ...
+
+
+@pytest.fixture
+def store(empty_valkey: redis.Redis) -> Records:
+    return Records(empty_valkey, 600)
+
+
+def submit(client: redis.Redis, count: int = 1) -> list[str]:
+    requests = [JobRequest.parse({"prompt": PROMPT, "num_inference_steps": 20, "seed": i}) for i in range(count)]
+    return [record.id for record in accepted(records.run(client, records.submit([resolve(one) for one in requests], 600)))]
+
+
+def live(client: redis.Redis, store: Records) -> None:
+    """All transitions of one job, with the beats that a job of some seconds needs."""
+    now = [0.0]
+    leases = Leases(store, 30, clock=lambda: now[0])
+    (job_id,) = submit(client)
+    assert not store.suspect(job_id)
+    claim = store.claim(job_id, "one", 30)
+    assert claim is not None
+    with leases.hold(claim) as job:
+        request = Request()
+        job.attach(cast(Any, request))
+        for step in (1, 20):
+            request.step, now[0] = step, now[0] + 1
+            leases.beat()
+    store.settle(job_id, claim.token, Status.SUCCEEDED, images=[IMAGE], timings={"denoising_s": 1.5})
+
+
+def test_all_transitions_of_a_job_fit_a_budget(empty_valkey: redis.Redis, store: Records) -> None:
+    live(empty_valkey, store)  # the broker knows the scripts from here on
+    counted = Counted(empty_valkey)
+    live(empty_valkey, store)
+    spent = counted.since()
+    assert spent["scripts"] <= 5
+    assert spent["commands"] <= 80, spent
+    assert spent["bytes"] <= 4_000, spent
+
+
+@pytest.fixture
+def jobs(empty_valkey: redis.Redis, store: Records) -> Iterator[tuple[Leases, list[LeasedJob], list[float]]]:
+    """Sixteen jobs in flight that have reported, and the clock of their leases."""
+    now = [0.0]
+    leases = Leases(store, 30, clock=lambda: now[0])
+    claims = [store.claim(job_id, "one", 30) for job_id in submit(empty_valkey, 16)]
+    with ExitStack() as stack:
+        held = [stack.enter_context(leases.hold(cast(Claim, claim))) for claim in claims]
+        for job in held:
+            job.attach(cast(Any, Request()))
+        leases.beat()
+        yield leases, held, now
+
+
+@pytest.mark.parametrize("changed", [0, 1, 5, 16])
+def test_a_beat_is_one_call_that_costs_what_has_changed(
+    empty_valkey: redis.Redis, jobs: tuple[Leases, list[LeasedJob], list[float]], changed: int
+) -> None:
+    leases, held, now = jobs
+    for job in held[:changed]:
+        assert job.request is not None
+        job.request.step += 1
+    now[0] += 1 + INTERVAL_S  # sixteen jobs report steps once a second
+    counted = Counted(empty_valkey)
+    leases.beat()
+    spent = counted.since()
+    assert spent["scripts"] == min(changed, 1)
+    assert spent["commands"] <= 5 * changed
+    assert spent["bytes"] <= 400 + 250 * changed
+
+
+def test_a_beat_that_renews_every_lease_costs_at_most_six_commands_a_job(
+    empty_valkey: redis.Redis, jobs: tuple[Leases, list[LeasedJob], list[float]]
+) -> None:
+    leases, held, now = jobs
+    for job in held:
+        assert job.request is not None
+        job.request.step += 1
+    now[0] += 10
+    counted = Counted(empty_valkey)
+    leases.beat()
+    spent = counted.since()
+    assert spent["scripts"] == 1 and spent["commands"] <= 2 + 4 * len(held)
+
+
+def test_five_hundred_jobs_are_submitted_in_600_kb(empty_valkey: redis.Redis) -> None:
+    submit(empty_valkey)
+    counted = Counted(empty_valkey)
+    submit(empty_valkey, 500)
+    spent = counted.since()
+    assert spent["scripts"] == 500 and spent["bytes"] <= 600_000
+
+
+@contextmanager
+def workers(client: redis.Redis, url: str, number: int, folder: Path) -> Iterator[None]:
+    """So many real worker processes whose device is a clock, once all have announced themselves."""
+    store = {f"LATENTLINE_S3_{name}": "x" * 20 for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "BUCKET", "REGION")}
+    path = os.pathsep.join(str(ROOT / part) for part in ("worker", "producer"))
+    env = clean_env(LATENTLINE_REDIS_URL=url, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, **store)
+    env["LATENTLINE_S3_ENDPOINT_URL"] = "http://127.0.0.1:9"  # nothing is stored
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "sleeping_worker.py")]
+    with (folder / "workers.log").open("w") as log:
+        children = [subprocess.Popen(command, env=env, stdout=log, stderr=log) for _ in range(number)]
+    try:
+        for _ in range(10 * PATIENCE_S):
+            if client.zcard(routing.workers_key()) == number:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail((folder / "workers.log").read_text(errors="replace")[-2000:])
+        yield
+    finally:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+
+
+@pytest.mark.slow
+def test_a_further_idle_worker_costs_five_commands_and_a_kilobyte_a_second(
+    empty_valkey: redis.Redis, valkey_url: str, tmp_path: Path
+) -> None:
+    spent = []
+    for number in (1, 5):
+        with workers(empty_valkey, valkey_url, number, tmp_path):
+            time.sleep(2)  # the first announcement, turn and heartbeat of each are over
+            began = empty_valkey.time()
+            counted = Counted(empty_valkey)
+            time.sleep(WATCHED_S)
+            one, ended = counted.since(), empty_valkey.time()
+        seconds = ended[0] - began[0] + (ended[1] - began[1]) / 1e6
+        spent.append({name: value / seconds for name, value in one.items()})
+    assert (spent[1]["commands"] - spent[0]["commands"]) / 4 <= 5
+    assert (spent[1]["bytes"] - spent[0]["bytes"]) / 4 <= 1000
