@@ -18,6 +18,7 @@ import torch
 
 from latentline.jobs import Claim, ImageRef, ModelInfo, Phase
 from latentline_worker.engine.request import Cancelled, Request, Work
+from latentline_worker.samplers import sampler_table
 
 MODEL = "sleeping"
 STEP_S = float(os.environ.get("STEP_S", "0.05"))
@@ -32,8 +33,12 @@ SCHEDULER = {
 }
 FAMILY = SimpleNamespace(
     info=ModelInfo(id=MODEL, family="sd", default_width=64, default_height=64, max_pixels=64 * 64),
-    scheduler_config=SCHEDULER,
+    revision="none",
+    dtype=torch.float32,
     latent_shape=lambda width, height: (4, height // 8, width // 8),
+    table=lambda request: sampler_table(request.scheduler, SCHEDULER, request.num_inference_steps),
+    texts=lambda request: (),
+    scheduler_config=SCHEDULER,  # version 0.1.0 makes the table itself
 )
 
 
