@@ -10,11 +10,13 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
 from . import records
 from .connection import connect, connect_async
 from .errors import InvalidRequest, JobFailed, LatentlineError, WaitTimeout
+from .event_reader import EventReader, Listener
 from .images import Images
 from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, ResolvedRequest, Status, Submission
 from .records import CachedFleet, Fleet, Operation, arun, run
@@ -208,6 +210,7 @@ class AsyncClient(_Operations):
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__(settings)
         self._redis = connect_async(self.settings.redis_url.get_secret_value())
+        self._events = EventReader(self._redis)
 
     async def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
         """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
@@ -241,18 +244,20 @@ class AsyncClient(_Operations):
         """Names of the workers that are alive."""
         return await arun(self._redis, records.workers())
 
-    async def follow(self, job_id: str, last_event_id: str | None = None, block_ms: int = POLL_MS) -> tuple[Sequence[JobEvent], bool]:
-        """One read of the events after ``last_event_id``, waiting up to ``block_ms``, and whether nothing more can come."""
-        return await arun(self._redis, records.follow(job_id, last_event_id, block_ms))
+    async def follow(self, job_id: str, last_event_id: str | None = None) -> tuple[Sequence[JobEvent], bool]:
+        """The events after ``last_event_id`` that there are now, and whether nothing more can come."""
+        return await arun(self._redis, records.follow(job_id, last_event_id, None))
+
+    def listen(self, job_id: str, last_event_id: str | None = None) -> AbstractAsyncContextManager[Listener]:
+        """Follow a job from after ``last_event_id``. All listeners of this client share one connection to the broker."""
+        return self._events.listen(job_id, last_event_id)
 
     async def events(self, job_id: str, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Events after ``last_event_id`` as they come, up to the terminal one."""
-        ended = False
-        while not ended:
-            found, ended = await self.follow(job_id, last_event_id)
-            for event in found:
-                last_event_id = event.id
-                yield event
+        async with self.listen(job_id, last_event_id) as listener:
+            while not listener.ended:
+                for event in await listener.next(POLL_MS / 1000):
+                    yield event
 
     async def wait(self, job_id: str, timeout_s: float | None = None, *, check: bool = False) -> JobRecord:
         """The record once the job has ended; raises as :meth:`Client.wait`."""
@@ -265,6 +270,7 @@ class AsyncClient(_Operations):
         return _finish(await self.get(job_id), check)
 
     async def close(self) -> None:
+        await self._events.close()
         await self._redis.aclose()
 
     async def __aenter__(self) -> Self:

@@ -343,11 +343,23 @@ def test_events_arrive_while_the_job_runs(live: Live) -> None:
 
 
 def test_a_quiet_stream_is_kept_alive(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_jobs, "EVENT_BLOCK_MS", 10)
-    monkeypatch.setattr(api_jobs, "KEEP_ALIVE_READS", 2)
+    monkeypatch.setattr(api_jobs, "KEEP_ALIVE_S", 0.01)
     job_id = live.submit()["id"]
     with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
         assert any(line.startswith(":") for line in answer.iter_lines())
+
+
+def test_a_stream_whose_client_goes_away_leaves_nothing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_jobs, "KEEP_ALIVE_S", 0.05)
+    job_id = live.submit()["id"]
+    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+        assert next(answer.iter_lines())
+        assert live.client._events._jobs
+    for _ in range(6000):
+        if not live.client._events._jobs:
+            return
+        time.sleep(0.01)
+    pytest.fail("somebody still listens")
 
 
 def test_a_job_that_ends_while_the_stream_opens_still_shows_its_end(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

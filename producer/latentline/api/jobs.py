@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -14,11 +14,10 @@ from starlette.exceptions import HTTPException
 
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, LatentlineError
-from latentline.jobs import MAX_BODY_BYTES, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Phase, Status
+from latentline.jobs import MAX_BODY_BYTES, JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
 from latentline.records import MAX_PAGE
 
-EVENT_BLOCK_MS = 1000  # how long one read of the stream waits; a closed connection is noticed after this
-KEEP_ALIVE_READS = 10  # empty reads between keep-alive comments
+KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
 
 
 class ErrorBody(BaseModel):
@@ -133,13 +132,13 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
     Only the newest preview is kept, so the ``images`` of a ``job.preview`` event may be empty.
     """
     client = _client(request)
-    # The first read comes before the answer starts, so that an error can still be answered with its own status.
-    first, ended = await client.follow(job_id, last_event_id, 1)
-    if ended and not first:
+    # Read once before the answer starts, so that an error can still be answered with its own status.
+    found, ended = await client.follow(job_id, last_event_id)
+    if ended and not found:
         # The client has seen every event. 204 tells an EventSource not to reconnect.
         return StreamingResponse(iter(()), 204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(request, client, job_id, first, ended, last_event_id), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_stream(client, job_id, last_event_id), media_type="text/event-stream", headers=headers)
 
 
 @router.get("/models", response_model=ModelList, tags=["models"], responses=_errors())
@@ -199,22 +198,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-async def _stream(
-    request: Request, client: AsyncClient, job_id: str, events: Sequence[JobEvent], ended: bool, last: str | None
-) -> AsyncIterator[str]:
-    quiet = 0
-    while True:
-        for event in events:
-            last = event.id
-            data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
-            yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data)}\n\n"
-        if ended or await request.is_disconnected():
-            return
-        quiet = 0 if events else quiet + 1
-        if quiet >= KEEP_ALIVE_READS:
-            quiet = 0
-            yield ": keep-alive\n\n"
-        try:
-            events, ended = await client.follow(job_id, last, EVENT_BLOCK_MS)
-        except LatentlineError:
-            return  # the client reconnects with Last-Event-ID, and that request is answered with the error
+async def _stream(client: AsyncClient, job_id: str, last: str | None) -> AsyncIterator[str]:
+    """A job's events as server-sent events. Starlette ends it when the client closes its connection."""
+    try:
+        async with client.listen(job_id, last) as listener:
+            while not listener.ended:
+                events = await listener.next(KEEP_ALIVE_S)
+                if not events and not listener.ended:
+                    yield ": keep-alive\n\n"
+                for event in events:
+                    data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
+                    yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data)}\n\n"
+    except LatentlineError:
+        return  # the client reconnects with Last-Event-ID, and that request is answered with the error

@@ -1,4 +1,4 @@
-"""What applications do with jobs: submit, get, list, cancel, follow."""
+"""What applications do with jobs: submit, get, list, cancel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from latentline.jobs import (
     DEFAULT_RETENTION_S,
     ImageRef,
     JobError,
-    JobEvent,
     JobRecord,
     Phase,
     ResolvedRequest,
@@ -160,39 +159,6 @@ def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
     return (yield from get(job_id))
 
 
-def events(job_id: str, last_event_id: str | None = None, block_ms: int | None = None) -> Operation[list[JobEvent]]:
-    """The events after ``last_event_id``; waits up to ``block_ms`` for the first.
-
-    Only the newest preview of a job is kept, for an hour at most and not past the end of the job. ``job.preview`` events whose
-    picture is gone are left out, except for the last event that was read, which comes without images: its id is where the
-    next read continues.
-    """
-    exists = yield lambda client: client.exists(routing.job_key(job_id))
-    if not exists:
-        raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
-    after = last_event_id or "0-0"
-    parts = after.split("-")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
-        raise InvalidRequest("last_event_id", last_event_id, "an id that this stream gave, such as 1700000000000-0")
-    reply = yield lambda client: client.xread({routing.events_key(job_id): after}, block=block_ms)
-    streams = reply.items() if isinstance(reply, dict) else reply or []
-    found = []
-    for _, entries in streams:
-        batches = entries if entries and isinstance(entries[0], tuple) else [e for batch in entries for e in batch]
-        for event_id, fields in batches:
-            data = json.loads(fields.get("data") or "{}")
-            found.append(JobEvent(id=event_id, type=fields["type"], job_id=job_id, at=float(fields["at"]), data=data))
-    return (yield from _with_preview(job_id, found))
-
-
-def follow(job_id: str, last_event_id: str | None, block_ms: int) -> Operation[tuple[list[JobEvent], bool]]:
-    """One read of a job's events, and whether nothing more can come."""
-    # Asked first: a job that ends between the two calls then still has its last event in the read.
-    ended = (yield from get(job_id)).status.terminal
-    found = yield from events(job_id, last_event_id, None if ended else block_ms)
-    return found, ended or any(event.terminal for event in found)
-
-
 def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, Any]:
     """The arguments of submit.lua for one request."""
     request = one.request
@@ -237,24 +203,6 @@ def _end_overdue(raws: list[dict[str, str]]) -> Operation[list[dict[str, str]]]:
     again = yield hgetall_many(overdue)
     ended = {job_id: raw for job_id, raw in zip(overdue, again, strict=True) if raw}
     return [ended.get(raw["id"], raw) for raw in raws]
-
-
-def _with_preview(job_id: str, found: list[JobEvent]) -> Operation[list[JobEvent]]:
-    """The newest preview's event with its images, without the events of earlier previews.
-
-    The last event is kept in any case, then without images: readers continue after its id.
-    """
-    without = {event.id for event in found if event.type == "job.preview" and not event.data.get("images")}
-    if not without:  # workers of version 0.1.0 write the images into the stream
-        return found
-    seq, data = yield lambda client: client.hmget(routing.preview_key(job_id), "seq", "data")
-    kept = []
-    for event in found:
-        if event.id in without and str(event.data.get("seq")) == seq:
-            kept.append(event.model_copy(update={"data": json.loads(data)}))
-        elif event.id not in without or event is found[-1]:
-            kept.append(event)
-    return kept
 
 
 def _index_page(key: str, before: str, offset: int, count: int) -> Call:
