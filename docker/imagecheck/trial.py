@@ -29,7 +29,8 @@ EXIT_STATUSES = (0, 143)  # 143: ended by SIGTERM itself, as uvicorn does once i
 
 # On top of what deploy/ sets. The receiver listens on loopback, where callbacks must not go unless this says so. Several
 # threads of one forward wait for each other at every operator, and for minutes where other work takes a core from one of them.
-EXTRA = {"callbacks": {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1"}, "worker": {"OMP_NUM_THREADS": "1"}}
+RECEIVER = {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1", "LATENTLINE_CALLBACK_PORTS": "1-65535"}
+EXTRA = {"api": RECEIVER, "callbacks": RECEIVER, "worker": {"OMP_NUM_THREADS": "1"}}
 
 # Printed by a process inside: who it is, what it may do, and what the image holds.
 LOOK = """

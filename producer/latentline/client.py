@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
 from . import records
+from .addresses import CallbackRule
 from .connection import connect, connect_async
 from .errors import InvalidRequest, JobFailed, LatentlineError, WaitTimeout
 from .event_reader import EventReader, Listener
@@ -46,7 +47,7 @@ class _Operations:
         return [one if isinstance(one, LatentlineError) else self._with_urls(one) for one in outcomes]
 
     def _submit(self, requests: Sequence[Request]) -> Operation[list[Outcome]]:
-        accepted = yield from self._fleet.accept_many(lambda fleet: _accept(requests, fleet))
+        accepted = yield from self._fleet.accept_many(lambda fleet: _accept(requests, fleet, self.settings.callback_rule))
         written: list[Outcome] = []
         failure: LatentlineError | None = None
         for chunk in _chunks(accepted):
@@ -77,7 +78,7 @@ class _Operations:
         return record.model_copy(update={"images": signed})
 
 
-def _accept(requests: Sequence[Request], fleet: Fleet) -> list[Submission | LatentlineError]:
+def _accept(requests: Sequence[Request], fleet: Fleet, rule: CallbackRule) -> list[Submission | LatentlineError]:
     accepted: list[Submission | LatentlineError] = []
     for request in requests:
         try:
@@ -85,6 +86,8 @@ def _accept(requests: Sequence[Request], fleet: Fleet) -> list[Submission | Late
                 # Without its idempotency key, which stands for what was sent before the defaults were filled in.
                 fields = request.model_dump(mode="json", exclude={"idempotency_key"}, exclude_defaults=True)
                 request = JobRequest.parse(fields)
+            if request.callback is not None:
+                rule.check(request.callback.url)
             accepted.append(fleet.accept(request))
         except LatentlineError as error:
             accepted.append(error)

@@ -12,7 +12,7 @@ import secrets
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import InvalidRequest
 
@@ -33,9 +33,16 @@ MAX_BODY_BYTES = 64 * 1024  # of a submission over HTTP
 
 DEFAULT_RETENTION_S = 7 * 86400  # how long an ended job's record and images are kept where no setting says otherwise
 
-Side = Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multiple_of=SIZE_MULTIPLE_PX)]
-Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)]
-Guidance = Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE)]
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 432.0 is the integer 432 to its schema, and so it is here."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+Side = Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multiple_of=SIZE_MULTIPLE_PX), Whole]
+Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS), Whole]
+Guidance = Annotated[float, Field(strict=True, ge=0.0, le=MAX_GUIDANCE)]
 Scheduler = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9_]+$")]
 CallbackEvent = Literal["job.running", "job.succeeded", "job.failed", "job.cancelled"]
 
@@ -56,7 +63,7 @@ class Output(Submitted):
     """How images are encoded. ``quality`` (1 to 100) applies to webp and jpeg."""
 
     format: Literal["png", "webp", "jpeg"] = "png"
-    quality: Annotated[int, Field(strict=True, ge=1, le=100)] = 90
+    quality: Annotated[int, Field(strict=True, ge=1, le=100), Whole] = 90
 
 
 class Callback(Submitted):
@@ -72,10 +79,12 @@ class Callback(Submitted):
             parts = urlsplit(url)
             # urlsplit checks the port only when it is read.
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            # urlsplit drops blanks around a URL and line ends inside of it; what would be sent is another URL then.
+            usable = usable and all(" " < character != "\x7f" for character in url)
         except ValueError:
             usable = False
         if not usable or parts.username or parts.password:
-            raise ValueError("an http:// or https:// URL with a host and without credentials")
+            raise ValueError("an http:// or https:// URL with a host, without credentials, blanks and control characters")
         return url
 
 
@@ -96,19 +105,27 @@ class JobRequest(Submitted):
     guidance_scale: Guidance | None = None
     scheduler: Scheduler | None = None
     """One of the names that the model announces (``GET /v1/models``)."""
-    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(default_factory=lambda: secrets.randbelow(2**31))
-    num_images: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES)] = 1
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), Whole] = Field(default_factory=lambda: secrets.randbelow(2**31))
+    num_images: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES), Whole] = 1
     output: Output = Output()
     callback: Callback | None = None
-    priority: Annotated[int, Field(strict=True, ge=0, le=9)] = 5
+    priority: Annotated[int, Field(strict=True, ge=0, le=9), Whole] = 5
     """0 is served first, 9 last, as Celery's Redis transport does."""
-    deadline_s: Annotated[float, Field(gt=0, le=7 * 86400)] | None = None
+    deadline_s: Annotated[float, Field(strict=True, gt=0, le=7 * 86400)] | None = None
     """Seconds after submission at which the job fails with ``deadline_exceeded`` unless it has ended."""
-    preview_every: Annotated[int, Field(strict=True, ge=0, le=MAX_STEPS)] = 0
+    preview_every: Annotated[int, Field(strict=True, ge=0, le=MAX_STEPS), Whole] = 0
     """Network calls between ``job.preview`` events, each with a small picture of the unfinished images; 0 for none."""
-    tenant: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")] = "default"
+    tenant: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = "default"
+    """Part of the names of pictures, where ``.`` and ``..`` would be paths."""
     metadata: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _no_truth_value(cls, version: Any) -> Any:
+        if isinstance(version, bool):  # True equals 1
+            raise ValueError(str(SCHEMA_VERSION))
+        return version
 
     @field_validator("prompt")
     @classmethod
@@ -167,14 +184,23 @@ class JobRequest(Submitted):
 def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first problem of a pydantic error as a domain error that names field, value and what is allowed."""
     first = error.errors(include_url=False)[0]
-    context = first.get("ctx", {})
-    kind = first["type"]
     field = ".".join(str(part) for part in first["loc"]) or "request"
-    value = first.get("input")
-    known = sorted(JobRequest.model_fields)
-    phrases: dict[str, str] = {
+    value = None if first["type"] == "missing" else first.get("input")
+    allowed = allowed_by(first)
+    if field.startswith("metadata."):  # the errors of a union speak of its first branch only
+        field = ".".join(field.split(".")[:2])
+        allowed = "text, a finite number, true, false or null"
+    if first["type"] == "value_error" and field == "request":
+        field, value = "seed", value.get("seed") if isinstance(value, dict) else None
+    return InvalidRequest(field, value, allowed)
+
+
+def allowed_by(problem: Any) -> str:
+    """What would have been accepted, as a phrase: for one of the errors that pydantic lists."""
+    context = problem.get("ctx", {})
+    phrases = {
         "missing": "a value (the field is required)",
-        "extra_forbidden": "only the known fields: " + ", ".join(known),
+        "extra_forbidden": "only the known fields: " + ", ".join(sorted(JobRequest.model_fields)),
         "greater_than_equal": f"at least {context.get('ge')}",
         "greater_than": f"more than {context.get('gt')}",
         "less_than_equal": f"at most {context.get('le')}",
@@ -183,16 +209,11 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
         "string_too_long": f"at most {context.get('max_length')} characters",
         "string_pattern_mismatch": f"text that matches {context.get('pattern')}",
         "literal_error": f"one of {context.get('expected')}",
-        "model_attributes_type": "a JSON object",
-        "model_type": "a JSON object",
-        "dict_type": "a JSON object",
+        **dict.fromkeys(("model_attributes_type", "model_type", "dict_type"), "a JSON object"),
+        **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "an integer"),
+        **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a finite number"),
+        **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+        "string_type": "a string",
+        "string_unicode": "a string of valid unicode",
     }
-    if kind == "missing":
-        value = None
-    if field.startswith("metadata."):  # the errors of a union speak of its first branch only
-        field = ".".join(field.split(".")[:2])
-        phrases[kind] = "text, a finite number, true, false or null"
-    allowed = phrases.get(kind) or str(context.get("error") or first["msg"])
-    if kind == "value_error" and field == "request":
-        field, value = "seed", value.get("seed") if isinstance(value, dict) else None
-    return InvalidRequest(field, value, allowed)
+    return phrases.get(problem["type"]) or str(context.get("error") or "another kind of value")

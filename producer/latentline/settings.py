@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .addresses import DEFAULT_PORTS, CallbackRule, parse_networks, parse_ports
 from .requests import DEFAULT_RETENTION_S
-
-Network = IPv4Network | IPv6Network
-
-
-def parse_networks(text: str) -> tuple[Network, ...]:
-    """Networks and single addresses, separated by commas.
-
-    Raises:
-        ValueError: one of them is neither a network nor an address.
-    """
-    try:
-        return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ValueError(f"networks or addresses separated by commas, such as 10.1.0.0/16: {error}") from None
 
 
 class Settings(BaseSettings):
@@ -45,6 +32,7 @@ class Settings(BaseSettings):
     callback_secret: SecretStr | None = None
     # Callbacks go to global addresses only, and to these networks: 10.1.0.0/16,192.168.7.5
     callback_allow: str = ""
+    callback_ports: str = DEFAULT_PORTS  # to which callbacks may go, on any host: 443,8000-8999
 
     @field_validator("redis_url")
     @classmethod
@@ -63,10 +51,16 @@ class Settings(BaseSettings):
         parse_networks(text)
         return text
 
-    @property
-    def callback_networks(self) -> tuple[Network, ...]:
-        """Networks to which callbacks may go although they are not global."""
-        return parse_networks(self.callback_allow)
+    @field_validator("callback_ports")
+    @classmethod
+    def _callback_ports(cls, text: str) -> str:
+        parse_ports(text)
+        return text
+
+    @cached_property
+    def callback_rule(self) -> CallbackRule:
+        """Where callbacks may go: the same for those who submit and for the process that delivers."""
+        return CallbackRule(parse_networks(self.callback_allow), parse_ports(self.callback_ports))
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str]) -> Self:

@@ -20,6 +20,7 @@ from support.jobs import PATIENCE_S, celery_app, run_worker, submit
 from support.receiver import Receiver
 
 from latentline import records, routing
+from latentline.addresses import CallbackRule
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable
 from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Status, resolve
@@ -209,7 +210,7 @@ def test_the_outbox_is_delivered_by_the_real_process(broker: Guarded, tmp_path: 
     receiver = Receiver()
     producer = broker.client("producer")
     env = {"LATENTLINE_REDIS_URL": broker.url("callbacks"), "LATENTLINE_CALLBACK_SECRET": generate_secret()}
-    env["LATENTLINE_CALLBACK_ALLOW"] = "127.0.0.1"
+    env |= {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1", "LATENTLINE_CALLBACK_PORTS": "1-65535"}
     command = [sys.executable, "-m", "latentline.cli", "callbacks", "serve"]
     child = Child("callbacks", command, tmp_path / "log", clean_env(**env))
     try:
@@ -249,7 +250,7 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     store.settle_callback(first, 1, {"result": "status 410"}, "gone")
     assert store.receiver_disabled(taken["url"])
     store.bury("lost", "message", "a reason")
-    Deliverer(store, [], ()).deliver(first)  # nothing to do for it, and that is found without a record
+    Deliverer(store, [], CallbackRule()).deliver(first)  # nothing to do for it, and that is found without a record
     assert broker.refused() == []
 
 

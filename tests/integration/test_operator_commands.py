@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from moto import mock_aws
 
 from latentline import records, routing
+from latentline.addresses import CallbackRule
 from latentline.cli import main
 from latentline.errors import JobNotFound
 from latentline.images import Images
@@ -193,7 +194,7 @@ def test_an_unknown_dead_letter_is_named(client: redis.Redis, latentline: Comman
 
 def test_callbacks_are_listed_newest_first_with_what_came_of_them(client: redis.Redis, store: Records, latentline: Command) -> None:
     first, second = end(client, store), end(client, store)
-    Deliverer(store, [], allow=()).deliver(first)
+    Deliverer(store, [], rule=CallbackRule()).deliver(first)
     lines = latentline("callbacks", "list").stdout.splitlines()
     assert lines == [
         f"{second}  pending  tries 0  not tried yet",
@@ -203,7 +204,7 @@ def test_callbacks_are_listed_newest_first_with_what_came_of_them(client: redis.
 
 def test_callbacks_as_json_hold_the_log_and_no_prompt(client: redis.Redis, store: Records, latentline: Command) -> None:
     callback_id = end(client, store)
-    Deliverer(store, [], allow=()).deliver(callback_id)
+    Deliverer(store, [], rule=CallbackRule()).deliver(callback_id)
     result = latentline("callbacks", "list", "--json")
     (found,) = json.loads(result.stdout)
     assert (found["id"], found["status"], found["url"], found["tries"]) == (callback_id, "failed", HOOK, 1)
@@ -237,7 +238,7 @@ def test_one_record_that_nobody_can_read_does_not_hide_the_other_callbacks(
 
 def test_a_replayed_callback_is_due_again_under_its_id(client: redis.Redis, store: Records, latentline: Command) -> None:
     callback_id = end(client, store)
-    deliverer = Deliverer(store, [], allow=())
+    deliverer = Deliverer(store, [], rule=CallbackRule())
     deliverer.deliver(callback_id)
     client.delete(routing.CALLBACK_QUEUE)
     result = latentline("callbacks", "replay", callback_id)

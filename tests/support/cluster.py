@@ -33,6 +33,8 @@ LEASE_S = 3.0
 STEP_S = 0.02  # added to each network call of these workers, so that their speed hardly depends on this machine
 PATIENCE_S = 120.0
 ROLE_PASSWORD = "a-role"  # of the broker's users, where a test has set them up
+# The receivers of the tests listen on loopback, at any port: whoever submits and whoever delivers must allow that.
+RECEIVERS = {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1", "LATENTLINE_CALLBACK_PORTS": "1-65535"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Cluster:
         self.redis = connect(broker.url)
         self.redis.flushall()
         self.records = Records(self.redis)
-        self.client = Client(Settings.from_variables({"LATENTLINE_REDIS_URL": broker.url, **store.environment}))
+        self.client = Client(Settings.from_variables({"LATENTLINE_REDIS_URL": broker.url, **store.environment, **RECEIVERS}))
         self.accepted: list[str] = []
         self._names = itertools.count()
 
@@ -90,7 +92,7 @@ class Cluster:
                 "LATENTLINE_DRAIN_S": "5",
                 "FAULT_STEP_S": str(STEP_S),
                 "OMP_NUM_THREADS": "1",
-                "LATENTLINE_CALLBACK_ALLOW": "127.0.0.1",
+                **RECEIVERS,
                 "LATENTLINE_CALLBACK_SECRET": "whsec_" + "c2VjcmV0" * 5,
                 **extra,
             }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -225,6 +227,16 @@ def test_models(live: Live) -> None:
         (b'{"prompt": "a cat", "output": {"format": "gif"}}', "output.format"),
         (b'{"prompt": "a cat", "callback": {"url": "ftp://a.example"}}', "callback.url"),
         (b'{"prompt": "a cat", "metadata": {"a": "\\ud800"}}', "metadata"),
+        (b'{"prompt": "a cat", "prompt": "a dog"}', "prompt"),
+        (b'{"prompt": "a cat", "metadata": {"a": 1, "a": 2}}', "a"),
+        (b'{"prompt": "a cat", "guidance_scale": true}', "guidance_scale"),
+        (b'{"prompt": "a cat", "tenant": ".."}', "tenant"),
+        (b'{"prompt": "a cat", "callback": {"url": "http://169.254.169.254/"}}', "callback.url"),
+        (b'{"prompt": "a cat", "callback": {"url": "http://127.1/"}}', "callback.url"),
+        (b'{"prompt": "a cat", "callback": {"url": "http://2130706433/"}}', "callback.url"),
+        (b'{"prompt": "a cat", "callback": {"url": "http://localhost/"}}', "callback.url"),
+        (b'{"prompt": "a cat", "callback": {"url": "https://[::1]/"}}', "callback.url"),
+        (b'{"prompt": "a cat", "callback": {"url": "https://a.example:22/"}}', "callback.url"),
     ],
 )
 def test_a_body_that_is_not_acceptable(live: Live, body: bytes, field: str) -> None:
@@ -246,6 +258,34 @@ def test_another_content_type(live: Live, headers: dict[str, str]) -> None:
 def test_a_content_type_may_have_parameters(live: Live) -> None:
     headers = {"Content-Type": "Application/JSON; charset=utf-8"}
     assert live.http.post("/v1/jobs", content=b'{"prompt": "a cat"}', headers=headers).status_code == 202
+
+
+def test_an_encoded_body(live: Live) -> None:
+    body = gzip.compress(b'{"prompt": "a cat"}')
+    problem(live.http.post("/v1/jobs", content=body, headers=JSON | {"Content-Encoding": "gzip"}), 415, "unsupported_media_type")
+
+
+def test_only_one_idempotency_key(live: Live) -> None:
+    two = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    assert problem(live.http.post("/v1/jobs", json={"prompt": "a cat"}, headers=two), 422, "invalid_request")["allowed"] == "one header"
+    body = {"prompt": "a cat", "idempotency_key": "a"}
+    error = problem(live.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "b"}), 422, "invalid_request")
+    assert error["field"] == "idempotency_key"
+    assert live.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "a"}).status_code == 202
+
+
+def test_a_callback_goes_where_the_operator_allows_it(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.client, "settings", Settings(callback_allow="10.1.0.0/16", callback_ports="9000-9010"))
+    assert live.submit(callback={"url": "http://10.1.2.3:9005/"})["status"] == "queued"
+    assert live.submit(callback={"url": "http://named.example:9005/"})["status"] == "queued"  # judged when it is delivered
+    for url in ("http://10.2.2.3:9005/", "http://10.1.2.3/"):
+        answer = live.http.post("/v1/jobs", json={"prompt": "a cat", "callback": {"url": url}})
+        assert problem(answer, 422, "invalid_request")["field"] == "callback.url"
+
+
+@pytest.mark.parametrize("query", ["limit=many", "status=done", "cursor=" + "a" * 301])
+def test_a_query_is_refused_in_words_of_our_own(live: Live, query: str) -> None:
+    assert "should" not in problem(live.http.get(f"/v1/jobs?{query}"), 422, "invalid_request")["allowed"].lower()
 
 
 def pieces(size: int) -> Iterator[bytes]:
@@ -303,6 +343,46 @@ def test_unknown_paths_and_methods(live: Live) -> None:
     answer = live.http.delete("/v1/jobs")
     problem(answer, 405, "method_not_allowed")
     assert answer.headers["allow"]
+
+
+def test_a_path_that_does_not_exist_is_not_repeated_at_length(live: Live) -> None:
+    for path in ("/v1/" + "a" * 50_000, "/v1/jobs/" + "a" * 50_000):
+        assert len(live.http.get(path).content) < 400
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/jobs", "/v1/models", "/openapi.json", "/docs"])
+def test_head_is_answered_as_get_without_a_body(live: Live, path: str) -> None:
+    head, get = live.http.head(path), live.http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == get.headers["content-length"] and get.content
+
+
+def test_head_of_a_job_that_runs_and_of_its_events(live: Live) -> None:
+    job_id = live.submit()["id"]
+    assert live.http.head(f"/v1/jobs/{job_id}").status_code == 200
+    events = live.http.head(f"/v1/jobs/{job_id}/events")
+    assert (events.status_code, events.content) == (200, b"") and events.headers["content-type"].startswith("text/event-stream")
+    assert live.http.head("/v1/jobs/x").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [("/v1/jobs", "GET, HEAD, OPTIONS, POST"), ("/v1/jobs/x", "GET, HEAD, OPTIONS"), ("/v1/jobs/x/cancel", "OPTIONS, POST")],
+)
+def test_every_method_of_a_path_is_named(live: Live, path: str, allow: str) -> None:
+    options, patch = live.http.options(path), live.http.patch(path)
+    assert (options.status_code, options.headers["allow"]) == (204, allow)
+    problem(patch, 405, "method_not_allowed")
+    assert patch.headers["allow"] == allow
+    problem(live.http.options("/no-such-thing"), 404, "not_found")
+
+
+def test_the_page_of_the_documentation_needs_no_other_host(live: Live) -> None:
+    page = live.http.get("/docs").text
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert loaded and not [address for address in loaded if "//" in address]
+    for address in loaded:
+        assert live.http.get(address).status_code == 200
 
 
 # Events

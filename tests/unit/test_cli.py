@@ -299,6 +299,8 @@ def test_a_server_that_is_not_latentline(service: Service) -> None:
         (["models", "export", "folder"], "diffusers", "worker"),
         (["api"], "uvicorn", "api"),
         (["api"], "fastapi", "api"),
+        (["api"], "fastapi_offline", "api"),
+        (["api"], "httptools", "api"),
     ],
 )
 def test_a_missing_extra_is_named(args: list[str], gone: str, extra: str) -> None:
@@ -315,7 +317,7 @@ def test_a_missing_extra_is_named(args: list[str], gone: str, extra: str) -> Non
         # Should the gap not be noticed, nothing real may start.
         "from latentline.cli.extras import load\n"
         "def checked(name, *rest):\n"
-        "    return load(name, *rest) if name == 'uvicorn' else sys.exit(f'ran {load(name, *rest)}')\n"
+        "    sys.exit(f'ran {load(name, *rest)}')\n"
         "for group in ('serve', 'models'):\n"
         "    sys.modules[f'latentline.cli.{group}'].load = checked\n"
         f"latentline.cli.main({args!r})\n"
@@ -394,8 +396,7 @@ def test_a_setting_that_is_wrong_is_named() -> None:
 @pytest.mark.parametrize("durable", [True, False])
 def test_the_api_waits_for_the_append_only_file_when_asked_to(monkeypatch: pytest.MonkeyPatch, durable: bool) -> None:
     served: list[Any] = []
-    monkeypatch.setattr("latentline.api.app.create_app", lambda settings: settings)
-    monkeypatch.setattr(uvicorn, "run", lambda app, **_: served.append(app))
+    monkeypatch.setattr("latentline.api.server.serve", lambda settings, *_: served.append(settings))
     result = click.testing.CliRunner().invoke(main, ["api", *(["--durable"] if durable else [])])
     assert result.exit_code == 0, result.output
     assert [settings.durable for settings in served] == [durable]

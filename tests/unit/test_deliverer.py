@@ -22,13 +22,13 @@ import redis
 import standardwebhooks
 
 from latentline import records, routing
+from latentline.addresses import CallbackRule, is_global, parse_networks, parse_ports
 from latentline.errors import ConfigurationError, JobNotFound, WebhookError
 from latentline.jobs import ImageRef, JobError, JobRequest, Status, resolve
 from latentline.records import Records, run
-from latentline.settings import Settings, parse_networks
+from latentline.settings import Settings
 from latentline.webhooks import generate_secret, verify
 from latentline_worker.callbacks import deliverer as deliverer_module
-from latentline_worker.callbacks.address import is_global
 from latentline_worker.callbacks.deliverer import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, TIMEOUT_S, Deliverer
 
 SECRET = generate_secret()
@@ -37,7 +37,9 @@ PATIENCE_S = 30  # how long a test waits for a signal before it fails; no test m
 IMAGE = ImageRef(key="default/j1/1/0.png", seed=1, width=64, height=64, content_type="image/png", sha256="0" * 64, num_bytes=10)
 
 
-LOOPBACK = parse_networks("127.0.0.0/8, ::1")
+ANY_PORT = parse_ports("1-65535")
+LOOPBACK = CallbackRule(parse_networks("127.0.0.0/8, ::1"), ANY_PORT)
+GLOBAL = CallbackRule()
 
 
 class Outbox(Records):
@@ -210,7 +212,7 @@ def outbox() -> Iterator[Outbox]:
 
 @pytest.fixture
 def deliverer(outbox: Outbox) -> Deliverer:
-    return Deliverer(outbox, [SECRET], allow=LOOPBACK)
+    return Deliverer(outbox, [SECRET], rule=LOOPBACK)
 
 
 def test_a_receiver_can_verify_what_arrives(outbox: Outbox, deliverer: Deliverer) -> None:
@@ -271,7 +273,7 @@ def test_a_callback_of_a_lost_deliverer_is_tried_by_another(outbox: Outbox, deli
 def test_the_lock_outlasts_a_try_and_what_follows_it(outbox: Outbox, timeout_s: float) -> None:
     """Else a second deliverer would send a callback that the first is still sending."""
     with Receiver() as receiver:
-        Deliverer(outbox, [SECRET], allow=LOOPBACK, timeout_s=timeout_s).deliver(outbox.ended(receiver.url))
+        Deliverer(outbox, [SECRET], rule=LOOPBACK, timeout_s=timeout_s).deliver(outbox.ended(receiver.url))
     # The outcome is written within one call to the broker, which takes 5 s at most.
     assert outbox.locks_s[-1] >= timeout_s + 5
 
@@ -454,7 +456,7 @@ def test_after_gone_nothing_more_goes_to_that_url(outbox: Outbox, deliverer: Del
 def test_nothing_is_sent_unsigned(outbox: Outbox) -> None:
     backend = Attempts()
     callback_id = outbox.ended("http://127.0.0.1/")
-    Deliverer(outbox, [], allow=LOOPBACK, backend=backend).deliver(callback_id)
+    Deliverer(outbox, [], rule=LOOPBACK, backend=backend).deliver(callback_id)
     found = outbox.look(callback_id)
     assert found["status"] == "failed"
     assert "LATENTLINE_CALLBACK_SECRET" in found["log"][-1]["result"]
@@ -464,13 +466,13 @@ def test_nothing_is_sent_unsigned(outbox: Outbox) -> None:
 @pytest.mark.parametrize("secrets", [["hunter2"], [SECRET, "whsec_c2hvcnQ="]])
 def test_a_malformed_secret_stops_the_start(outbox: Outbox, secrets: list[str]) -> None:
     with pytest.raises(ConfigurationError, match="whsec_"):
-        Deliverer(outbox, secrets, allow=())
+        Deliverer(outbox, secrets, rule=GLOBAL)
 
 
 def test_two_secrets_give_two_signatures_and_either_verifies(outbox: Outbox) -> None:
     old, new = generate_secret(), generate_secret()
     with Receiver() as receiver:
-        Deliverer(outbox, [new, old], allow=LOOPBACK).deliver(outbox.ended(receiver.url))
+        Deliverer(outbox, [new, old], rule=LOOPBACK).deliver(outbox.ended(receiver.url))
     [(_, headers, body)] = receiver.requests
     assert len(set(headers["webhook-signature"].split(" "))) == 2
     for secret in (old, new):
@@ -593,7 +595,7 @@ def test_private_addresses_get_no_packet(outbox: Outbox, names: dict[str, list[s
     names["half-inside-mapped.example"] = ["93.184.215.14", "::ffff:10.1.2.3"]
     backend = Attempts()
     callback_id = outbox.ended(url)
-    Deliverer(outbox, [SECRET], allow=(), backend=backend).deliver(callback_id)
+    Deliverer(outbox, [SECRET], rule=GLOBAL, backend=backend).deliver(callback_id)
     assert backend.made == []
     found = outbox.look(callback_id)
     assert (found["status"], found["tries"]) == ("refused", 1)
@@ -619,7 +621,7 @@ def test_private_addresses_get_no_packet(outbox: Outbox, names: dict[str, list[s
 def test_a_host_in_disguise_gets_no_packet_and_ends_in_the_log(outbox: Outbox, names: dict[str, list[str]], url: str) -> None:
     backend = Attempts()
     callback_id = outbox.with_url(url)
-    Deliverer(outbox, [SECRET], allow=(), backend=backend).deliver(callback_id)
+    Deliverer(outbox, [SECRET], rule=GLOBAL, backend=backend).deliver(callback_id)
     assert backend.made == []
     found = outbox.look(callback_id)
     assert found["status"] in ("refused", "pending", "failed")
@@ -648,7 +650,7 @@ def test_encoded_line_ends_stay_encoded(outbox: Outbox, deliverer: Deliverer) ->
 def test_loopback_is_refused_by_a_real_connection_unless_allowed(outbox: Outbox) -> None:
     with Receiver() as receiver:
         callback_id = outbox.ended(receiver.url)
-        Deliverer(outbox, [SECRET], allow=()).deliver(callback_id)
+        Deliverer(outbox, [SECRET], rule=GLOBAL).deliver(callback_id)
     assert receiver.requests == []
     assert outbox.look(callback_id)["status"] == "refused"
 
@@ -658,7 +660,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(outbox: Outbox, nam
     with Receiver() as receiver:
         backend = Attempts(forward_to=receiver.port, dead=frozenset({"93.184.215.14"}))
         callback_id = outbox.ended("http://shop.example:8080/hook")
-        Deliverer(outbox, [SECRET], allow=(), backend=backend).deliver(callback_id)
+        Deliverer(outbox, [SECRET], rule=GLOBAL, backend=backend).deliver(callback_id)
     assert outbox.look(callback_id)["status"] == "delivered"
     # Literal addresses reach the connector, so nothing is left to resolve; the second is tried when the first is dead.
     assert backend.made == [("93.184.215.14", 8080), ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", 8080)]
@@ -671,7 +673,7 @@ def test_international_names_reach_dns_and_the_receiver_in_ascii(outbox: Outbox,
     with Receiver() as receiver:
         backend = Attempts(forward_to=receiver.port)
         callback_id = outbox.ended("http://bücher.example/ä?ü=1")
-        Deliverer(outbox, [SECRET], allow=(), backend=backend).deliver(callback_id)
+        Deliverer(outbox, [SECRET], rule=GLOBAL, backend=backend).deliver(callback_id)
     [(path, headers, body)] = receiver.requests
     assert (names["asked"], backend.made) == (["xn--bcher-kva.example"], [("93.184.215.14", 80)])
     assert (path, headers["host"]) == ("/%C3%A4?%C3%BC=1", "xn--bcher-kva.example")
@@ -683,7 +685,7 @@ def test_an_international_name_of_a_private_address_gets_no_packet(outbox: Outbo
     names["xn--bcher-kva.example"] = ["192.168.0.1"]
     backend = Attempts()
     callback_id = outbox.ended("http://bücher.example/")
-    Deliverer(outbox, [SECRET], allow=(), backend=backend).deliver(callback_id)
+    Deliverer(outbox, [SECRET], rule=GLOBAL, backend=backend).deliver(callback_id)
     assert (outbox.look(callback_id)["status"], backend.made) == ("refused", [])
 
 
@@ -696,7 +698,7 @@ def test_a_name_that_changes_between_tries_is_checked_again(outbox: Outbox, name
             return await super().connect_tcp(*args, **kwargs)
 
     backend = Rebinding()
-    deliverer = Deliverer(outbox, [SECRET], allow=(), backend=backend)
+    deliverer = Deliverer(outbox, [SECRET], rule=GLOBAL, backend=backend)
     callback_id = outbox.ended("http://rebind.example/")
     deliverer.deliver(callback_id)
     assert outbox.look(callback_id)["status"] == "pending"
@@ -723,7 +725,7 @@ def test_tls_asks_for_the_host_by_name(outbox: Outbox, names: dict[str, list[str
             return Stream()
 
     callback_id = outbox.ended("https://shop.example/")
-    Deliverer(outbox, [SECRET], allow=(), backend=Opens()).deliver(callback_id)
+    Deliverer(outbox, [SECRET], rule=GLOBAL, backend=Opens()).deliver(callback_id)
     assert outbox.look(callback_id)["status"] == "pending"
     assert asked == ["shop.example"]
 
@@ -756,7 +758,7 @@ def test_a_receiver_that_never_answers_is_given_up_for_now(outbox: Outbox) -> No
     with Receiver(gate=gate) as receiver:
         callback_id = outbox.ended(receiver.url)
         try:
-            Deliverer(outbox, [SECRET], allow=LOOPBACK, timeout_s=0.2).deliver(callback_id)
+            Deliverer(outbox, [SECRET], rule=LOOPBACK, timeout_s=0.2).deliver(callback_id)
         finally:
             gate.set()
     found = outbox.look(callback_id)
@@ -766,7 +768,7 @@ def test_a_receiver_that_never_answers_is_given_up_for_now(outbox: Outbox) -> No
 def test_a_receiver_that_drips_its_answer_does_not_win_time(outbox: Outbox) -> None:
     with RawReceiver(b"HTTP/1.1 200 OK\r\nx-drip: ", trickle=True) as receiver:
         callback_id = outbox.ended(receiver.url)
-        Deliverer(outbox, [SECRET], allow=LOOPBACK, timeout_s=0.2).deliver(callback_id)
+        Deliverer(outbox, [SECRET], rule=LOOPBACK, timeout_s=0.2).deliver(callback_id)
     assert outbox.look(callback_id)["log"][-1]["result"] == "no answer within 0.2 s"
 
 
@@ -781,7 +783,7 @@ def test_of_an_endless_answer_only_the_status_is_read(outbox: Outbox, deliverer:
 def test_an_answer_that_is_no_http_is_a_failed_try(outbox: Outbox, answer: bytes) -> None:
     with RawReceiver(answer) as receiver:
         callback_id = outbox.ended(receiver.url)
-        Deliverer(outbox, [SECRET], allow=LOOPBACK, timeout_s=1).deliver(callback_id)
+        Deliverer(outbox, [SECRET], rule=LOOPBACK, timeout_s=1).deliver(callback_id)
     assert outbox.look(callback_id)["status"] == "pending"
 
 
@@ -814,6 +816,29 @@ def test_the_log_shows_neither_prompt_nor_url(outbox: Outbox, deliverer: Deliver
 )
 def test_global_addresses(address: str) -> None:
     assert is_global(address)
+
+
+@pytest.mark.parametrize("address", ["168.63.129.16", "3fff::1", "::ffff:168.63.129.16"])
+def test_addresses_that_python_calls_global_and_callbacks_do_not_reach(address: str) -> None:
+    assert not is_global(address)
+
+
+@pytest.mark.parametrize(
+    ("url", "goes"), [("http://a.example:8080/", True), ("http://a.example:6379/", False), ("http://a.example:22/", False)]
+)
+def test_only_some_ports_are_reached(outbox: Outbox, names: dict[str, list[str]], url: str, goes: bool) -> None:
+    names["a.example"] = ["93.184.215.14"]
+    backend = Attempts()
+    callback_id = outbox.ended(url)
+    Deliverer(outbox, [SECRET], rule=GLOBAL, backend=backend).deliver(callback_id)
+    assert bool(backend.made) == goes
+    assert (outbox.look(callback_id)["status"] == "refused") != goes
+
+
+@pytest.mark.parametrize("text", ["", "0", "443,", "70000", "9-8", "https", "-5"])
+def test_ports_that_are_none_are_refused_at_the_start(text: str) -> None:
+    with pytest.raises(ValueError, match="ports from 1 to 65535"):
+        Settings(callback_ports=text)
 
 
 def test_a_callback_of_a_record_that_nobody_can_read_ends_instead_of_coming_back(outbox: Outbox, deliverer: Deliverer) -> None:
@@ -858,7 +883,7 @@ def test_private_receivers_are_allowed_by_network(
     names["inside.example"] = [address]
     backend = Attempts()
     callback_id = outbox.ended("http://inside.example/hook")
-    Deliverer(outbox, [SECRET], allow=parse_networks(allow), backend=backend).deliver(callback_id)
+    Deliverer(outbox, [SECRET], rule=CallbackRule(parse_networks(allow)), backend=backend).deliver(callback_id)
     assert [host for host, _ in backend.made] == ([address] if goes else [])
 
 

@@ -43,7 +43,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("seed", -1, "at least 0"),
     ("seed", jobs.MAX_SEED + 1, "at most 4294967295"),
     ("seed", "7", "integer"),
-    ("seed", 1.0, "integer"),
+    ("seed", 1.5, "integer"),
     ("num_images", 0, "at least 1"),
     ("num_images", jobs.MAX_IMAGES + 1, "at most 8"),
     ("model", "../etc", "text that matches"),
@@ -109,8 +109,11 @@ def test_the_seed_of_the_last_image_counts() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://host/x", "//host/x", "http://", "http://host:0/", "http://host:99999/", "http://[::1/", "https://user:pw@host/", "host/x"],
-)
+    [
+        "ftp://host/x", "//host/x", "http://", "http://host:0/", "http://host:99999/", "http://[::1/", "https://user:pw@host/", "host/x",
+        " http://host/", "http://host/a b", "http://host/\n", "http://ho\tst/", "http://host/\x7f",
+    ],
+)  # fmt: skip
 def test_a_callback_that_is_no_plain_http_url(url: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         request(callback={"url": url})
@@ -312,3 +315,31 @@ def test_errors_carry_a_code_of_their_own_and_survive_pickling() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.field, copy.value, copy.allowed, str(copy)) == ("width", 65, "a multiple of 8", str(error))
     assert str(pickle.loads(pickle.dumps(errors.MissingExtra("the worker", "worker")))).endswith("pip install 'latentline[worker]'")
+
+
+@pytest.mark.parametrize("tenant", [".", "..", "...", "", "a/b"])
+def test_a_tenant_that_is_no_name(tenant: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        request(tenant=tenant)
+    assert caught.value.field == "tenant"
+
+
+@pytest.mark.parametrize("tenant", ["a", ".a", "a.", "..a", "-", "a.b"])
+def test_a_tenant_with_dots(tenant: str) -> None:
+    assert request(tenant=tenant).tenant == tenant
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    made = request(width=432.0, height=432.0, num_inference_steps=9.0, seed=7.0, num_images=2.0, priority=3.0, output={"quality": 80.0})
+    assert (made.width, made.num_inference_steps, made.seed, made.num_images, made.output.quality) == (432, 9, 7, 2, 80)
+    assert isinstance(made.width, int)
+    with pytest.raises(InvalidRequest, match="an integer"):
+        request(width=432.5)
+
+
+@pytest.mark.parametrize("value", [True, "7"])
+@pytest.mark.parametrize("field", ["version", "width", "num_inference_steps", "guidance_scale", "seed", "priority", "deadline_s"])
+def test_a_truth_value_or_a_text_is_no_number(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        request(**{field: value})
+    assert caught.value.field == field

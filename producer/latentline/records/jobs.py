@@ -104,7 +104,7 @@ def get(job_id: str) -> Operation[JobRecord]:
     """One record; raises JobNotFound. A queued one that is past its deadline is failed first: there may be no worker to do it."""
     raw = yield lambda client: client.hgetall(routing.job_key(job_id))
     if not raw:
-        raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
+        raise JobNotFound(f"no job {job_id[:80]!r}: it never existed, or its retention time is over")
     (raw,) = yield from _end_overdue([raw])
     record = record_of(raw)
     if record.status is not Status.QUEUED:

@@ -1,45 +1,28 @@
 """The guard on where callbacks connect: users name the addresses, so none is trusted.
 
-Each connection resolves its host once, is refused if any of the addresses is not global, and goes to one of the addresses
-that were checked. A second look-up between the check and the connection could give another answer (DNS rebinding).
+Each connection resolves its host once, is refused if :mod:`latentline.addresses` does not allow each of the addresses, and goes
+to one of those that were checked. A second look-up between the check and the connection could give another answer (DNS rebinding).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import httpcore
 
+from latentline.addresses import CallbackRule
 from latentline.errors import LatentlineError
-from latentline.settings import Network
-
-# Ranges that are not global although Python's own tables call them so, always or before some patch release.
-_NOT_GLOBAL = [ipaddress.ip_network(n) for n in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "5f00::/16")]
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class AddressRefused(LatentlineError):
-    """The host has an address to which callbacks must not connect."""
+    """The host has an address, or the URL a port, to which callbacks must not connect."""
 
     code = "callback_refused"
-
-
-def is_global(address: str) -> bool:
-    """Whether an address is on the public internet. An IPv6 address that embeds an IPv4 address is judged by that one."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        embedded = ip.ipv4_mapped or ip.sixtofour
-        if ip in _NAT64:
-            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if embedded is not None:
-            return is_global(str(embedded))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not any(ip in network for network in _NOT_GLOBAL)
 
 
 async def _resolve(host: str, port: int) -> list[Any]:
@@ -71,8 +54,8 @@ async def _resolve(host: str, port: int) -> list[Any]:
 class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Connects only to addresses that it has checked. TLS still verifies the host's name: httpcore passes that on separately."""
 
-    def __init__(self, inner: httpcore.AsyncNetworkBackend, allow: Sequence[Network]) -> None:
-        self._inner, self._allow = inner, allow
+    def __init__(self, inner: httpcore.AsyncNetworkBackend, rule: CallbackRule) -> None:
+        self._inner, self._rule = inner, rule
 
     async def connect_tcp(
         self,
@@ -82,13 +65,15 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
+        if not self._rule.allows_port(port):
+            raise AddressRefused(f"callbacks do not go to port {port}")
         try:
             found = await _resolve(host, port)
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError(f"the host cannot be resolved: {error}") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         # One bad address refuses the host: which of them a client picks must not matter.
-        if not all(is_global(address) or self._allowed(address) for address in addresses):
+        if not all(self._rule.allows_address(address) for address in addresses):
             raise AddressRefused("the host has an address that is not global")
         failure: Exception = httpcore.ConnectError("the host has no address")
         for address in addresses:
@@ -97,7 +82,3 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure
-
-    def _allowed(self, address: str) -> bool:
-        ip = ipaddress.ip_address(address)
-        return any(ip in network for network in self._allow)

@@ -22,9 +22,9 @@ from typing import Any
 import httpcore
 import httpx
 
+from latentline.addresses import CallbackRule
 from latentline.jobs import JobRecord
 from latentline.records import Records
-from latentline.settings import Network
 from latentline.webhooks import sign
 
 from .address import AddressRefused, GuardedBackend
@@ -48,7 +48,7 @@ class Deliverer:
     Args:
         records: the outbox.
         secrets: ``whsec_...``; each callback is signed with all of them. Without a secret nothing is sent.
-        allow: networks that callbacks may reach although their addresses are not global: the operator's own receivers.
+        rule: the addresses and ports that callbacks may reach.
         schedule_s: seconds before each try.
         timeout_s: limit of one try.
         backend: makes the connections; tests replace it.
@@ -61,7 +61,7 @@ class Deliverer:
         self,
         records: Records,
         secrets: Sequence[str],
-        allow: Sequence[Network],
+        rule: CallbackRule,
         *,
         timeout_s: float = TIMEOUT_S,
         schedule_s: Sequence[float] = SCHEDULE_S,
@@ -70,7 +70,7 @@ class Deliverer:
         for secret in secrets:
             sign(secret, "check", 0, b"")  # a malformed secret must stop the process at its start
         self._records, self._secrets, self._timeout_s, self._schedule_s = records, list(secrets), timeout_s, schedule_s
-        self._backend = GuardedBackend(backend or httpcore.AnyIOBackend(), allow)
+        self._backend = GuardedBackend(backend or httpcore.AnyIOBackend(), rule)
         self._busy: Counter[str] = Counter()  # host -> tries in progress; hosts without any have no entry
         self._lock = threading.Lock()
 

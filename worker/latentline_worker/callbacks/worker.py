@@ -27,7 +27,7 @@ def serve(settings: ProcessSettings) -> int:
     """
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
     secrets = settings.callback_secret.get_secret_value().split(",") if settings.callback_secret else []
-    deliverer = Deliverer(records, [one.strip() for one in secrets if one.strip()], settings.callback_networks)
+    deliverer = Deliverer(records, [one.strip() for one in secrets if one.strip()], settings.callback_rule)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK)
     name = f"callbacks@{socket.gethostname()}"

@@ -91,8 +91,7 @@ class Stack:
             fd = self._socket.fileno()
             command = [sys.executable, "-m", "latentline.cli", "callbacks", "serve"]
             self._callbacks = Child("the callback deliverer", command, self._folder / "callbacks.log", env)
-            api = [sys.executable, "-m", "uvicorn", "--factory", "latentline.api.app:create_app", "--fd", str(fd)]
-            api += ["--no-access-log", "--timeout-graceful-shutdown", "2"]  # event streams may be open
+            api = [sys.executable, "-m", "latentline.cli", "api", "--fd", str(fd)]
             self._api = Child("the API", api, self._folder / "api.log", env, pass_fds=[fd])
             self._worker.wait_until(self._ready, READY_TIMEOUT_S)
         except BaseException:

@@ -1,0 +1,64 @@
+"""The body of a submission: a JSON object, read with limits on its size and on the time that its client takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+
+from latentline.errors import InvalidRequest
+from latentline.jobs import MAX_BODY_BYTES
+
+BODY_S = 10.0  # for the whole body
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The request's body as a JSON object.
+
+    Raises:
+        HTTPException: 408 too slow, 413 too large, 415 another content type or an encoded body.
+        InvalidRequest: no JSON, no object, or an object that names a field twice.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, f"content type {kind[:80] or '(none)'!r}; allowed: application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise HTTPException(415, f"content encoding {encoding[:80]!r}; allowed: none")
+    try:
+        async with asyncio.timeout(BODY_S):
+            body = await _read(request)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {BODY_S:g} s", {"Connection": "close"}) from None
+    try:
+        data = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("body", bytes(body[:60]), f"a JSON object ({str(error)[:100]})") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest("body", data, "a JSON object")
+    return data
+
+
+async def _read(request: Request) -> bytearray:
+    body = bytearray()
+    async for chunk in request.stream():  # counted as it arrives: a chunked body declares no length
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
+    return body
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # which of the values counts would depend on who reads it
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(twice[:80], None, "each field once")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
