@@ -85,6 +85,7 @@ QUICK = (
     "test_only_the_guilty_job_dies[error]",
     "test_the_picture_of_a_resumed_job",
     "test_lost_messages",
+    "test_scripts_that_the_broker_forgets",
     "test_the_same_message_three_times",
     "costs_a_retry_and_no_denoising[http500",
     "test_every_job_is_told_once",
