@@ -91,6 +91,7 @@ class Bench:
             **{f"LATENTLINE_S3_{name}": value for name, value in store.items()},
         }
         self.redis = connect(self.broker.url)
+        self.redis.config_set("maxmemory", "0")  # the deepest queue needs more than the embedded broker takes
         make = getattr(Settings, "from_variables", None)
         os.environ.update(self.environment)
         self.client = Client(make(self.environment) if make else Settings())
