@@ -13,6 +13,8 @@ from .settings import Settings
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
+REUSED_SHARE = 0.5  # of a URL's life: it is handed out again for so long, so the last client to get it has the other half
+MAX_SIGNED = 20_000  # URLs that are kept to be handed out again, some 600 bytes each
 CHECK_CACHE_S = 2.0  # a burst of submissions makes one request to the store
 
 
@@ -24,13 +26,31 @@ class Images:
         self._checked_at = float("-inf")
         self._problem: str | None = None
         self._lock = threading.Lock()
+        self._signed: dict[str, tuple[str, float]] = {}  # key -> URL, until when it is handed out; the oldest first
+        self._signed_lock = threading.Lock()
 
     @cached_property
     def _s3(self) -> S3Client:
         return connect_s3(self._settings, read_timeout_s=2)
 
     def presign(self, key: str) -> str:
-        """A URL with which anyone can get the object for ``presign_ttl_s`` seconds. Signed locally, without a request."""
+        """A URL with which anyone can get the object, for ``presign_ttl_s`` seconds at most and half of that at least.
+
+        Signed locally, without a request. The same URL is given again for half of its life, so that clients which poll can keep
+        the picture that they have.
+        """
+        now = time.monotonic()
+        with self._signed_lock:
+            url, until = self._signed.get(key, ("", now))
+            if now >= until:
+                url = self._sign(key)
+                self._signed.pop(key, None)  # to the end of the order
+                self._signed[key] = url, now + self._settings.presign_ttl_s * REUSED_SHARE
+                if len(self._signed) > MAX_SIGNED:
+                    del self._signed[next(iter(self._signed))]
+        return url
+
+    def _sign(self, key: str) -> str:
         from botocore.exceptions import BotoCoreError
 
         params = {"Bucket": self._settings.s3_bucket, "Key": key}

@@ -140,6 +140,23 @@ def test_a_finished_job_shows_its_images_with_urls(live: Live) -> None:
     assert job["created_at"] <= job["started_at"] <= job["finished_at"]
 
 
+def test_a_job_that_has_not_changed_is_not_sent_again(live: Live) -> None:
+    job_id = live.submit()["id"]
+
+    def poll(etag: str) -> httpx.Response:
+        return live.http.get(f"/v1/jobs/{job_id}", headers={"If-None-Match": etag})
+
+    first = poll('"another"')
+    etag = first.headers["etag"]
+    for known in (etag, f"W/{etag}", f'"x", {etag}', "*"):
+        again = poll(known)
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
+    live.worker.run_all()
+    changed = poll(etag)
+    assert (changed.status_code, changed.json()["status"]) == (200, "succeeded") and changed.headers["etag"] != etag
+    assert poll(changed.headers["etag"]).status_code == 304
+
+
 def test_a_failed_job_says_why(live: Live) -> None:
     live.worker.fail_with = JobError(code="numerical_error", message="not finite")
     job_id = live.submit()["id"]

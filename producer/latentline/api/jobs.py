@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
 from latentline.client import AsyncClient
@@ -112,10 +113,20 @@ async def list_jobs(
     return JobPage(jobs=[answer(record) for record in records], next_cursor=following)
 
 
-@router.get("/jobs/{job_id}", response_model=JobAnswer, responses=_errors(404))
-async def get_job(request: Request, job_id: str) -> JobAnswer:
-    """One job. The URLs of its images are presigned at this moment."""
-    return answer(await _client(request).get(job_id))
+@router.get(
+    "/jobs/{job_id}",
+    response_model=JobAnswer,
+    responses={304: {"description": "Unchanged since the answer with this ETag"}, **_errors(404)},
+)
+async def get_job(request: Request, job_id: str, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    """One job. The URLs of its images stay the same for half of their life; ``If-None-Match`` with the ETag saves the answer."""
+    body = answer(await _client(request).get(job_id)).model_dump_json().encode()
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    known = {one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")}
+    if known & {etag, "*"}:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=JobAnswer, responses=_errors(404))
