@@ -61,13 +61,11 @@ def parse_ports(text: str) -> tuple[range, ...]:
     found = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        ends = first.strip(), (last or first).strip()
-        if not all(end.isascii() and end.isdigit() and len(end) <= 5 for end in ends):
+        ends = [end.strip() for end in (first, last or first)]
+        numbers = [int(end) for end in ends if end.isascii() and end.isdigit() and len(end) <= 5]
+        if len(numbers) < 2 or not 1 <= numbers[0] <= numbers[1] <= 65535:
             raise ValueError(f"ports from 1 to 65535 separated by commas, such as 443,8000-8999; not {part.strip()[:40]!r}")
-        ports = range(int(ends[0]), int(ends[1]) + 1)
-        if not ports or ports[0] < 1 or ports[-1] > 65535:
-            raise ValueError(f"ports from 1 to 65535 separated by commas, such as 443,8000-8999; not {part.strip()[:40]!r}")
-        found.append(ports)
+        found.append(range(numbers[0], numbers[1] + 1))
     return tuple(found)
 
 

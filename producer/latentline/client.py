@@ -247,10 +247,6 @@ class AsyncClient(_Operations):
         """Names of the workers that are alive."""
         return await arun(self._redis, records.workers())
 
-    async def follow(self, job_id: str, last_event_id: str | None = None) -> tuple[Sequence[JobEvent], bool]:
-        """The events after ``last_event_id`` that there are now, and whether nothing more can come."""
-        return await arun(self._redis, records.follow(job_id, last_event_id, None))
-
     def listen(self, job_id: str, last_event_id: str | None = None) -> AbstractAsyncContextManager[Listener]:
         """Follow a job from after ``last_event_id``. All listeners of this client share one connection to the broker."""
         return self._events.listen(job_id, last_event_id)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, LatentlineError
+from latentline.event_reader import Listener
 from latentline.jobs import JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
 from latentline.records import MAX_PAGE
 
@@ -145,16 +148,16 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
 
     Only the newest preview is kept, so the ``images`` of a ``job.preview`` event may be empty.
     """
-    client = _client(request)
-    # Read once before the answer starts, so that an error can still be answered with its own status.
-    found, ended = await client.follow(job_id, last_event_id)
-    if ended and not found:
-        # The client has seen every event. 204 tells an EventSource not to reconnect.
-        return StreamingResponse(iter(()), 204)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    if request.scope.get(IS_HEAD):
-        return StreamingResponse(iter(()), media_type="text/event-stream", headers=headers)
-    return StreamingResponse(_stream(client, job_id, last_event_id), media_type="text/event-stream", headers=headers)
+    async with AsyncExitStack() as opened:
+        # Opened before the answer starts, so that an error can still be answered with its own status.
+        listener = await opened.enter_async_context(_client(request).listen(job_id, last_event_id))
+        if listener.ended:
+            # The client has seen every event. 204 tells an EventSource not to reconnect.
+            return StreamingResponse(iter(()), 204)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        if request.scope.get(IS_HEAD):
+            return StreamingResponse(iter(()), media_type="text/event-stream", headers=headers)
+        return EventStream(listener, opened.pop_all(), headers)
 
 
 @router.get("/models", response_model=ModelList, tags=["models"], responses=_errors())
@@ -203,16 +206,26 @@ def _idempotency_key(request: Request, data: dict[str, Any]) -> str | None:
     return given[0] if given else in_body
 
 
-async def _stream(client: AsyncClient, job_id: str, last: str | None) -> AsyncIterator[str]:
-    """A job's events as server-sent events. Starlette ends it when the client closes its connection."""
+class EventStream(StreamingResponse):
+    """A job's events as server-sent events. It closes the listener when it ends, also when the client closes its connection."""
+
+    def __init__(self, listener: Listener, opened: AsyncExitStack, headers: dict[str, str]) -> None:
+        super().__init__(_written(listener), media_type="text/event-stream", headers=headers)
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._opened:
+            await super().__call__(scope, receive, send)
+
+
+async def _written(listener: Listener) -> AsyncIterator[str]:
     try:
-        async with client.listen(job_id, last) as listener:
-            while not listener.ended:
-                events = await listener.next(KEEP_ALIVE_S)
-                if not events and not listener.ended:
-                    yield ": keep-alive\n\n"
-                for event in events:
-                    data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
-                    yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data)}\n\n"
+        while not listener.ended:
+            events = await listener.next(KEEP_ALIVE_S)
+            if not events and not listener.ended:
+                yield ": keep-alive\n\n"
+            for event in events:
+                data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
+                yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data)}\n\n"
     except LatentlineError:
         return  # the client reconnects with Last-Event-ID, and that request is answered with the error

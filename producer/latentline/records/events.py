@@ -27,19 +27,24 @@ def events(job_id: str, last_event_id: str | None = None, block_ms: int | None =
     exists = yield lambda client: client.exists(routing.job_key(job_id))
     if not exists:
         raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")
-    after = last_event_id or START
-    parts = after.split("-")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
-        raise InvalidRequest("last_event_id", last_event_id, "an id that this stream gave, such as 1700000000000-0")
-    return (yield from read_streams({job_id: after}, block_ms)).get(job_id, [])
+    return (yield from _after(job_id, last_event_id, block_ms))
 
 
 def follow(job_id: str, last_event_id: str | None, block_ms: int | None) -> Operation[tuple[list[JobEvent], bool]]:
     """One read of a job's events, and whether nothing more can come."""
     # Asked first: a job that ends between the two calls then still has its last event in the read.
     ended = (yield from get(job_id)).status.terminal
-    found = yield from events(job_id, last_event_id, None if ended else block_ms)
+    found = yield from _after(job_id, last_event_id, None if ended else block_ms)
     return found, ended or any(event.terminal for event in found)
+
+
+def _after(job_id: str, last_event_id: str | None, block_ms: int | None) -> Operation[list[JobEvent]]:
+    """The new events of one job that exists; raises InvalidRequest for an id of another form."""
+    after = last_event_id or START
+    parts = after.split("-")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
+        raise InvalidRequest("last_event_id", last_event_id, "an id that this stream gave, such as 1700000000000-0")
+    return (yield from read_streams({job_id: after}, block_ms)).get(job_id, [])
 
 
 def read_streams(after: Mapping[str, str], block_ms: int | None = None) -> Operation[dict[str, list[JobEvent]]]:

@@ -11,8 +11,8 @@ from .request import Cancelled, Request
 class Intake:
     """Requests between the threads that submit them and the engine's thread, which finishes them.
 
-    Every request that was accepted stays in ``unfinished`` until the engine says that it is finished, so that none is
-    forgotten when the engine fails.
+    Every request that was accepted is kept here until the engine says that it is finished, so that none is forgotten when
+    the engine fails.
     """
 
     def __init__(self) -> None:
