@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,32 @@ class Count:
         }
 
 
+def without_store(url: str) -> dict[str, str]:
+    """The LATENTLINE variables of processes that use this broker and store nothing."""
+    store = dict.fromkeys(("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "BUCKET", "REGION"), "x" * 20)
+    return {
+        "LATENTLINE_REDIS_URL": url,
+        "LATENTLINE_S3_ENDPOINT_URL": "http://127.0.0.1:9",  # nothing listens there
+        **{f"LATENTLINE_S3_{name}": value for name, value in store.items()},
+    }
+
+
+@contextmanager
+def sleeping_workers(number: int, env: Mapping[str, str], log: Path) -> Iterator[None]:
+    """So many processes of :mod:`benchmarks.sleeping_worker`; whether they are ready is for the caller to see."""
+    env = {**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", str(HERE / "benchmarks" / "sleeping_worker.py")]
+    with log.open("a") as out:
+        children = [subprocess.Popen(command, env=env, stdout=out, stderr=out) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+
+
 class Bench:
     """One broker, and the code of one checkout: this process imports it, see ``PYTHONPATH`` in :func:`run_code`."""
 
@@ -84,12 +110,7 @@ class Bench:
         self._folder = folder
         self.broker = Broker(folder, "secret")
         self.broker.start()
-        store = dict.fromkeys(("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "BUCKET", "REGION"), "x" * 20)
-        self.environment = {
-            "LATENTLINE_REDIS_URL": self.broker.url,
-            "LATENTLINE_S3_ENDPOINT_URL": "http://127.0.0.1:9",  # nothing is stored
-            **{f"LATENTLINE_S3_{name}": value for name, value in store.items()},
-        }
+        self.environment = without_store(self.broker.url)
         self.redis = connect(self.broker.url)
         self.redis.config_set("maxmemory", "0")  # the deepest queue needs more than the embedded broker takes
         make = getattr(Settings, "from_variables", None)
@@ -108,18 +129,10 @@ class Bench:
         from latentline import routing
 
         self.redis.delete(routing.workers_key())
-        env = {**os.environ, **self.environment, "STEP_S": str(step_s), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-W", "ignore", str(HERE / "benchmarks" / "sleeping_worker.py")]
-        with (self._folder / "workers.log").open("a") as log:
-            children = [subprocess.Popen(command, env=env, stdout=log, stderr=log) for _ in range(number)]
-        try:
+        env = {**os.environ, **self.environment, "STEP_S": str(step_s)}
+        with sleeping_workers(number, env, self._folder / "workers.log"):
             until(lambda: self.redis.zcard(routing.workers_key()) == number, f"{number} workers")
             yield
-        finally:
-            for child in children:
-                child.terminate()
-            for child in children:
-                child.wait()
 
     def submit(self, number: int) -> list[str]:
         """Submit so many jobs of one tenant; their ids."""
@@ -136,9 +149,6 @@ class Bench:
         from latentline import routing
 
         return int(self.redis.zcard(routing.index_key("succeeded")))
-
-    def clear(self) -> None:
-        self.redis.flushall()
 
 
 def until(holds: Callable[[], bool], what: str, every_s: float = 0.05) -> None:

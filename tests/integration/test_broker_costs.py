@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -149,37 +148,28 @@ def test_five_hundred_jobs_are_submitted_in_600_kb(empty_valkey: redis.Redis) ->
 
 
 @contextmanager
-def workers(client: redis.Redis, url: str, number: int, folder: Path) -> Iterator[None]:
+def workers(client: redis.Redis, url: str, number: int, log: Path) -> Iterator[None]:
     """So many real worker processes whose device is a clock, once all have announced themselves."""
-    store = {f"LATENTLINE_S3_{name}": "x" * 20 for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "BUCKET", "REGION")}
+    broker: Any = importlib.import_module("benchmarks.broker")
     path = os.pathsep.join(str(ROOT / part) for part in ("worker", "producer"))
-    env = clean_env(LATENTLINE_REDIS_URL=url, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=path, **store)
-    env["LATENTLINE_S3_ENDPOINT_URL"] = "http://127.0.0.1:9"  # nothing is stored
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "sleeping_worker.py")]
-    with (folder / "workers.log").open("w") as log:
-        children = [subprocess.Popen(command, env=env, stdout=log, stderr=log) for _ in range(number)]
-    try:
+    with broker.sleeping_workers(number, clean_env(PYTHONPATH=path, **broker.without_store(url)), log):
         for _ in range(10 * PATIENCE_S):
             if client.zcard(routing.workers_key()) == number:
                 break
             time.sleep(0.1)
         else:
-            pytest.fail((folder / "workers.log").read_text(errors="replace")[-2000:])
+            pytest.fail(log.read_text(errors="replace")[-2000:])
         yield
-    finally:
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.wait()
 
 
 @pytest.mark.slow
 def test_a_further_idle_worker_costs_five_commands_and_a_kilobyte_a_second(
-    empty_valkey: redis.Redis, valkey_url: str, tmp_path: Path
+    empty_valkey: redis.Redis, valkey_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
     spent = []
     for number in (1, 5):
-        with workers(empty_valkey, valkey_url, number, tmp_path):
+        with workers(empty_valkey, valkey_url, number, tmp_path / "workers.log"):
             time.sleep(2)  # the first announcement, turn and heartbeat of each are over
             began = empty_valkey.time()
             counted = Counted(empty_valkey)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
 
 import pytest
@@ -37,6 +38,15 @@ def run_job(store: Records, job_id: str, steps: int = 2) -> None:
 STORY = ["job.queued", "job.running", "job.progress", "job.progress", "job.succeeded"]
 
 
+@contextlib.asynccontextmanager
+async def reading(url: str) -> AsyncIterator[EventReader]:
+    client = connect_async(url)
+    reader = EventReader(client)
+    yield reader
+    await reader.close()
+    await client.aclose()
+
+
 async def story(reader: EventReader, job_id: str, ready: asyncio.Event | None = None, last: str | None = None) -> list[tuple[str, str]]:
     """(id, type) of every event that a listener gets until the job's last one."""
     got: list[tuple[str, str]] = []
@@ -57,24 +67,21 @@ def test_three_hundred_listeners_share_a_connection_and_miss_nothing(empty_valke
     before = num_connections(empty_valkey)
 
     async def listen() -> tuple[list[list[tuple[str, str]]], int]:
-        client = connect_async(valkey_url)
-        reader = EventReader(client)
-        tasks, opened = [], []
-        for i in range(300):
-            opened.append(asyncio.Event())
-            tasks.append(asyncio.create_task(story(reader, ids[i % 30], opened[-1])))
-            if i % 50 == 49:  # not all at the same moment, which would need a connection for each first read
-                await asyncio.wait_for(asyncio.gather(*(event.wait() for event in opened)), PATIENCE_S)
-        while num_connections(empty_valkey) > before + 60:
-            await asyncio.sleep(0.01)
-        await client.connection_pool.disconnect(inuse_connections=False)
-        connections = num_connections(empty_valkey) - before
-        for job_id in ids:
-            await asyncio.to_thread(run_job, store, job_id)
-        stories = await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
-        await reader.close()
-        await client.aclose()
-        return stories, connections
+        async with reading(valkey_url) as reader:
+            tasks, opened = [], []
+            for i in range(300):
+                opened.append(asyncio.Event())
+                tasks.append(asyncio.create_task(story(reader, ids[i % 30], opened[-1])))
+                if i % 50 == 49:  # not all at the same moment, which would need a connection for each first read
+                    await asyncio.wait_for(asyncio.gather(*(event.wait() for event in opened)), PATIENCE_S)
+            while num_connections(empty_valkey) > before + 60:
+                await asyncio.sleep(0.01)
+            await reader._client.connection_pool.disconnect(inuse_connections=False)
+            connections = num_connections(empty_valkey) - before
+            for job_id in ids:
+                await asyncio.to_thread(run_job, store, job_id)
+            stories = await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
+            return stories, connections
 
     stories, connections = asyncio.run(listen())
     assert connections <= 2, "one that waits; another may just be ringing"
@@ -89,20 +96,17 @@ def test_who_comes_later_gets_what_was_before_and_no_event_twice(empty_valkey: r
     assert claim is not None
 
     async def listen() -> list[list[tuple[str, str]]]:
-        client = connect_async(valkey_url)
-        reader = EventReader(client)
-        tasks = []
-        for step in range(1, 21):  # a listener between any two events
-            ready = asyncio.Event()
-            tasks.append(asyncio.create_task(story(reader, job_id, ready)))
-            store.beat([Beat(job_id, claim.token, Phase.DENOISING, step, 30)])
-            await asyncio.wait_for(ready.wait(), PATIENCE_S)
-        store.settle(job_id, claim.token, Status.SUCCEEDED)
-        stories = await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
-        resumed = await story(reader, job_id, last=stories[0][5][0])
-        await reader.close()
-        await client.aclose()
-        return [*stories, [*stories[0][:6], *resumed]]
+        async with reading(valkey_url) as reader:
+            tasks = []
+            for step in range(1, 21):  # a listener between any two events
+                ready = asyncio.Event()
+                tasks.append(asyncio.create_task(story(reader, job_id, ready)))
+                store.beat([Beat(job_id, claim.token, Phase.DENOISING, step, 30)])
+                await asyncio.wait_for(ready.wait(), PATIENCE_S)
+            store.settle(job_id, claim.token, Status.SUCCEEDED)
+            stories = await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
+            resumed = await story(reader, job_id, last=stories[0][5][0])
+            return [*stories, [*stories[0][:6], *resumed]]
 
     stories = asyncio.run(listen())
     assert [kind for _, kind in stories[0]] == ["job.queued", "job.running", *["job.progress"] * 20, "job.succeeded"]
@@ -113,16 +117,14 @@ def test_bad_ids_and_unknown_jobs_are_refused_at_once(empty_valkey: redis.Redis,
     (job_id,) = submit(empty_valkey)
 
     async def listen() -> None:
-        client = connect_async(valkey_url)
-        reader = EventReader(client)
-        with pytest.raises(JobNotFound):
-            async with reader.listen("no such job"):
-                pass
-        with pytest.raises(InvalidRequest):
-            async with reader.listen(job_id, "x"):
-                pass
-        assert reader._jobs == {}, "nothing is left of them"
-        await client.aclose()
+        async with reading(valkey_url) as reader:
+            with pytest.raises(JobNotFound):
+                async with reader.listen("no such job"):
+                    pass
+            with pytest.raises(InvalidRequest):
+                async with reader.listen(job_id, "x"):
+                    pass
+            assert reader._jobs == {}, "nothing is left of them"
 
     asyncio.run(listen())
 
@@ -133,17 +135,13 @@ def test_a_record_that_goes_ends_its_listeners(empty_valkey: redis.Redis, valkey
     gone, stays = submit(empty_valkey, 2)
 
     async def listen() -> None:
-        client = connect_async(valkey_url)
-        reader = EventReader(client)
-        async with reader.listen(gone) as first, reader.listen(stays) as second:
+        async with reading(valkey_url) as reader, reader.listen(gone) as first, reader.listen(stays) as second:
             assert await first.next(PATIENCE_S) and await second.next(PATIENCE_S)
             empty_valkey.delete(routing.job_key(gone), routing.events_key(gone))
             with pytest.raises(JobNotFound):
                 await first.next(PATIENCE_S)
             assert records.run(empty_valkey, records.cancel(stays, 600)).status is Status.CANCELLED
             assert [event.type for event in await second.next(PATIENCE_S)] == ["job.cancelled"] and second.ended
-        await reader.close()
-        await client.aclose()
 
     asyncio.run(listen())
 
@@ -152,21 +150,18 @@ def test_a_broker_that_fails_ends_every_listener_and_the_next_one_begins_anew(em
     first_id, second_id = submit(empty_valkey, 2)
 
     async def listen() -> None:
-        client = connect_async(valkey_url)
-        reader = EventReader(client)
-        async with reader.listen(first_id) as first, reader.listen(second_id) as second:
-            assert await first.next(PATIENCE_S) and await second.next(PATIENCE_S)
-            other = connect(valkey_url)
-            while not any(one["cmd"] == "xread" and "b" in one["flags"] for one in other.client_list()):
-                await asyncio.sleep(0.01)  # until the shared read waits at the broker
-            other.client_kill_filter(_type="normal", skipme=True)
-            other.close()
-            for listener in (first, second):
-                with pytest.raises(BrokerUnavailable):
-                    await listener.next(PATIENCE_S)
-        async with reader.listen(first_id) as again:
-            assert [event.type for event in await again.next(PATIENCE_S)] == ["job.queued"]
-        await reader.close()
-        await client.aclose()
+        async with reading(valkey_url) as reader:
+            async with reader.listen(first_id) as first, reader.listen(second_id) as second:
+                assert await first.next(PATIENCE_S) and await second.next(PATIENCE_S)
+                other = connect(valkey_url)
+                while not any(one["cmd"] == "xread" and "b" in one["flags"] for one in other.client_list()):
+                    await asyncio.sleep(0.01)  # until the shared read waits at the broker
+                other.client_kill_filter(_type="normal", skipme=True)
+                other.close()
+                for listener in (first, second):
+                    with pytest.raises(BrokerUnavailable):
+                        await listener.next(PATIENCE_S)
+            async with reader.listen(first_id) as again:
+                assert [event.type for event in await again.next(PATIENCE_S)] == ["job.queued"]
 
     asyncio.run(listen())
