@@ -249,62 +249,30 @@ def test_a_student_comes_nearer_to_its_teacher(cache: LatentCache, tmp_path: Pat
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from latentline_worker.training import distill, loop, state
+from latentline_worker.training import distill, loop
 from latentline_worker.training.autoencoder import make_model
 from latentline_worker.training.distill import DistillTask
 from latentline_worker.training.latents import LatentCache
 from latentline_worker.training.sources import BuiltData
+from support.killing import at, before_anything, between_writing_and_renaming, in_a_step, train_and_kill, while_sampling
 from support.training import TINY_AUTOENCODER, TINY_DENOISER, distill_recipe
 
 loop.SAVE_EVERY_S = 0  # after each step
 distill.NUM_MEASURED = distill.NUM_SHOWN = 4
 data, out, whole = map(Path, sys.argv[1:])
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def train(folder, spoil):
+def make(folder):
     cache = LatentCache(folder, BuiltData(data, 32), make_model(TINY_AUTOENCODER, 0), "key", lambda line: None)
-    task = DistillTask(distill_recipe(), cache, make_model(TINY_DENOISER, 0))
-    training = loop.Training(task, folder, lambda line: None)
-    training.resume()
-    spoil(task, training)
-    training.run()
-
-def at(step, function):
-    return lambda *args: die() if args[0] == step else function(*args)
-
-def before_anything(task, training):
-    task.loss = at(0, task.loss)
-
-def in_a_step(task, training):
-    task.loss = at(2, task.loss)
-
-def between_writing_and_renaming(task, training):
-    real = os.replace
-    state.os.replace = lambda a, b: die() if training.step == 4 else real(a, b)
+    return loop.Training(DistillTask(distill_recipe(), cache, make_model(TINY_DENOISER, 0)), folder, lambda line: None)
 
 def in_a_later_step(task, training):
     task.loss = at(6, task.loss)
 
-def while_finishing(task, training):
-    task.finish = die
-
-def fork(folder, spoil):
-    child = os.fork()
-    if child == 0:
-        train(folder, spoil)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-assert fork(whole, lambda task, training: None) == 0
-for spoil in (before_anything, in_a_step, between_writing_and_renaming, in_a_later_step, while_finishing):
-    assert fork(out, spoil) == signal.SIGKILL, spoil.__name__
-assert fork(out, lambda task, training: None) == 0
+train_and_kill(make, whole, out, (before_anything, in_a_step, between_writing_and_renaming, in_a_later_step, while_sampling))
 """
 
 

@@ -226,13 +226,14 @@ def test_a_stopped_denoiser_resumes_to_the_bit(cache: LatentCache, tmp_path: Pat
 
 
 KILLED = """
-import os, signal, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from latentline_worker.training import autoencoder, loop, state
+from latentline_worker.training import autoencoder, loop
 from latentline_worker.training.autoencoder import AutoencoderTask
 from latentline_worker.training.sources import BuiltData
+from support.killing import before_anything, between_writing_and_renaming, die, in_a_step, train_and_kill, while_sampling
 from support.training import autoencoder_recipe
 
 loop.SAVE_EVERY_S = 0  # after each step
@@ -240,25 +241,8 @@ autoencoder.NUM_MEASURED = autoencoder.NUM_SHOWN = 4
 data, out, whole = map(Path, sys.argv[1:])
 source = BuiltData(data, 32)
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def train(folder, spoil):
-    task = AutoencoderTask(autoencoder_recipe(), source)
-    training = loop.Training(task, folder, lambda line: None)
-    training.resume()
-    spoil(task, training)
-    training.run()
-
-def at(step, function):
-    # Replaces a step's call by death.
-    return lambda *args: die() if args[0] == step else function(*args)
-
-def before_anything(task, training):
-    task.loss = at(0, task.loss)
-
-def in_a_step(task, training):
-    task.loss = at(2, task.loss)
+def make(folder):
+    return loop.Training(AutoencoderTask(autoencoder_recipe(), source), folder, lambda line: None)
 
 def half_a_state(task, training):
     real = torch.save
@@ -270,25 +254,7 @@ def half_a_state(task, training):
         real(payload, file)
     torch.save = half
 
-def between_writing_and_renaming(task, training):
-    real = os.replace
-    state.os.replace = lambda a, b: die() if training.step == 5 else real(a, b)
-
-def while_sampling(task, training):
-    task.finish = die
-
-def fork(folder, spoil):
-    child = os.fork()
-    if child == 0:
-        train(folder, spoil)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-assert fork(whole, lambda task, training: None) == 0
-for spoil in (before_anything, in_a_step, half_a_state, between_writing_and_renaming, while_sampling):
-    assert fork(out, spoil) == signal.SIGKILL, spoil.__name__
-    print(spoil.__name__)
-assert fork(out, lambda task, training: None) == 0
+train_and_kill(make, whole, out, (before_anything, in_a_step, half_a_state, between_writing_and_renaming, while_sampling))
 """
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentline_worker.training.inputs import find_device
 from latentline_worker.training.manifest import MANIFEST
 from latentline_worker.training.sources import BuiltData
 
@@ -52,10 +53,11 @@ def evaluate(source: str, data: Path, out: Path, options: Options, say: Say) -> 
 
     Raises:
         EvaluationError: model, data set, probe or ``out`` cannot be used; the message names it.
+        TrainingError: torch has no such device.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = _device(options.device)
+    device = find_device(options.device)
     probe = load()
     model = Model(source, out, f"{_data_key(data)}/{SHA256}", say, device)
     built = BuiltData(data, model.size_px)
@@ -107,15 +109,6 @@ def _first_of_each(prompts: list[Prompt]) -> list[tuple[int, Prompt]]:
 def _check_sampler(model: Model, name: str) -> None:
     if name not in model.samplers:
         raise EvaluationError(f"sampler: got {name!r}; allowed for this model: {', '.join(model.samplers)}")
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # CPU builds of torch answer with an AssertionError
-        raise EvaluationError(f"device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _data_key(data: Path) -> str:

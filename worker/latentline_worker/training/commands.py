@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from .distill import DistillRecipe, DistillTask, check_teacher
 from .errors import TrainingError
 from .export import export as write_weights
 from .export import place_of
-from .inputs import class_name, data_key, find_recipe, load_model, open_source
+from .inputs import class_name, data_key, find_device, find_recipe, load_model, open_source
 from .latents import LatentCache
 from .loop import Task, Training
 from .lora import LoraRecipe, LoraTask
@@ -31,6 +31,7 @@ from .sources import BuiltData
 from .style import write_style
 
 Say = Callable[[str], None]
+R = TypeVar("R", DistillRecipe, LoraRecipe)
 
 
 def data(folder: Path, packages: Path | None, say: Say) -> None:
@@ -76,13 +77,7 @@ class Run:
         """
         if self.threads:
             torch.set_num_threads(self.threads)
-        try:
-            # torchrun gives each process on a machine a number: its GPU.
-            device = torch.device(self.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # CPU builds of torch answer with an AssertionError
-            raise TrainingError(f"device {self.device}: {str(error).splitlines()[0]}") from error
-        return device
+        return find_device(self.device)
 
 
 def autoencoder(recipe_name: str, folder: Path, run: Run, say: Say) -> bool:
@@ -112,13 +107,7 @@ def distill(recipe_name: str, folder: Path, autoencoder_folder: Path, denoiser_f
     """Distil a denoiser into a few steps; False where it was stopped before its end."""
     made = find_recipe(recipe_name, DistillRecipe)
     check_teacher(prediction_of(denoiser_folder), denoiser_folder)
-    device = run.prepare()
-    with processes(device) as rank:
-        say = say if rank == 0 else _silent
-        cache = _cache(folder, made.size_px, autoencoder_folder, run, say, device, rank)
-        teacher = load_model(denoiser_folder, "UNet2DConditionModel")
-        fits.check_copy(made, made.compositions, cache, teacher, device)
-        return _train(DistillTask(made, cache, teacher, device), run, say, rank)
+    return _train_from(made, DistillTask, folder, autoencoder_folder, denoiser_folder, run, say)
 
 
 def lora(recipe_name: str, folder: Path, autoencoder_folder: Path, denoiser_folder: Path, run: Run, say: Say) -> bool:
@@ -127,13 +116,26 @@ def lora(recipe_name: str, folder: Path, autoencoder_folder: Path, denoiser_fold
     known = prediction_of(denoiser_folder)
     if known not in (None, made.prediction):
         raise TrainingError(f"{denoiser_folder}: predicts {known}, and the recipe's prediction is {made.prediction}")
+    return _train_from(made, LoraTask, folder, autoencoder_folder, denoiser_folder, run, say)
+
+
+def _train_from(
+    made: R,
+    make_task: Callable[[R, LatentCache, torch.nn.Module, torch.device], Task],
+    folder: Path,
+    autoencoder_folder: Path,
+    denoiser_folder: Path,
+    run: Run,
+    say: Say,
+) -> bool:
+    """Train what begins with a denoiser; False where it was stopped before its end."""
     device = run.prepare()
     with processes(device) as rank:
         say = say if rank == 0 else _silent
         cache = _cache(folder, made.size_px, autoencoder_folder, run, say, device, rank)
-        base = load_model(denoiser_folder, "UNet2DConditionModel")
-        fits.check_copy(made, made.compositions, cache, base, device)
-        return _train(LoraTask(made, cache, base, device), run, say, rank)
+        model = load_model(denoiser_folder, "UNet2DConditionModel")
+        fits.check_copy(made, cache, model, device)
+        return _train(make_task(made, cache, model, device), run, say, rank)
 
 
 def package(autoencoder_folder: Path, denoiser_folder: Path, target: Path, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,42 +34,33 @@ def check_autoencoder(made: AutoencoderRecipe, device: torch.device) -> None:
 def check_denoiser(made: DenoiserRecipe, cache: LatentCache, device: torch.device) -> None:
     """Raises: TrainingError: the model does not take this autoencoder's latents or this text encoder's states, or
     it does not fit into memory."""
+    _check_denoiser(lambda: make_model(made.model, 0), made, cache, "the denoiser's training", device)
+
+
+def check_copy(made: DistillRecipe | LoraRecipe, cache: LatentCache, model: Any, device: torch.device) -> None:
+    """For trainings that begin with a denoiser and keep it beside what they train; raises as :func:`check_denoiser`.
+
+    An adapter's own weights are few: the distillation's bound holds for it as well.
+    """
+    _check_denoiser(lambda: type(model).from_config(model.config), made, cache, "the training", device)
+
+
+def _check_denoiser(
+    make: Callable[[], Any], made: DenoiserRecipe | DistillRecipe | LoraRecipe, cache: LatentCache, what: str, device: torch.device
+) -> None:
     z = cache.encode(torch.zeros(1, 3, made.size_px, made.size_px))
     batch, tokens, width = made.schedule.batch, *cache.empty.shape
 
     def run() -> torch.Tensor:
-        model: Any = make_model(made.model, 0)
-        loss: torch.Tensor = model(torch.zeros(batch, *z.shape[1:]), torch.zeros(batch), torch.zeros(batch, tokens, width)).sample.sum()
+        loss: torch.Tensor = make()(torch.zeros(batch, *z.shape[1:]), torch.zeros(batch), torch.zeros(batch, tokens, width)).sample.sum()
         return loss
 
     with torch.device("meta"):
-        model: Any = make_model(made.model, 0)
+        model = make()
     _check_shapes(model, z, width)
     needed = memory.weights_bytes(model, made.schedule.ema_decay > 0) + memory.activation_bytes(run)
     needed += cache.source.num_items * made.compositions * z[0].numel() * 2
-    memory.check(needed, "the denoiser's training", memory.free_bytes(device))
-
-
-def check_copy(made: DistillRecipe | LoraRecipe, compositions: int, cache: LatentCache, model: Any, device: torch.device) -> None:
-    """For trainings that begin with a denoiser and keep it beside what they train.
-
-    Raises:
-        TrainingError: the denoiser does not take this autoencoder's latents or this text encoder's states, or the training
-            does not fit into memory.
-    """
-    z = cache.encode(torch.zeros(1, 3, made.size_px, made.size_px))
-    batch, tokens, width = made.schedule.batch, *cache.empty.shape
-    _check_shapes(model, z, width)
-
-    def run() -> torch.Tensor:
-        copy: Any = type(model).from_config(model.config)
-        loss: torch.Tensor = copy(torch.zeros(batch, *z.shape[1:]), torch.zeros(batch), torch.zeros(batch, tokens, width)).sample.sum()
-        return loss
-
-    # An adapter's own weights are few: the distillation's bound holds for it as well.
-    needed = memory.weights_bytes(model, made.schedule.ema_decay > 0) + memory.activation_bytes(run)
-    needed += cache.source.num_items * compositions * z[0].numel() * 2
-    memory.check(needed, "the training", memory.free_bytes(device))
+    memory.check(needed, what, memory.free_bytes(device))
 
 
 def _check_shapes(model: Any, z: torch.Tensor, width: int) -> None:

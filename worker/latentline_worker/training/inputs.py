@@ -1,9 +1,10 @@
-"""What a training is given: recipes by name, data sets and folders, models in diffusers format."""
+"""What a training is given: recipes by name, data sets and folders, models in diffusers format, a device."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,21 @@ from .sources import BuiltData, Source
 
 Say = Callable[[str], None]
 R = TypeVar("R")
+
+
+def find_device(name: str | None) -> torch.device:
+    """A device of torch by its name; a GPU where there is one, for None.
+
+    Raises:
+        TrainingError: torch has no such device.
+    """
+    try:
+        # torchrun gives each process on a machine a number: its GPU.
+        device = torch.device(name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # CPU builds of torch answer with an AssertionError
+        raise TrainingError(f"device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def find_recipe(name: str, kind: type[R]) -> R:
