@@ -53,6 +53,8 @@ class ModelInfo(Message):
     """Network rows that a step of one image takes at a guidance scale of 1 and below."""
     rows_guided: PositiveInt = 2
     """The same above 1: a row per guidance branch. 1 for a model whose guidance is an input of the network."""
+    negative_prompts: bool = True
+    """Whether a negative prompt has an effect; it needs a guidance branch of its own."""
 
     @property
     def first_scheduler(self) -> str:
@@ -67,7 +69,7 @@ class ModelInfo(Message):
         """(width, height) that this model makes for a request.
 
         Raises:
-            InvalidRequest: it does not make that size, or does not have the scheduler.
+            InvalidRequest: it does not make that size, does not have the scheduler, or has no use for a negative prompt.
         """
         width, height = request.width or self.default_width, request.height or self.default_height
         for name, value in (("width", width), ("height", height)):
@@ -77,6 +79,8 @@ class ModelInfo(Message):
             raise InvalidRequest("width", width, f"width * height at most {self.max_pixels} for model {self.id}")
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             raise InvalidRequest("scheduler", request.scheduler, f"one of: {', '.join(self.schedulers)}")
+        if request.negative_prompt and not self.negative_prompts:
+            raise InvalidRequest("negative_prompt", request.negative_prompt, f"none: model {self.id} has no use for one")
         return width, height
 
     def first_fields(self) -> str:
@@ -107,6 +111,7 @@ def common(infos: Sequence[ModelInfo]) -> ModelInfo:
             "size_multiple": math.lcm(*(info.size_multiple for info in infos)),
             "max_pixels": min(info.max_pixels for info in infos),
             "schedulers": tuple(offered),
+            "negative_prompts": all(info.negative_prompts for info in infos),
         }
     )
 

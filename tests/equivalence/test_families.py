@@ -8,19 +8,26 @@ import pytest
 import torch
 from support.engines import FIXED_ROWS, drain, make_engine, once, run, snapshot, solo, work
 from support.families import OddFamily
+from support.tiny_families import TINY
 
 from latentline.errors import ModelError, NumericalError
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.rows import common_signature, signature_of
 from latentline_worker.models.base import Family, Row
+from latentline_worker.models.registry import FAMILIES
 from latentline_worker.models.sd import StableDiffusion
 
 SIZE = (64, 48)
 
 
-@pytest.fixture(params=["Stable Diffusion", "odd"])
+@pytest.fixture(params=["Stable Diffusion", "odd", *(name for name in TINY if name != "sd-flow")])
 def any_family(request: pytest.FixtureRequest, family: StableDiffusion) -> Family:
+    if request.param in TINY:
+        pipeline = TINY[request.param]()
+        made: Family = FAMILIES[type(pipeline).__name__](request.param, pipeline, torch.device("cpu"), torch.float32)
+        made.info = made.info.model_copy(update={"default_width": SIZE[0], "default_height": SIZE[1]})
+        return made
     return OddFamily() if request.param == "odd" else family
 
 
@@ -50,8 +57,8 @@ def test_branches_and_sizes_are_those_announced(any_family: Family) -> None:
 
 @once
 def test_every_branch_and_every_text_has_rows_of_one_signature(any_family: Family) -> None:
-    cond, uncond = rows_of(any_family, "a cat")
-    expected = common_signature("model", [cond, uncond], 2)
+    branches = rows_of(any_family, "a cat")
+    expected = common_signature("model", branches, any_family.info.rows_guided)
     for prompt in ("", "thing " * 300, "é\u3042"):
         assert {signature_of(row) for row in rows_of(any_family, prompt)} == {expected}
 
@@ -92,6 +99,12 @@ def test_a_row_is_denoised_by_its_own_timestep_and_conditions(any_family: Family
 
 
 @once
+def test_every_announced_scheduler_compiles(any_family: Family) -> None:
+    for name in any_family.info.schedulers:
+        assert work(any_family, scheduler=name, size=SIZE).table.num_steps >= 4
+
+
+@once
 @torch.inference_mode()
 def test_guidance_is_of_each_image_alone(any_family: Family) -> None:
     shape = any_family.latent_shape(*SIZE)
@@ -117,7 +130,8 @@ def test_a_job_is_bit_identical_in_any_company_and_when_resumed(any_family: Fami
     expected = solo(any_family, subject, fixed_rows=FIXED_ROWS)
     engine = make_engine(any_family, fixed_rows=FIXED_ROWS)
     engine.warm_up()
-    engine.submit(work(any_family, "mate", "euler_ancestral", 8, 0.0, (9,), SIZE))
+    stochastic = "euler_ancestral" if "euler_ancestral" in any_family.info.schedulers else "lcm"
+    engine.submit(work(any_family, "mate", stochastic, 8, 0.0, (9,), SIZE))
     request = engine.submit(subject)
     while request.step < 3:
         engine.step()
@@ -143,7 +157,7 @@ def test_every_part_of_an_odd_row_changes_the_picture() -> None:
 
 @pytest.fixture
 def both(family: StableDiffusion) -> Engine:
-    return make_engine(family, OddFamily(), OddFamily("other"))
+    return make_engine(family, OddFamily(), OddFamily("other"), max_rows=8)
 
 
 @once

@@ -47,20 +47,21 @@ def make_engine(family: Family, *others: Family, **options: Any) -> Engine:
 def work(
     family: Family,
     prompt: str = "a cat",
-    scheduler: str = "ddim",
+    scheduler: str | None = None,
     steps: int = 4,
     guidance: float = 5.0,
     seeds: tuple[int, ...] = (1,),
     size: tuple[int, int] = (32, 32),
     **options: Any,
 ) -> Work:
+    scheduler = scheduler or ("ddim" if "ddim" in family.info.schedulers else family.info.first_scheduler)
     asked = {name: options.pop(name) for name in list(options) if name in ResolvedRequest.model_fields}
     request = ResolvedRequest(
         **{
             "version": 1,
             "model": family.info.id,
             "prompt": prompt,
-            "negative_prompt": "blurry",
+            "negative_prompt": "blurry" if family.info.negative_prompts else "",
             "width": size[0],
             "height": size[1],
             "num_inference_steps": steps,

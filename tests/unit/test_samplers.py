@@ -23,7 +23,9 @@ from diffusers import (
 
 from latentline.jobs import SCHEDULERS
 from latentline_worker.samplers import MAX_ORDER, CompileError, SamplerTable, compile_scheduler, make_scheduler, sampler_table
-from latentline_worker.samplers.presets import PRESETS
+from latentline_worker.samplers.compile import residual
+from latentline_worker.samplers.presets import FLOW_PRESETS, PRESETS
+from latentline_worker.samplers.trajectory import Grid
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 BUNDLED = {
@@ -48,7 +50,8 @@ def test_table_follows_the_scheduler(name: str, steps: int, config: dict[str, An
     scheduler = make_scheduler(name, config)
     scheduler.set_timesteps(steps)
     first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * scheduler.init_noise_sigma
-    assert table.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma))
+    assert table.init == pytest.approx((0.0, float(scheduler.init_noise_sigma)))
+    assert table.renoise is None
 
     def network(x: torch.Tensor, t: float) -> torch.Tensor:
         return torch.sin(x) + x.flip(-1) * 0.3 + t / 1000
@@ -70,6 +73,110 @@ def test_table_follows_the_scheduler(name: str, steps: int, config: dict[str, An
             new = new + c[0] * torch.randn(first.shape, generator=noise)
         xs.insert(0, new)
     assert (xs[0] - x).abs().max() <= 1e-4 * x.abs().max()
+
+
+EXACT = 1e-6  # relative: of a table against its scheduler in float64; schedulers that hold their sigmas in float32 leave 3e-7
+FLOW = {"prediction_type": "flow_prediction", "num_train_timesteps": 1000, "shift": 3.0}
+BY_SIZE = {**FLOW, "use_dynamic_shifting": True}  # Flux
+STEPS = 12
+SIGMAS = tuple(np.linspace(1, 1 / STEPS, STEPS))
+# Shapes of the noise levels that FlowMatchEulerDiscreteScheduler can be configured to.
+SHAPES: dict[str, dict[str, Any]] = {
+    "terminal": {"shift_terminal": 0.02},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "stochastic": {"stochastic_sampling": True},
+    "inverted": {"invert_sigmas": True},
+}
+
+
+def difference(scheduler: Any, **how: Any) -> float:
+    """Of the compiled table from its scheduler, on random inputs."""
+    table = compile_scheduler(scheduler, STEPS, **how)
+    return residual(copy.deepcopy(scheduler), Grid(STEPS, **how), table)
+
+
+@pytest.mark.parametrize("start", [None, 0, 5])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_name_compiles_from_any_step(name: str, start: int | None) -> None:
+    assert difference(make_scheduler(name, SD15), start=start) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [(FLOW, {}), (FLOW, {"start": 5}), (BY_SIZE, {"mu": 0.9}), (BY_SIZE, {"mu": 0.9, "sigmas": SIGMAS})],
+    ids=["flow", "from the middle", "by size", "by size, with noise levels"],
+)
+@pytest.mark.parametrize("name", FLOW_PRESETS)
+def test_every_name_of_flow_matching_compiles(name: str, config: dict[str, Any], how: dict[str, Any]) -> None:
+    refused = {("heun", "mu"): "cannot shift|takes no noise levels", ("sa_solver", "start"): "adds other noise"}
+    reason = next((text for (other, option), text in refused.items() if other == name and option in how), None)
+    if reason is None:
+        assert difference(make_scheduler(name, config), **how) <= EXACT
+    else:
+        with pytest.raises(CompileError, match=reason):
+            sampler_table(name, config, STEPS, **how)
+
+
+@pytest.mark.parametrize("start", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_flow_matchings_noise_levels_compiles(shape: str, start: int | None) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, **SHAPES[shape])
+    if shape == "inverted" and start is not None:
+        with pytest.raises(CompileError, match="adds other noise"):
+            compile_scheduler(scheduler, STEPS, start=start)
+    else:
+        assert difference(scheduler, start=start) <= EXACT
+
+
+@pytest.mark.parametrize("config", [SD15, FLOW], ids=["sd15", "flow"])
+def test_a_start_in_the_middle_is_as_noisy_as_the_pipelines(config: dict[str, Any]) -> None:
+    """What img2img pipelines do: timesteps and begin index from `start` on, and add_noise for the first of them."""
+    start = 5
+    for name in FLOW_PRESETS if config is FLOW else PRESETS:
+        if (config, name) == (FLOW, "sa_solver"):
+            continue
+        table, scheduler = sampler_table(name, config, STEPS, start=start), make_scheduler(name, config)
+        scheduler.set_timesteps(STEPS)
+        scheduler.set_begin_index(start * scheduler.order) if hasattr(scheduler, "set_begin_index") else None
+        timesteps = scheduler.timesteps[start * scheduler.order :]
+        original, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        noisy = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else None
+        first = noisy(original, timesteps[:1], noise) if noisy else scheduler.add_noise(original, noise, timesteps[:1])
+        assert torch.allclose(table.init[0] * original + table.init[1] * noise, first.double(), atol=1e-6), name
+        assert np.allclose(table.timesteps, timesteps.double().numpy()), name
+        assert table.renoise is not None and table.renoise.shape == (table.num_steps, 2), name
+        assert tuple(table.renoise[-1]) == (1.0, 0.0), name
+        assert (np.diff(table.renoise[:, 1] / np.maximum(table.renoise[:, 0], 1e-9)) <= 1e-6).all(), f"{name}: noise must shrink"
+
+
+def test_the_shift_of_a_size_is_in_the_digest() -> None:
+    tables = [sampler_table("euler", BY_SIZE, 4, mu=mu, sigmas=(1, 0.75, 0.5, 0.25)) for mu in (0.5, 1.15)]
+    assert tables[0].digest != tables[1].digest
+    assert sampler_table("ddim", SD15, 8, start=2).digest != sampler_table("ddim", SD15, 8).digest
+
+
+def test_names_without_a_meaning_for_flow_matching_are_refused_with_those_that_have_one() -> None:
+    assert set(FLOW_PRESETS) < set(PRESETS)
+    for name in set(PRESETS) - set(FLOW_PRESETS):
+        with pytest.raises(CompileError, match=f"'{name}' has no meaning for a model of flow matching; known: euler, heun, dpmpp_2m, "):
+            make_scheduler(name, FLOW)
+
+
+def test_flow_previews_are_read_along_straight_paths() -> None:
+    """With a network that knows noise and picture, every call points to the same clean latents."""
+    clean, noise = np.linspace(-1, 1, 5), np.linspace(2, -2, 5)
+    table = sampler_table("euler", FLOW, 10)
+    for n, t in enumerate(table.timesteps):
+        sigma = t / 1000
+        seen = (1 - sigma) * clean + sigma * noise
+        assert np.allclose(table.denoised[n, 0] * seen + table.denoised[n, 1] * (noise - clean), clean)
+
+
+def test_a_start_after_the_last_step_is_refused() -> None:
+    with pytest.raises(CompileError, match="no step is left from step 12 of 12"):
+        sampler_table("ddim", SD15, STEPS, start=STEPS)
 
 
 def test_clipping_is_refused_by_name() -> None:
@@ -99,7 +206,7 @@ def test_a_step_count_the_scheduler_refuses() -> None:
 
 @pytest.mark.parametrize(
     "scheduler",
-    [FlowMatchEulerDiscreteScheduler(), CMStochasticIterativeScheduler(), CogVideoXDPMScheduler(), KarrasVeScheduler()],
+    [CMStochasticIterativeScheduler(), CogVideoXDPMScheduler(), KarrasVeScheduler()],
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_other_schedulers_are_refused_with_a_reason(scheduler: Any) -> None:
@@ -119,7 +226,7 @@ def test_clean_latents_are_read_off_the_network(config: dict[str, Any] = SD15) -
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(CompileError, match="known: ddim, ddpm"):
+    with pytest.raises(CompileError, match="'heun3' is not a known scheduler; known: ddim, ddpm"):
         make_scheduler("heun3", SD15)
 
 

@@ -88,7 +88,7 @@ class Lane:
             noise = self._noises[slot] = Noise(seed, self.shape, self.family.dtype)
             first = self.family.start(work.request, i, noise.generator).float().flatten()
             self._history[slot].zero_()  # zero coefficients do not cancel what an earlier job left: 0 * NaN is NaN
-            self._history[slot, 0] = self._to_device(first) * work.table.init_noise_sigma
+            self._history[slot, 0] = self._to_device(first) * work.table.init[1]
             for branch, row in enumerate(rows):
                 for name, tensor in row.items():
                     self._rows[name][slot, branch] = tensor

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from latentline.errors import ModelError
 
-from . import bundled_model
+from . import bundled_model, folder
 from .base import Family
+from .flux import Flux
 from .sd import StableDiffusion
+from .sd3 import StableDiffusion3
+from .sdxl import StableDiffusionXL
+
+# By the pipeline's class in model_index.json. A new family is one file and a line here.
+FAMILIES: dict[str, Any] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "LatentConsistencyModelPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+}
 
 
 def load(source: str, device: torch.device, dtype: torch.dtype) -> Family:
@@ -20,7 +35,7 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Family:
     A directory is served under its own name, a hub id under itself.
 
     Raises:
-        ModelError: the model is missing or broken; the message names the file.
+        ModelError: the model is missing or broken, or of no family that is known; the message names the file.
     """
     if source == bundled_model.MODEL_ID:
         return bundled_model.load(device, dtype)
@@ -29,7 +44,22 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Family:
         path = path.expanduser().resolve()
         if not path.is_dir():
             raise ModelError(f"{path}: no such model folder")
-        return StableDiffusion.load(str(path), path.name, device, dtype)
+        return _loader(str(path), folder.read_index(path))(str(path), path.name, device, dtype)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ModelError(f"{source!r} is neither {bundled_model.MODEL_ID!r}, a folder, nor a hub id")
-    return StableDiffusion.load(source, source, device, dtype)
+    return _loader(source, _hub_index(source))(source, source, device, dtype)
+
+
+def _loader(source: str, index: dict[str, Any]) -> Callable[[str, str, torch.device, torch.dtype], Family]:
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise ModelError(f"{source}: its pipeline is {name!r}; allowed: {', '.join(FAMILIES)}")
+    loader: Callable[[str, str, torch.device, torch.dtype], Family] = FAMILIES[name].load
+    return loader
+
+
+def _hub_index(source: str) -> dict[str, Any]:
+    try:
+        return dict(DiffusionPipeline.load_config(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: no model of this name can be loaded: {str(error).splitlines()[0]}") from error

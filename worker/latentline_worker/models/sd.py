@@ -6,24 +6,22 @@ Loads any diffusers-format directory or hub id of that shape, safetensors only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 
 from latentline.errors import ModelError
 from latentline.jobs import MAX_SIZE_PX, MIN_SIZE_PX, ModelInfo, ResolvedRequest
-from latentline_worker.samplers import SamplerTable, sampler_table
+from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 
 from . import checksums
 from .base import Encoded, Row, Text
+from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_pixels
 
 PARTS = ("vae", "unet", "text_encoder")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
 
 class StableDiffusion:
@@ -45,17 +43,14 @@ class StableDiffusion:
         if prediction not in PREDICTION_TYPES:
             raise ModelError(f"{model_id}: prediction_type is {prediction!r}; allowed: {', '.join(PREDICTION_TYPES)}")
         self.revision = checksums.of_modules((vae, unet, text_encoder))
-        for part in (vae, unet, text_encoder):
-            part.to(device).eval().requires_grad_(False)
-            if part.dtype != dtype:
-                part.to(dtype)
-        if device.type == "cuda":  # the layout of tensor-core convolutions; on a CPU it measured no faster
-            for part in (vae, unet):
-                part.to(memory_format=torch.channels_last)
+        place(text_encoder, device, dtype)
+        place(unet, device, dtype, convolutions=True)
+        place(vae, device, decoder_dtype(vae, dtype), convolutions=True)
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
         self.device, self.dtype = device, dtype
+        self._guidance_is_input = unet.config.time_cond_proj_dim is not None  # a latent consistency model
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent along a side
         # The U-Net halves its input at each block except the last; SD's own pipelines require multiples of 8.
         side = max(MIN_SIZE_PX, unet.config.sample_size * self.vae_scale_factor)
@@ -66,11 +61,14 @@ class StableDiffusion:
             default_height=side,
             size_multiple=max(8, self.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)),
             max_pixels=min(MAX_SIZE_PX**2, (2 * side) ** 2),
-            default_num_inference_steps=20,
-            default_guidance_scale=5.0,
-            default_scheduler="dpmpp_2m",
+            schedulers=names_for(scheduler_config),
+            default_num_inference_steps=4 if self._guidance_is_input else 20,
+            default_guidance_scale=8.0 if self._guidance_is_input else 5.0,
+            default_scheduler="lcm" if self._guidance_is_input else "dpmpp_2m",
             rows_unguided=1,
-            rows_guided=2,  # classifier-free guidance: one with the prompt, one with the negative prompt
+            # Classifier-free guidance: one with the prompt, one with the negative prompt.
+            rows_guided=1 if self._guidance_is_input else 2,
+            negative_prompts=not self._guidance_is_input,
         )
 
     @classmethod
@@ -80,15 +78,8 @@ class StableDiffusion:
         Raises:
             ModelError: the model is missing or broken; the message names the file.
         """
-        if Path(source).is_dir():
-            check_folder(Path(source))
-            checksums.check(Path(source))
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise ModelError(f"{source}: cannot be loaded as Stable Diffusion: {str(error).splitlines()[0]}") from error
+        options = {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = load_pipeline(StableDiffusionPipeline, source, dtype, PARTS, **options)
         return cls(
             model_id,
             vae=pipeline.vae,
@@ -108,8 +99,8 @@ class StableDiffusion:
 
     def texts(self, request: ResolvedRequest) -> tuple[Text, ...]:
         prompt = Text(request.prompt)
-        # As in diffusers: guidance has an effect only above 1.
-        return (prompt, Text(request.negative_prompt, negative=True)) if request.guidance_scale > 1 else (prompt,)
+        guided = request.guidance_scale > 1 and not self._guidance_is_input  # as in diffusers: it has an effect only above 1
+        return (prompt, Text(request.negative_prompt, negative=True)) if guided else (prompt,)
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         # The same computation as StableDiffusionPipeline.encode_prompt without LoRA and clip_skip.
@@ -122,14 +113,24 @@ class StableDiffusion:
         return [Encoded({"prompt_embeds": one}, (count, length)) for one, count in zip(states.to(self.dtype), counts, strict=True)]
 
     def rows(self, request: ResolvedRequest, encoded: Sequence[Encoded]) -> list[Row]:
-        return [one.row for one in encoded]
+        if not self._guidance_is_input:
+            return [one.row for one in encoded]
+        size = int(self.unet.config.time_cond_proj_dim)
+        embedded = guidance_embedding(request.guidance_scale, size, self.device, self.dtype)
+        return [{**one.row, "timestep_cond": embedded} for one in encoded]
 
     def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
         assert request.width is not None and request.height is not None
         return torch.randn((1, *self.latent_shape(request.width, request.height)), generator=generator, dtype=self.dtype)[0]
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
-        out: torch.Tensor = self.unet(latents.to(self.dtype), timesteps, encoder_hidden_states=rows["prompt_embeds"], return_dict=False)[0]
+        out: torch.Tensor = self.unet(
+            latents.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=rows["prompt_embeds"],
+            timestep_cond=rows.get("timestep_cond"),
+            return_dict=False,
+        )[0]
         return out
 
     def guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -140,36 +141,6 @@ class StableDiffusion:
         return int(latents.shape[-2] * latents.shape[-1] * self.vae_scale_factor**2)
 
     def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
-        z = latents.to(self.dtype) / self.vae.config.scaling_factor
+        z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         self.vae.use_tiling = tiled
-        images = self.vae.decode(z, return_dict=False)[0]
-        # As diffusers' VaeImageProcessor: denormalise, clamp, round.
-        pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round()
-        result: torch.Tensor = pixels.permute(0, 2, 3, 1).to(torch.uint8)
-        return result
-
-
-def check_folder(folder: Path) -> None:
-    """Check every file that loading needs, so that the error names the broken file.
-
-    Raises:
-        ModelError: a file is missing, is not JSON, or is not a whole safetensors file.
-    """
-    for name in ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)):
-        path = folder / name
-        try:
-            json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ModelError(f"{path}: missing from the model") from None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: not readable as JSON: {error}") from None
-    for part in PARTS:
-        weights = sorted((folder / part).glob("*.safetensors"))
-        if not weights:
-            raise ModelError(f"{folder / part}: no .safetensors file (other weight formats are not loaded)")
-        for path in weights:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    file.keys()
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
+        return to_pixels(self.vae.decode(z, return_dict=False)[0])

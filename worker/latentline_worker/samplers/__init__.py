@@ -1,7 +1,8 @@
 """diffusers schedulers compiled to coefficient tables; diffusers stays the reference."""
 
-from .compile import CompileError, compile_scheduler
-from .presets import make_scheduler, sampler_table
+from .compile import compile_scheduler
+from .presets import make_scheduler, names_for, sampler_table
 from .table import MAX_ORDER, SamplerTable
+from .trajectory import CompileError
 
-__all__ = ["MAX_ORDER", "CompileError", "SamplerTable", "compile_scheduler", "make_scheduler", "sampler_table"]
+__all__ = ["MAX_ORDER", "CompileError", "SamplerTable", "compile_scheduler", "make_scheduler", "names_for", "sampler_table"]

@@ -1,105 +1,86 @@
 """Read a scheduler's coefficients off unit impulses.
 
-The diffusers schedulers of this family are linear in their inputs. In one trajectory the first latents, each network
-output and each noise draw are therefore given as different unit vectors: the components of every later latent show how it
-depends on them. A small least-squares fit turns this into a recurrence of low order. The table is then checked against
-the scheduler on random inputs, so that a scheduler that is not linear (thresholding, sample clipping) is refused and
+The diffusers schedulers of diffusion and flow-matching models are linear in their inputs. In one trajectory the first latents,
+each network output and each noise draw are therefore given as different unit vectors: the components of every later latent
+show how it depends on them. A small least-squares fit turns this into a recurrence of low order. The table is then checked
+against the scheduler on random inputs, so that a scheduler that is not linear (thresholding, sample clipping) is refused and
 never silently approximated.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
-import threading
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from .table import MAX_ORDER, SamplerTable
+from .trajectory import Array, CompileError, Grid, is_flow, run
 
 FIT_TOLERANCE = 1e-5  # relative; schedulers hold their sigmas in float32, which leaves about 2e-7
-_PATCHING = threading.Lock()  # held while a scheduler module's noise source is replaced: the patch is process-wide
-
-Array = npt.NDArray[np.float64]
-
-
-class CompileError(ValueError):
-    """The scheduler's configuration cannot be written as a linear recurrence; the message says why."""
+# Timesteps are rounded to whole numbers by some schedulers, so the noise level that one tells is this close to the true one.
+SIGMA_TOLERANCE = 2e-3
 
 
-def compile_scheduler(scheduler: Any, num_inference_steps: int) -> SamplerTable:
+def compile_scheduler(
+    scheduler: Any,
+    num_inference_steps: int,
+    *,
+    start: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
+) -> SamplerTable:
     """Compile a diffusers scheduler for one step count. The scheduler itself is left untouched.
+
+    Args:
+        scheduler: with the model's own configuration.
+        num_inference_steps: of the whole schedule.
+        start: the step to begin with, from a picture with noise added to it; None for noise alone, from the first step on.
+        sigmas: (num_inference_steps,) noise levels; None for the scheduler's own.
+        mu: shift of the noise levels for the picture's size.
 
     Raises:
         CompileError: it is not linear, needs a higher order than ``MAX_ORDER``, or refuses the step count.
     """
-    name = type(scheduler).__name__
+    name, grid = type(scheduler).__name__, Grid(num_inference_steps, start, None if sigmas is None else tuple(sigmas), mu)
     for option in ("thresholding", "clip_sample"):
         if scheduler.config.get(option):
             raise CompileError(f"{name} with {option}=True is not linear in its inputs and cannot share a batch: set {option}=False")
-    if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "scale_model_input"):
-        raise CompileError(f"{name} has no variance-preserving noise schedule: it belongs to another family of models")
+    flow = hasattr(scheduler, "scale_noise") or is_flow(scheduler.config)
+    if not flow and not (hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "scale_model_input")):
+        raise CompileError(f"{name} has no noise schedule of diffusion or flow matching: it belongs to another family of models")
     scheduler = copy.deepcopy(scheduler)
     try:
-        scheduler.set_timesteps(num_inference_steps)
-        timesteps = scheduler.timesteps.clone()
-        count = len(timesteps)
-        dim = 1 + 2 * count  # the first latents, the network's outputs, the noise draws
-        units = torch.eye(dim, dtype=torch.float64)
-        x, scale, draws = _trajectory(scheduler, num_inference_steps, units[0], units[1 : 1 + count], units[1 + count :])
+        count = len(grid.set_on(scheduler))
+        units = torch.eye(1 + 2 * count, dtype=torch.float64)  # the first latents, the network's outputs, the noise draws
+        m, z = units[1 : 1 + count], units[1 + count :]
+        found = run(scheduler, grid, units[0], m, z)
     except CompileError:
         raise
-    except (ValueError, IndexError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
-        raise CompileError(f"{name} refuses {num_inference_steps} steps: {error}") from error
-    coefficients, order = _fit(name, x, units[1 : 1 + count].numpy(), units[1 + count :].numpy())
+    except (ValueError, IndexError, RuntimeError, AssertionError, TypeError, ZeroDivisionError, np.linalg.LinAlgError) as error:
+        raise CompileError(f"{name} refuses {num_inference_steps} steps: {error or type(error).__name__}") from error
+    coefficients, order = _fit(name, found.x, m.numpy(), z.numpy())
     table = SamplerTable(
         num_steps=count,
-        timesteps=timesteps.double().numpy(),
-        input_scale=scale,
+        timesteps=found.timesteps,
+        input_scale=found.input_scale,
         coefficients=coefficients,
-        init_noise_sigma=float(scheduler.init_noise_sigma),
+        init=(0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))) if found.noised is None else _pair(found.noised[0]),
         order=order,
-        denoised=_denoised(scheduler, timesteps.double().numpy()),
-        draws=draws,
+        denoised=_denoised_by_flow(scheduler, found.timesteps) if flow else _denoised(scheduler, found.timesteps),
+        draws=found.draws,
+        renoise=None if found.noised is None else np.concatenate([found.noised[1:], [[1.0, 0.0]]]),
     )
-    _check(name, scheduler, num_inference_steps, table)
+    if flow and found.noised is not None:
+        _check_noise(name, scheduler, found.timesteps, found.noised)
+    _check(name, scheduler, grid, table)
     return table
 
 
-def _trajectory(
-    scheduler: Any, steps: int, x0: torch.Tensor, m: torch.Tensor, z: torch.Tensor
-) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
-    """Latents (count + 1, dim), input scales (count,) and noise draws (count,) of a run with given outputs ``m`` and noise ``z``."""
-    scheduler.set_timesteps(steps)  # also resets the history of multistep schedulers
-    x = x0.view(1, 1, 1, -1)
-    shape = x.shape
-    rows, scales = [x0.numpy()], []
-    draws: list[int] = []
-    extra: dict[str, Any] = {}
-    parameters = inspect.signature(scheduler.step).parameters
-    if "generator" in parameters:
-        extra["generator"] = None
-    if "eta" in parameters:
-        extra["eta"] = 0.0  # the default of diffusers' pipelines
-
-    def draw(*_: Any, **__: Any) -> torch.Tensor:
-        draws.append(n)
-        if draws.count(n) > 1:
-            raise CompileError(f"{type(scheduler).__name__} draws noise more than once a step")
-        return z[n].view(shape)
-
-    with _PATCHING, mock.patch.object(sys.modules[type(scheduler).__module__], "randn_tensor", draw, create=True):
-        for n, t in enumerate(scheduler.timesteps):
-            probe = torch.ones(shape, dtype=torch.float64)
-            scales.append(float(scheduler.scale_model_input(probe, t).flatten()[0]))
-            x = scheduler.step(m[n].view(shape), t, x, return_dict=False, **extra)[0].double()
-            rows.append(x.flatten().numpy())
-    return np.stack(rows), np.asarray(scales), np.isin(np.arange(len(m)), draws)
+def _pair(values: Array) -> tuple[float, float]:
+    return float(values[0]), float(values[1])
 
 
 def _denoised(scheduler: Any, timesteps: Array) -> Array:
@@ -118,8 +99,29 @@ def _denoised(scheduler: Any, timesteps: Array) -> Array:
     return np.stack([1 / signal, -noise / signal], axis=1)
 
 
+def _flow_sigmas(scheduler: Any, timesteps: Array) -> Array:
+    """The noise levels, 1 for noise alone."""
+    sigmas: Array = timesteps / scheduler.config.num_train_timesteps
+    return sigmas
+
+
+def _denoised_by_flow(scheduler: Any, timesteps: Array) -> Array:
+    """The same for flow matching, whose network predicts ``noise - original`` (Liu et al. 2022, arXiv:2209.03003)."""
+    sigmas = _flow_sigmas(scheduler, timesteps)
+    return np.stack([np.ones_like(sigmas), -sigmas], axis=1)
+
+
+def _check_noise(name: str, scheduler: Any, timesteps: Array, noised: Array) -> None:
+    """Noise must be added along the straight paths that the trajectory follows; SASolverScheduler adds another amount."""
+    sigmas = _flow_sigmas(scheduler, timesteps)
+    if np.abs(noised - np.stack([1 - sigmas, sigmas], axis=1)).max() > SIGMA_TOLERANCE:
+        raise CompileError(f"{name} adds other noise to a picture than its own flow has: it cannot start from one")
+
+
 def _fit(name: str, x: Array, m: Array, z: Array) -> tuple[Array, int]:
     """The coefficients and the order of the lowest-order recurrence that reproduces all latents."""
+    if not np.isfinite(x).all():
+        raise CompileError(f"{name} with this configuration gives values that are no numbers")
     worst = np.inf
     for order in range(1, MAX_ORDER + 1):
         table = np.zeros((len(m), 2 * MAX_ORDER + 1))
@@ -141,19 +143,24 @@ def _fit(name: str, x: Array, m: Array, z: Array) -> tuple[Array, int]:
     raise CompileError(f"{name} is no linear recurrence over {MAX_ORDER} steps (relative residual {worst:.1e})")
 
 
-def _check(name: str, scheduler: Any, steps: int, table: SamplerTable) -> None:
+def _check(name: str, scheduler: Any, grid: Grid, table: SamplerTable) -> None:
     """Compare with the scheduler on random inputs large enough to show any clipping."""
+    error = residual(scheduler, grid, table)
+    if not error < 10 * FIT_TOLERANCE:
+        raise CompileError(f"{name} is not linear in its inputs (error {error:.1e} on random inputs)")
+
+
+def residual(scheduler: Any, grid: Grid, table: SamplerTable) -> float:
+    """The largest difference between table and scheduler over a trajectory of random inputs, relative to its largest latent."""
     generator = torch.Generator().manual_seed(0)
     x0, *rest = torch.randn(1 + 2 * table.num_steps, 64, generator=generator, dtype=torch.float64) * 3
     m, z = torch.stack(rest[: table.num_steps]), torch.stack(rest[table.num_steps :])
-    x0 = x0 * table.init_noise_sigma
-    expected, _, _ = _trajectory(scheduler, steps, x0, m, z)
+    x0 = x0 * max(table.init)
+    expected = run(scheduler, grid, x0, m, z).x
     x = np.zeros((table.num_steps + 1, 64))
     x[0] = x0.numpy()
     for n in range(table.num_steps):
         a, b, c = np.split(table.coefficients[n], [MAX_ORDER, 2 * MAX_ORDER])
         depth = min(MAX_ORDER, n + 1)
         x[n + 1] = sum(a[j] * x[n - j] + b[j] * m[n - j].numpy() for j in range(depth)) + c[0] * z[n].numpy()
-    error = np.abs(x - expected).max() / np.abs(expected).max()
-    if not error < 10 * FIT_TOLERANCE:
-        raise CompileError(f"{name} is not linear in its inputs (error {error:.1e} on random inputs)")
+    return float(np.abs(x - expected).max() / np.abs(expected).max())

@@ -18,7 +18,8 @@ class SamplerTable:
     """One trajectory of N network calls, x: latents, m: network outputs, z: fresh standard normal noise.
 
     ``x[n+1] = sum_j a[n,j] x[n-j] + sum_j b[n,j] m[n-j] + c[n] z[n]``, and the network sees
-    ``input_scale[n] * x[n]`` at ``timesteps[n]``; ``x[0] = init_noise_sigma * z``.
+    ``input_scale[n] * x[n]`` at ``timesteps[n]``; ``x[0] = init[0] * original + init[1] * z``, where ``original`` are the
+    latents of a picture to start from.
 
     ``coefficients`` is (N, 2 * MAX_ORDER + 1) float64: a (newest first), b (newest first), c.
     """
@@ -27,13 +28,17 @@ class SamplerTable:
     timesteps: npt.NDArray[np.float64]
     input_scale: npt.NDArray[np.float64]
     coefficients: npt.NDArray[np.float64]
-    init_noise_sigma: float
+    init: tuple[float, float]
+    """Of the original and of the noise; (0, sigma) for a trajectory from noise alone."""
     order: int
     """Past latents, and past network outputs, that its steps use: 1 to MAX_ORDER."""
     denoised: npt.NDArray[np.float64]
     """(N, 2): the clean latents that call n predicts are ``[n,0] * (network's input) + [n,1] * (its output)``."""
     draws: npt.NDArray[np.bool_]
     """(N,) whether call n draws noise. Some schedulers draw noise and do not use it; the generator advances all the same."""
+    renoise: npt.NDArray[np.float64] | None = None
+    """(N, 2): the original as noisy as the latents are after call n is ``[n,0] * original + [n,1] * (the first noise)``; the last
+    row is (1, 0). None for a trajectory from noise alone."""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -42,6 +47,6 @@ class SamplerTable:
         The coefficients are rounded first: they come from a least-squares fit, whose last bits depend on the CPU.
         """
         found = hashlib.sha256(f"{self.num_steps} {self.order}".encode())
-        for values in (self.timesteps, self.input_scale, self.coefficients, self.init_noise_sigma, self.draws):
+        for values in (self.timesteps, self.input_scale, self.coefficients, self.init, self.draws):
             found.update((np.round(np.asarray(values, dtype=np.float64), DIGITS) + 0.0).tobytes())  # adding 0 turns -0 into 0
         return found.hexdigest()

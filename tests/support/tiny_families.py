@@ -1,0 +1,187 @@
+"""A tiny pipeline of each family, with random weights and real text encoder classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from .tiny import tiny_pipeline
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,."
+WIDTH = 32  # of every text encoder
+
+
+def _clip(kind: Any, *, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        vocab_size=1000,
+        max_position_embeddings=77,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        projection_dim=WIDTH,
+    )
+    return kind(config).eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    for letter in LETTERS:
+        vocab[letter] = len(vocab)
+        vocab[letter + "</w>"] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+def _t5() -> T5EncoderModel:
+    torch.manual_seed(3)
+    config = T5Config(vocab_size=200, d_model=WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    return T5EncoderModel(config).eval()
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def _vae(**options: Any) -> AutoencoderKL:
+    torch.manual_seed(4)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=32,
+        **options,
+    ).eval()
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """32 px, two CLIPs, pooled text and time ids."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * WIDTH,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+    ).eval()
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    return StableDiffusionXLPipeline(
+        _vae(), _clip(CLIPTextModel, seed=1), _clip(CLIPTextModelWithProjection, seed=2), _clip_tokenizer(), _clip_tokenizer(), unet,
+        scheduler, add_watermarker=False,
+    )  # fmt: skip
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    """32 px, two CLIPs and T5; a static shift."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        out_channels=4,
+        pos_embed_max_size=32,
+    ).eval()
+    t5 = T5Config(vocab_size=200, d_model=2 * WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    torch.manual_seed(3)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=_clip(CLIPTextModelWithProjection, seed=1),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_clip(CLIPTextModelWithProjection, seed=2),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(t5).eval(),
+        tokenizer_3=_t5_tokenizer(),
+    )
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    """Up to 256 px, CLIP's pooled text and T5's states; the shift depends on the size for dev, as in the published models."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds, shift=3.0 if guidance_embeds else 1.0),
+        vae=_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=_clip(CLIPTextModel, seed=1),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=_t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def sd_flow() -> Any:
+    """Stable Diffusion's shape, trained with flow matching, as a stock pipeline runs it."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=2.0,
+        steps_offset=1,  # a stock pipeline warns of others; flow matching does not use it
+    )
+    return pipeline
+
+
+TINY: dict[str, Callable[[], Any]] = {
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux-dev": flux,
+    "flux-schnell": lambda: flux(guidance_embeds=False),
+    "sd-flow": sd_flow,
+}
+"""By name; what each gives is built anew, always with the same weights."""
