@@ -189,6 +189,15 @@ def test_a_negative_prompt_that_would_have_no_effect_is_refused(loaded: tuple[An
         work(family, scheduler="euler", size=(SIZE, SIZE), negative_prompt="blurry")
 
 
+def test_a_text_that_is_cut_is_not_logged(loaded: tuple[Any, Family], caplog: pytest.LogCaptureFixture) -> None:
+    _, family = loaded
+    one = work(family, "secret " * 300, size=(SIZE, SIZE))
+    with torch.inference_mode():
+        (encoded, *_) = family.encode(one.texts)
+    assert encoded.tokens[0] > encoded.tokens[1], "it was not cut: the test shows nothing"
+    assert "s e c r e t" not in caplog.text and "secret" not in caplog.text
+
+
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("missing", ["model_index.json", "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
 def test_a_folder_with_a_file_missing_is_refused_by_its_name(name: str, missing: str, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
 
 from latentline.errors import ModelError
 
@@ -37,6 +37,8 @@ def load(source: str, device: torch.device, dtype: torch.dtype) -> Family:
     Raises:
         ModelError: the model is missing or broken, or of no family that is known; the message names the file.
     """
+    # diffusers warns of a prompt that it has cut with the text that was cut: prompts do not belong into logs.
+    diffusers.utils.logging.set_verbosity_error()
     if source == bundled_model.MODEL_ID:
         return bundled_model.load(device, dtype)
     path = Path(source)
@@ -60,6 +62,6 @@ def _loader(source: str, index: dict[str, Any]) -> Callable[[str, str, torch.dev
 
 def _hub_index(source: str) -> dict[str, Any]:
     try:
-        return dict(DiffusionPipeline.load_config(source))
+        return dict(diffusers.DiffusionPipeline.load_config(source))
     except (OSError, ValueError) as error:
         raise ModelError(f"{source}: no model of this name can be loaded: {str(error).splitlines()[0]}") from error
