@@ -34,10 +34,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,."
 WIDTH = 32  # of every text encoder
 
 
-def _clip(kind: Any, *, seed: int) -> Any:
+def _clip(kind: Any, *, seed: int, width: int = WIDTH) -> Any:
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=37,
         num_attention_heads=4,
         num_hidden_layers=2,
@@ -46,7 +46,7 @@ def _clip(kind: Any, *, seed: int) -> Any:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
-        projection_dim=WIDTH,
+        projection_dim=width,
     )
     return kind(config).eval()
 
@@ -83,8 +83,12 @@ def _vae(**options: Any) -> AutoencoderKL:
     ).eval()
 
 
-def sdxl() -> StableDiffusionXLPipeline:
-    """32 px, two CLIPs, pooled text and time ids."""
+def sdxl(second_width: int = WIDTH) -> StableDiffusionXLPipeline:
+    """32 px, two CLIPs, pooled text and time ids.
+
+    Args:
+        second_width: of the second text encoder. In a single file diffusers tells the two apart by their widths.
+    """
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -92,18 +96,19 @@ def sdxl() -> StableDiffusionXLPipeline:
         block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=WIDTH + second_width,
         attention_head_dim=(2, 4),
         norm_num_groups=8,
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        projection_class_embeddings_input_dim=6 * 8 + second_width,
     ).eval()
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     return StableDiffusionXLPipeline(
-        _vae(), _clip(CLIPTextModel, seed=1), _clip(CLIPTextModelWithProjection, seed=2), _clip_tokenizer(), _clip_tokenizer(), unet,
+        _vae(), _clip(CLIPTextModel, seed=1), _clip(CLIPTextModelWithProjection, seed=2, width=second_width),
+        _clip_tokenizer(), _clip_tokenizer(), unet,
         scheduler, add_watermarker=False,
     )  # fmt: skip
 

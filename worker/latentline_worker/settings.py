@@ -19,7 +19,10 @@ class ProcessSettings(Settings):
 class WorkerSettings(ProcessSettings):
     """Read from ``LATENTLINE_*`` variables, checked once at start."""
 
-    model: str = "latentline-emoji"  # the bundled model's id, a diffusers folder, or a hub id
+    # The bundled model's id, a diffusers folder, a .safetensors file, or a hub id (owner/name or owner/name@revision).
+    model: str = "latentline-emoji"
+    # Of a .safetensors file: the folder or hub id of its configurations and tokenizers.
+    config: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
     # Jobs in flight per process from one shard of tenants; the process takes the same number again from other shards.
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16

@@ -33,7 +33,7 @@ def api(host: str, port: int, fd: int | None, durable: bool) -> None:
 
 
 @click.command()
-@click.option("--model", help="The bundled model's id, a diffusers folder, or a hub id.")
+@click.option("--model", help="The bundled model's id, a diffusers folder, a .safetensors file, or a hub id.")
 @click.option("--concurrency", type=int, help="Jobs in flight per process.")
 @clear_errors
 def worker(model: str | None, concurrency: int | None) -> None:
@@ -48,7 +48,7 @@ def worker(model: str | None, concurrency: int | None) -> None:
 @click.command()
 @click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Kept between runs; default: a temporary folder.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
-@click.option("--model", help="The bundled model's id, a diffusers folder, or a hub id.")
+@click.option("--model", help="The bundled model's id, a diffusers folder, a .safetensors file, or a hub id.")
 @clear_errors
 def up(data_dir: Path | None, port: int, model: str | None) -> None:
     """Run broker, object store, worker and API in the foreground."""

@@ -32,7 +32,7 @@ AWAITED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
 def main(args: Sequence[str]) -> int:
     """Run workers until SIGTERM or SIGINT; 0 if all ended well."""
     parser = argparse.ArgumentParser(prog="latentline worker")
-    parser.add_argument("--model", help="the bundled model's id, a diffusers folder, or a hub id")
+    parser.add_argument("--model", help="the bundled model's id, a diffusers folder, a .safetensors file, or a hub id")
     parser.add_argument("--concurrency", type=int, help="jobs in flight per process")
     parser.add_argument("--device", help=argparse.SUPPRESS)  # given to children: the index of their one device
     options = parser.parse_args(args)

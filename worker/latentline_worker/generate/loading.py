@@ -14,11 +14,11 @@ def load_model(settings: WorkerSettings) -> Family:
     """Load the configured model onto the one visible device, or onto the CPU.
 
     Raises:
-        ModelError: it is missing or damaged; the message names the file.
+        ModelError: it is missing, damaged or of a kind that is not served; the message names the file or the field.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = settings.dtype if settings.dtype != "auto" else ("float16" if device.type == "cuda" else "float32")
-    return registry.load(settings.model, device, getattr(torch, name))
+    return registry.load(settings.model, device, getattr(torch, name), config=settings.config)
 
 
 def make_engine(settings: WorkerSettings, family: Family) -> Engine:

@@ -19,6 +19,7 @@ from . import checksums
 from .base import Encoded, Row, Text
 from .flow import mu_of, with_flow
 from .parts import decoder_dtype, load_pipeline, place, to_pixels
+from .sources import ModelFiles
 
 PARTS = ("vae", "transformer", "text_encoder", "text_encoder_2")
 PATCH = 2  # latents along the side of a token
@@ -63,13 +64,13 @@ class Flux:
         )
 
     @classmethod
-    def load(cls, source: str, model_id: str, device: torch.device, dtype: torch.dtype) -> Flux:
-        """Load a diffusers-format directory or a hub id.
+    def load(cls, files: ModelFiles, model_id: str, device: torch.device, dtype: torch.dtype) -> Flux:
+        """Load the model from its files.
 
         Raises:
             ModelError: the model is missing or broken; the message names the file.
         """
-        return cls(model_id, load_pipeline(FluxPipeline, source, dtype, PARTS), device, dtype)
+        return cls(model_id, load_pipeline(FluxPipeline, files, dtype, PARTS), device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         channels = int(self.transformer.config.in_channels) // PATCH**2

@@ -3,37 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
 from latentline.errors import ModelError
 
 from . import folder
+from .sources import ModelFiles
+
+# What diffusers, transformers and torch raise of a model that they cannot make sense of.
+_FAILURES = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, SafetensorError, SingleFileComponentError,
+)  # fmt: skip
 
 
-def load_pipeline(pipeline: Any, source: str, dtype: torch.dtype, parts: Iterable[str], **options: Any) -> Any:
-    """Load a diffusers-format folder or a hub id with a pipeline class, safetensors only.
+def load_pipeline(
+    pipeline: Any, files: ModelFiles, dtype: torch.dtype, parts: tuple[str, ...], *, optional: Iterable[str] = (), **options: Any
+) -> Any:
+    """Load a model with a pipeline class, safetensors only, after all of its files were checked.
 
     Args:
         pipeline: the diffusers class.
-        source: the folder or hub id.
+        files: where they are.
         dtype: of the weights.
-        parts: sub-folders that hold weights.
-        options: for ``from_pretrained``.
+        parts: those of the pipeline that have weights.
+        optional: those of them that a model may lack.
+        options: for the pipeline's constructor.
 
     Raises:
-        ModelError: the model is missing or broken; the message names the file.
+        ModelError: the model is broken; the message names the file.
     """
-    if Path(source).is_dir():
-        folder.check(Path(source), parts)
+    outside = files.outside(parts)
+    folder.check(files.folder, parts, optional=optional, elsewhere=set(parts) - set(outside))
+    # What the index leaves out has to be said again, or diffusers counts it as missing.
+    options |= {name: None for name, entry in files.index.items() if isinstance(entry, list) and not any(entry)}
     try:
-        return pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{source}: cannot be loaded as a {pipeline.__name__}: {str(error).splitlines()[0]}") from error
+        if files.checkpoint is None:
+            return pipeline.from_pretrained(files.folder, dtype=dtype, use_safetensors=True, **options)
+        given = {part: _load_part(files, part, dtype) for part in outside if any(files.index.get(part) or ())}
+        options |= {"config": str(files.folder), "local_files_only": True, **given}
+        loaded = pipeline.from_single_file(str(files.checkpoint.path), dtype=dtype, **options)
+    except _FAILURES as error:
+        raise ModelError(f"{files}: cannot be loaded as a {pipeline.__name__}: {str(error).strip().splitlines()[0]}") from error
+    _check_complete(files, loaded, parts)
+    return loaded
+
+
+def _load_part(files: ModelFiles, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A part that a single file lacks, from the folder of its configuration."""
+    library, name = files.index[part]
+    kind = getattr(diffusers if library == "diffusers" else transformers, name)
+    module: torch.nn.Module = kind.from_pretrained(files.folder, subfolder=part, dtype=dtype, use_safetensors=True)
+    return module
+
+
+def _check_complete(files: ModelFiles, pipeline: Any, parts: Iterable[str]) -> None:
+    """A tensor that a single file lacks stays without values, which diffusers does not mind."""
+    for part in parts:
+        module = getattr(pipeline, part)
+        for name, tensor in module.state_dict().items() if module is not None else ():
+            if tensor.is_meta:
+                problem = f"the tensor {name} is missing: the file is incomplete, or {files.folder} is another model's"
+                raise ModelError(f"{files}: {part}: {problem}")
 
 
 def place(module: Any, device: torch.device, dtype: torch.dtype, *, convolutions: bool = False) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,7 +9,7 @@ import torch
 
 from latentline.errors import ModelError
 
-from . import bundled_model, folder
+from . import bundled_model, folder, sources
 from .base import Family
 from .flux import Flux
 from .sd import StableDiffusion
@@ -29,39 +26,26 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def load(source: str, device: torch.device, dtype: torch.dtype) -> Family:
-    """Load the bundled model by its id, a diffusers-format directory, or a hub id.
+def load(source: str, device: torch.device, dtype: torch.dtype, *, config: str | None = None, model_id: str | None = None) -> Family:
+    """Load the bundled model by its id, a diffusers-format folder, a single ``.safetensors`` file, or a hub id.
 
-    A directory is served under its own name, a hub id under itself.
+    Everything is checked, and read into host memory, before the device is touched.
+
+    Args:
+        source: as :func:`.sources.find` takes it.
+        config: of a single file: where its configurations and tokenizers are.
+        model_id: under which jobs request it; by default the bundled model's, the folder's or file's name, or the hub id.
 
     Raises:
-        ModelError: the model is missing or broken, or of no family that is known; the message names the file.
+        ModelError: the model is missing or broken, or of no family that is known; the message names the file or the field.
     """
     # diffusers warns of a prompt that it has cut with the text that was cut: prompts do not belong into logs.
     diffusers.utils.logging.set_verbosity_error()
     if source == bundled_model.MODEL_ID:
         return bundled_model.load(device, dtype)
-    path = Path(source)
-    if path.exists() or source.startswith(("/", ".", "~")):
-        path = path.expanduser().resolve()
-        if not path.is_dir():
-            raise ModelError(f"{path}: no such model folder")
-        return _loader(str(path), folder.read_index(path))(str(path), path.name, device, dtype)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise ModelError(f"{source!r} is neither {bundled_model.MODEL_ID!r}, a folder, nor a hub id")
-    return _loader(source, _hub_index(source))(source, source, device, dtype)
-
-
-def _loader(source: str, index: dict[str, Any]) -> Callable[[str, str, torch.device, torch.dtype], Family]:
-    name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise ModelError(f"{source}: its pipeline is {name!r}; allowed: {', '.join(FAMILIES)}")
-    loader: Callable[[str, str, torch.device, torch.dtype], Family] = FAMILIES[name].load
-    return loader
-
-
-def _hub_index(source: str) -> dict[str, Any]:
-    try:
-        return dict(diffusers.DiffusionPipeline.load_config(source))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: no model of this name can be loaded: {str(error).splitlines()[0]}") from error
+    files = sources.find(source, config)
+    name = files.index.get("_class_name")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ModelError(f"{files.folder / folder.INDEX}: _class_name: got {name!r}; allowed: {', '.join(FAMILIES)}")
+    family: Family = FAMILIES[name].load(files, model_id or files.name, device, dtype)
+    return family

@@ -19,6 +19,7 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 from . import checksums
 from .base import Encoded, Row, Text
 from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_pixels
+from .sources import ModelFiles
 
 PARTS = ("vae", "unet", "text_encoder")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
@@ -72,14 +73,14 @@ class StableDiffusion:
         )
 
     @classmethod
-    def load(cls, source: str, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-        """Load a diffusers-format directory or a hub id.
+    def load(cls, files: ModelFiles, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+        """Load the model from its files.
 
         Raises:
             ModelError: the model is missing or broken; the message names the file.
         """
-        options = {"safety_checker": None, "requires_safety_checker": False}
-        pipeline = load_pipeline(StableDiffusionPipeline, source, dtype, PARTS, **options)
+        options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = load_pipeline(StableDiffusionPipeline, files, dtype, PARTS, **options)
         return cls(
             model_id,
             vae=pipeline.vae,

@@ -18,6 +18,7 @@ from . import checksums
 from .base import Encoded, Row, Text
 from .flow import mu_of, with_flow
 from .parts import decoder_dtype, load_pipeline, place, to_pixels
+from .sources import ModelFiles
 
 PARTS = ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 T5_TOKENS = 256  # that the model was trained with; diffusers' default
@@ -58,13 +59,13 @@ class StableDiffusion3:
         )
 
     @classmethod
-    def load(cls, source: str, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion3:
-        """Load a diffusers-format directory or a hub id.
+    def load(cls, files: ModelFiles, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion3:
+        """Load the model from its files.
 
         Raises:
             ModelError: the model is missing or broken; the message names the file.
         """
-        return cls(model_id, load_pipeline(StableDiffusion3Pipeline, source, dtype, PARTS), device, dtype)
+        return cls(model_id, load_pipeline(StableDiffusion3Pipeline, files, dtype, PARTS, optional=("text_encoder_3",)), device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.transformer.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor

@@ -17,6 +17,7 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 from . import checksums
 from .base import Encoded, Row, Text
 from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_device, to_pixels
+from .sources import ModelFiles
 
 PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
 
@@ -59,13 +60,13 @@ class StableDiffusionXL:
         )
 
     @classmethod
-    def load(cls, source: str, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionXL:
-        """Load a diffusers-format directory or a hub id.
+    def load(cls, files: ModelFiles, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionXL:
+        """Load the model from its files.
 
         Raises:
             ModelError: the model is missing or broken; the message names the file.
         """
-        return cls(model_id, load_pipeline(StableDiffusionXLPipeline, source, dtype, PARTS, add_watermarker=False), device, dtype)
+        return cls(model_id, load_pipeline(StableDiffusionXLPipeline, files, dtype, PARTS, add_watermarker=False), device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
