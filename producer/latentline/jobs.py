@@ -41,7 +41,7 @@ __all__ = [
     "DEFAULT_RETENTION_S", "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES",
     "MAX_PROMPT_CHARS", "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX",
     "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo",
-    "Output", "Phase", "ResolvedRequest", "Status", "StoredCallback", "StoredOutput", "Submission", "resolve",
+    "Output", "Phase", "ResolvedRequest", "Status", "StoredCallback", "StoredLora", "StoredOutput", "Submission", "resolve",
 ]  # fmt: skip
 
 
@@ -98,6 +98,13 @@ class StoredCallback(Message):
     events: tuple[str, ...] = ("job.succeeded", "job.failed", "job.cancelled")
 
 
+class StoredLora(Message):
+    """:class:`latentline.requests.Lora` as it is stored."""
+
+    name: str
+    scale: float = 1.0
+
+
 class ResolvedRequest(Message):
     """A request as a record holds it: what the client left to the model is filled in. The limits were checked at submission."""
 
@@ -110,6 +117,7 @@ class ResolvedRequest(Message):
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
+    loras: tuple[StoredLora, ...] = ()
     seed: int
     num_images: int = 1
     output: StoredOutput = StoredOutput()

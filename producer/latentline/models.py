@@ -14,10 +14,10 @@ from .requests import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_MULTIPLE_PX, Guidance, JobR
 if TYPE_CHECKING:
     from .jobs import ResolvedRequest
 
-LEVEL: Final = 1
+LEVEL: Final = 2
 """The level of requests up to which this code knows every field and value."""
 
-ADDED: dict[str, int] = {}
+ADDED: dict[str, int] = {"loras": 2}
 """What was added to requests after level 1, with its level: a field by its dotted name, or a new value as ``field=value``."""
 
 SCHEDULERS: tuple[str, ...] = (
@@ -53,6 +53,8 @@ class ModelInfo(Message):
     """Network rows that a step of one image takes at a guidance scale of 1 and below."""
     rows_guided: PositiveInt = 2
     """The same above 1: a row per guidance branch. 1 for a model whose guidance is an input of the network."""
+    loras: tuple[str, ...] = ()
+    """The adapters that a request may name."""
     negative_prompts: bool = True
     """Whether a negative prompt has an effect; it needs a guidance branch of its own."""
 
@@ -69,7 +71,7 @@ class ModelInfo(Message):
         """(width, height) that this model makes for a request.
 
         Raises:
-            InvalidRequest: it does not make that size, does not have the scheduler, or has no use for a negative prompt.
+            InvalidRequest: it does not make that size, does not have the scheduler or an adapter, or has no use for a negative prompt.
         """
         width, height = request.width or self.default_width, request.height or self.default_height
         for name, value in (("width", width), ("height", height)):
@@ -79,6 +81,9 @@ class ModelInfo(Message):
             raise InvalidRequest("width", width, f"width * height at most {self.max_pixels} for model {self.id}")
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             raise InvalidRequest("scheduler", request.scheduler, f"one of: {', '.join(self.schedulers)}")
+        for number, name in enumerate(lora.name for lora in request.loras):
+            if name not in self.loras:
+                raise InvalidRequest(f"loras.{number}.name", name, f"one of: {', '.join(self.loras) or 'none'}")
         if request.negative_prompt and not self.negative_prompts:
             raise InvalidRequest("negative_prompt", request.negative_prompt, f"none: model {self.id} has no use for one")
         return width, height
@@ -111,9 +116,20 @@ def common(infos: Sequence[ModelInfo]) -> ModelInfo:
             "size_multiple": math.lcm(*(info.size_multiple for info in infos)),
             "max_pixels": min(info.max_pixels for info in infos),
             "schedulers": tuple(offered),
+            "loras": tuple(name for name in first.loras if all(name in info.loras for info in infos)),
             "negative_prompts": all(info.negative_prompts for info in infos),
         }
     )
+
+
+def level_of_worker(info: ModelInfo) -> int:
+    """The level that a worker of this model announces, and up to which it reads queues.
+
+    Each level adds the lists of its queues to what an idle worker asks the broker for, so that of adapters is left out where the
+    model has none.
+    """
+    unused = () if info.loras else (ADDED.get("loras"),)
+    return max(level for level in range(1, LEVEL + 1) if level not in unused)
 
 
 def level_of(request: BaseModel) -> tuple[int, str]:

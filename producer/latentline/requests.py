@@ -26,6 +26,9 @@ SIZE_MULTIPLE_PX = 8  # latents must come out whole: the autoencoder of Stable D
 MAX_STEPS = 150
 MAX_GUIDANCE = 30.0
 MAX_IMAGES = 8
+MAX_LORAS = 8
+MAX_LORA_SCALE = 10.0
+LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_SEED = 2**32 - 1  # the last image's seed is seed + num_images - 1, and stays below 2**32
 MAX_METADATA_BYTES = 4096
 MAX_KEY_CHARS = 200
@@ -88,6 +91,13 @@ class Callback(Submitted):
         return url
 
 
+class Lora(Submitted):
+    """An adapter of the model (``GET /v1/loras``), and how strongly it acts: 0 not at all, 1 as it was trained."""
+
+    name: Annotated[str, Field(pattern=LORA_NAME)]
+    scale: Annotated[float, Field(strict=True, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] = 1.0
+
+
 class JobRequest(Submitted):
     """One prompt job, as the client submits it.
 
@@ -105,6 +115,8 @@ class JobRequest(Submitted):
     guidance_scale: Guidance | None = None
     scheduler: Scheduler | None = None
     """One of the names that the model announces (``GET /v1/models``)."""
+    loras: Annotated[tuple[Lora, ...], Field(max_length=MAX_LORAS)] = ()
+    """LoRA adapters for this job alone; jobs with others, or with none, share its batch."""
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), Whole] = Field(default_factory=lambda: secrets.randbelow(2**31))
     num_images: Annotated[int, Field(strict=True, ge=1, le=MAX_IMAGES), Whole] = 1
     output: Output = Output()
@@ -142,6 +154,13 @@ class JobRequest(Submitted):
         if "\x00" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
             raise ValueError("text without NUL characters and lone surrogates")
         return text
+
+    @field_validator("loras")
+    @classmethod
+    def _each_once(cls, loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        if len({lora.name for lora in loras}) < len(loras):
+            raise ValueError("each adapter once")
+        return loras
 
     @field_validator("metadata")
     @classmethod
@@ -195,12 +214,18 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     return InvalidRequest(field, value, allowed)
 
 
+def _group_of(place: tuple[str | int, ...]) -> type[BaseModel]:
+    """What the field at this place belongs to: the request, or a group in it."""
+    groups: dict[Any, type[BaseModel]] = {"output": Output, "callback": Callback, "loras": Lora}
+    return groups.get(place[0], JobRequest) if len(place) > 1 else JobRequest
+
+
 def allowed_by(problem: Any) -> str:
     """What would have been accepted, as a phrase: for one of the errors that pydantic lists."""
     context = problem.get("ctx", {})
     phrases = {
         "missing": "a value (the field is required)",
-        "extra_forbidden": "only the known fields: " + ", ".join(sorted(JobRequest.model_fields)),
+        "extra_forbidden": "only the known fields: " + ", ".join(sorted(_group_of(problem["loc"]).model_fields)),
         "greater_than_equal": f"at least {context.get('ge')}",
         "greater_than": f"more than {context.get('gt')}",
         "less_than_equal": f"at most {context.get('le')}",

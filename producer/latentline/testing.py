@@ -19,7 +19,8 @@ import redis as redis_py
 
 from . import routing
 from .errors import StoreUnavailable
-from .jobs import LEVEL, Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
+from .jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
+from .models import level_of_worker
 from .records import Beat, Records, Verdict
 
 MODEL = ModelInfo(id="latentline-emoji", family="fake", default_width=64, default_height=64, max_pixels=256 * 256)
@@ -62,7 +63,7 @@ class FakeWorker:
         redis: the client on which the wake-ups are taken (``decode_responses=True``).
         images: where results go.
         fail_with: when set, each job fails with this error.
-        level: of the requests that it can read, see :data:`latentline.models.LEVEL`.
+        level: of the requests that it can read; by default that of its model, see :func:`latentline.models.level_of_worker`.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class FakeWorker:
         model: ModelInfo = MODEL,
         name: str = "fake@test",
         fail_with: JobError | None = None,
-        level: int = LEVEL,
+        level: int | None = None,
     ) -> None:
         self.redis, self.images, self.model, self.name, self.fail_with = redis, images, model, name, fail_with
-        self.level = level
-        self.records = Records(redis, level=level)
+        self.level = level_of_worker(model) if level is None else level
+        self.records = Records(redis, level=self.level)
 
     def announce(self) -> None:
         """Say that this worker is alive and serves its model; submissions are refused before, and a minute after the last time."""

@@ -28,7 +28,7 @@ OLD_COMMIT = "24a4813"  # the last one before stored requests became tolerant
 ROLES = ("producer", "worker", "callbacks")
 USERS = "deploy/valkey/users.acl"
 # A coming version, of which no code exists yet: it has a field that no worker of today knows.
-NEXT_CODE = Code(THIS_CODE.root, "import latentline.jobs; latentline.jobs.LEVEL = 2; latentline.models.ADDED['preview_every'] = 2")
+NEXT_CODE = Code(THIS_CODE.root, "import latentline.jobs; latentline.models.LEVEL = 3; latentline.models.ADDED['preview_every'] = 3")
 
 
 @pytest.fixture(scope="module")

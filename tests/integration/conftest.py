@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from latentline.errors import MissingExtra
 from latentline_worker.embedded.stack import Stack
+from latentline_worker.models import bundled_model
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     running = Stack(tmp_path_factory.mktemp("stack"))
+    adapters = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two")):
+        save_file(bundled_updates(seed), adapters / f"{name}.safetensors")
     try:
-        running.start()
+        with mock.patch.dict(os.environ, {"LATENTLINE_LORA_DIR": str(adapters)}):
+            running.start()
     except MissingExtra as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(error.message)
     yield running
     running.stop()
+
+
+def bundled_updates(seed: int) -> dict[str, torch.Tensor]:
+    """Random updates of rank 4 for the attention of the bundled model's U-Net, in diffusers' format."""
+    generator, updates = torch.Generator().manual_seed(seed), {}
+    unet = bundled_model.pipeline().unet
+    for name, layer in unet.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(("to_q", "to_v")):
+            updates[f"unet.{name}.lora.down.weight"] = torch.randn(4, layer.in_features, generator=generator) * 0.2
+            updates[f"unet.{name}.lora.up.weight"] = torch.randn(layer.out_features, 4, generator=generator) * 0.2
+    return updates
 
 
 @pytest.fixture

@@ -66,6 +66,26 @@ def test_fifty_concurrent_jobs_over_http(http: httpx.Client) -> None:
     assert shared > 0.5 * sum(job["timings"]["denoise_steps"] for job in jobs)
 
 
+def test_jobs_with_adapters_share_batches_with_others(http: httpx.Client, stack: Stack) -> None:
+    assert {lora["name"] for lora in http.get("/v1/loras").json()["loras"]} == {"one", "two"}
+    body = {"prompt": "a red apple", "num_inference_steps": 8, "seed": 3}
+    sets: list[list[dict[str, Any]]] = [[], [{"name": "one"}], [{"name": "one", "scale": 0.5}, {"name": "two", "scale": -1.0}], []]
+    ids = [http.post("/v1/jobs", json=body | {"loras": loras}).json()["id"] for loras in sets]
+    jobs = [finished(http, job_id) for job_id in ids]
+    assert [job["status"] for job in jobs] == ["succeeded"] * 4, jobs
+    assert [job["request"]["loras"] for job in jobs][2] == [{"name": "one", "scale": 0.5}, {"name": "two", "scale": -1.0}]
+    files = [httpx.get(job["images"][0]["url"]).content for job in jobs]
+    pixels = [np.asarray(Image.open(io.BytesIO(file))).astype(int) for file in files]
+    assert np.abs(pixels[0] - pixels[3]).max() <= 2 and np.abs(pixels[0] - pixels[1]).max() > 20 < np.abs(pixels[1] - pixels[2]).max()
+    assert json.loads(Image.open(io.BytesIO(files[1])).text["latentline"])["loras"] == [{"name": "one", "scale": 1.0}]  # type: ignore[attr-defined]
+    refused = http.post("/v1/jobs", json=body | {"loras": [{"name": "absent"}]})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["message"] == "loras.0.name: got 'absent'; allowed: one of: one, two"
+    command = [sys.executable, "-m", "latentline.cli", "loras", "list", "--url", stack.url]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert listed.splitlines() == ["latentline-emoji  one", "latentline-emoji  two"]
+
+
 def test_the_picture_is_the_one_that_diffusers_makes(http: httpx.Client) -> None:
     # Another job with many steps is in flight all the time, so that the job under test shares its batch.
     other = http.post("/v1/jobs", json={"prompt": "a panda", "num_inference_steps": 60, "seed": 1}).json()

@@ -8,6 +8,7 @@ import torch
 
 from latentline.jobs import ModelInfo, ResolvedRequest
 from latentline_worker.models.base import Encoded, Row, Text
+from latentline_worker.models.lora import Target
 from latentline_worker.samplers import SamplerTable, sampler_table
 
 
@@ -29,6 +30,10 @@ class OddFamily:
         )
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.revision = "odd 1"
+        self.adapters = None
+
+    def lora_target(self) -> Target:
+        return Target(None, {})
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return 3, height // 8, width // 4

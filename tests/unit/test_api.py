@@ -450,7 +450,8 @@ def test_a_stream_whose_client_goes_away_leaves_nothing(live: Live, monkeypatch:
     monkeypatch.setattr(api_jobs, "KEEP_ALIVE_S", 0.05)
     job_id = live.submit()["id"]
     with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
-        assert next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: the connection closes with it
+        assert next(lines)
         assert live.client._events._jobs
     for _ in range(6000):
         if not live.client._events._jobs:

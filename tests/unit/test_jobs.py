@@ -190,7 +190,7 @@ def stored(**fields: Any) -> ResolvedRequest:
 def test_a_stored_request_of_a_newer_version_is_read() -> None:
     """Unknown fields are ignored, unknown values kept, limits not checked again."""
     newer = stored(
-        loras=[{"name": "x"}],
+        extras=[{"name": "x"}],
         scheduler="newest",
         num_inference_steps=1000,
         output={"format": "avif", "lossless": True},
@@ -199,7 +199,33 @@ def test_a_stored_request_of_a_newer_version_is_read() -> None:
     )
     assert (newer.scheduler, newer.num_inference_steps, newer.output.content_type) == ("newest", 1000, "image/avif")
     assert newer.callback is not None and newer.callback.events == ("job.paused",)
-    assert not hasattr(newer, "loras") and newer.metadata == {"list": [1, 2]}
+    assert not hasattr(newer, "extras") and newer.metadata == {"list": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("loras", "problem"),
+    [
+        ([{"name": "../x"}], r"loras\.0\.name: got '\.\./x'; allowed: text that matches"),
+        ([{"name": "a"}, {"name": "a", "scale": 0.5}], "loras: got .*; allowed: each adapter once"),
+        ([{"name": "a", "scale": 11}], r"loras\.0\.scale: got 11; allowed: at most 10"),
+        ([{"name": "a", "weight": 1}], r"loras\.0\.weight: got 1; allowed: only the known fields: name, scale"),
+        ([{"name": str(i)} for i in range(9)], "loras: got .*; allowed: "),
+        ("a", "loras: got 'a'; allowed: a list"),
+    ],
+)
+def test_adapters_that_no_request_may_name(loras: Any, problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        request(loras=loras)
+
+
+def test_adapters_are_level_2_and_those_of_every_worker() -> None:
+    one, two = info(loras=("a", "b")), info(loras=("b", "c"))
+    assert models.common([one, two]).loras == ("b",)
+    asked = request(loras=[{"name": "b", "scale": 0.5}])
+    assert resolve(asked, one).level == 2 and resolve(asked, one).request.loras[0].scale == 0.5
+    assert (models.level_of_worker(one), models.level_of_worker(info())) == (2, 1)
+    with pytest.raises(InvalidRequest, match=r"loras\.0\.name: got 'b'; allowed: one of: none"):
+        resolve(asked, info())
 
 
 @pytest.mark.parametrize("version", [0, 2, None, "1"])

@@ -23,6 +23,11 @@ class WorkerSettings(ProcessSettings):
     model: str = "latentline-emoji"
     # Of a .safetensors file: the folder or hub id of its configurations and tokenizers.
     config: str | None = None
+    # A folder of LoRA adapters, NAME.safetensors, that jobs may name. So many sets of them are in device memory at once, each of at
+    # most so large a rank in all.
+    lora_dir: Path | None = None
+    lora_slots: Annotated[int, Field(ge=1, le=1024)] = 8
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 64
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
     # Jobs in flight per process from one shard of tenants; the process takes the same number again from other shards.
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16

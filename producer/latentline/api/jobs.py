@@ -74,6 +74,15 @@ class ModelList(BaseModel):
     models: list[ModelInfo]
 
 
+class LoraAnswer(BaseModel):
+    model: str
+    name: str
+
+
+class LoraList(BaseModel):
+    loras: list[LoraAnswer]
+
+
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     # Every route declares 422, since FastAPI documents a shape of its own for it otherwise.
     return {status: {"model": ErrorAnswer} for status in (*statuses, 422, 500, 503)}
@@ -164,6 +173,13 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
 async def list_models(request: Request) -> ModelList:
     """The models that are served now, with their limits and defaults: what a request that leaves a field out gets."""
     return ModelList(models=list((await _client(request).models()).values()))
+
+
+@router.get("/loras", response_model=LoraList, tags=["models"], responses=_errors())
+async def list_loras(request: Request) -> LoraList:
+    """The LoRA adapters that a request may name, by the model that they belong to."""
+    served = (await _client(request).models()).values()
+    return LoraList(loras=[LoraAnswer(model=model.id, name=name) for model in served for name in model.loras])
 
 
 def answer(record: JobRecord) -> JobAnswer:

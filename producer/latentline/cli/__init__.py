@@ -11,6 +11,7 @@ from .callbacks import callbacks
 from .dead import dead
 from .evaluate import evaluate
 from .jobs import cancel, jobs, status, submit
+from .loras import loras
 from .models import models
 from .serve import api, demo, up, worker
 from .train import train
@@ -22,5 +23,5 @@ def main() -> None:
     """Generation jobs for latent diffusion."""
 
 
-for command in (submit, status, cancel, jobs, models, api, worker, callbacks, dead, up, demo, train, evaluate):
+for command in (submit, status, cancel, jobs, models, loras, api, worker, callbacks, dead, up, demo, train, evaluate):
     main.add_command(command)

@@ -11,7 +11,7 @@ import click
 
 from latentline.jobs import JobRequest
 
-from .errors import EXIT_FAILED, clear_errors
+from .errors import EXIT_BAD_INPUT, EXIT_FAILED, clear_errors, fail
 from .options import json_option, url_option
 from .remote import JOB_FIELDS, Api, check_output, save_images, show
 
@@ -25,6 +25,7 @@ from .remote import JOB_FIELDS, Api, check_output, save_images, show
 @click.option("--steps", "num_inference_steps", type=int)
 @click.option("--guidance", "guidance_scale", type=float)
 @click.option("--scheduler", help="One of the model's own: latentline models --json lists them.")
+@click.option("--lora", "loras", multiple=True, metavar="NAME[:SCALE]", help="An adapter of the model; may be repeated.")
 @click.option("--seed", type=int)
 @click.option("-n", "num_images", type=int, help="Number of images.")
 @click.option("--format", "format_", help="png, webp or jpeg")
@@ -41,12 +42,14 @@ from .remote import JOB_FIELDS, Api, check_output, save_images, show
 @clear_errors
 def submit(
     url: str, as_json: bool, wait: bool, timeout_s: float | None, output: Path | None, callback_url: str | None,
-    format_: str | None, quality: int | None, **fields: Any,
+    format_: str | None, quality: int | None, loras: tuple[str, ...], **fields: Any,
 ) -> None:  # fmt: skip
     """Submit a job."""
     body = {name: value for name, value in fields.items() if value is not None}
     if chosen := {name: value for name, value in (("format", format_), ("quality", quality)) if value is not None}:
         body["output"] = chosen
+    if loras:
+        body["loras"] = [_lora(text) for text in loras]
     if callback_url is not None:
         body["callback"] = {"url": callback_url}
     JobRequest.parse(body)  # the API's own limits, checked without a round trip
@@ -96,3 +99,11 @@ def jobs(status_: str | None, limit: int, url: str, as_json: bool) -> None:
         return
     for job in page["jobs"]:
         show(job | {"images": []}, False)
+
+
+def _lora(text: str) -> dict[str, Any]:
+    name, _, scale = text.partition(":")
+    try:
+        return {"name": name, "scale": float(scale)} if scale else {"name": name}
+    except ValueError:
+        fail(f"--lora: got {text!r}; allowed: NAME or NAME:SCALE, such as pixelart:0.8", EXIT_BAD_INPUT)

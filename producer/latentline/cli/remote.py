@@ -24,6 +24,7 @@ POLL_S = 0.2  # between two requests for a job that is waited for
 # The fields of the API's answers that this module and the commands read.
 JOB_FIELDS = frozenset({"id", "status", "phase", "step", "num_steps", "queue_position", "images", "error", "request"})
 MODEL_FIELDS = frozenset({"id", "family", "default_width", "default_height"})
+LORA_FIELDS = frozenset({"model", "name"})
 
 
 class Api:

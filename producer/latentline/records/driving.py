@@ -81,7 +81,7 @@ class Driven:
     """
 
     def __init__(self, client: redis.Redis, retention_s: int = DEFAULT_RETENTION_S, level: int = LEVEL) -> None:
-        self._client, self._retention_s, self._level = client, retention_s, level
+        self._client, self._retention_s, self.level = client, retention_s, level
 
 
 def driven(method: Callable[Concatenate[D, P], Operation[T]]) -> Callable[Concatenate[D, P], T]:

@@ -42,8 +42,9 @@ class Fleet:
     known: tuple[str, ...]
 
     def models(self) -> dict[str, ModelInfo]:
-        """Every model that is served, with what all of its workers allow."""
-        return {model_id: common([info for _, info in offers]) for model_id, offers in self.offers.items()}
+        """Every model that is served, with what all of its workers of the highest level allow."""
+        newest = {model_id: max(level for level, _ in offers) for model_id, offers in self.offers.items()}
+        return {model_id: common([info for level, info in offers if level == newest[model_id]]) for model_id, offers in self.offers.items()}
 
     def accept(self, request: JobRequest) -> Submission:
         """The request with what the client left to the model.
@@ -147,7 +148,7 @@ def _read(kind: type[M], whose: str, text: str | None) -> M | None:
 
 
 def models() -> Operation[dict[str, ModelInfo]]:
-    """Every model that is served now, with what all of its workers allow."""
+    """Every model that is served now, with what all of its workers of the highest level allow."""
     return (yield from fleet()).models()
 
 

@@ -96,7 +96,7 @@ class HeldJobs(Driven):
             retention_s=self._retention_s,
             alone=int(alone),
             claim_id=claim_id or uuid.uuid4().hex,
-            level=self._level,
+            level=self.level,
         )
         if reply == "unknown":
             raise JobNotFound(f"no job {job_id!r}: it never existed, or its retention time is over")

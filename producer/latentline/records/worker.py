@@ -35,7 +35,7 @@ class Records(HeldJobs, Maintenance, Outbox):
         yield from call_script(
             ANNOUNCE,
             worker=worker,
-            announcement=Announcement(level=self._level, models=(info,)).model_dump_json(),
+            announcement=Announcement(level=self.level, models=(info,)).model_dump_json(),
             model=info.id,
             first_fields=info.first_fields(),
             announced_s=ANNOUNCED_S,

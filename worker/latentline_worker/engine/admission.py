@@ -46,10 +46,17 @@ class Admission:
         Raises:
             torch.AcceleratorError: the device is lost.
         """
-        wanted = ((self._families[r.work.model], text) for r in self.waiting if not r.conditions for text in r.work.texts)
+        for request in list(self.waiting):
+            try:
+                self._acquire_adapters(request)
+            except Exception as problem:
+                raise_if_lost(problem)
+                failed(request, problem)
+        ready = [r for r in self.waiting if r.adapter_slot is not None]
+        wanted = ((self._families[r.work.model], text) for r in ready if not r.conditions for text in r.work.texts)
         failures = self._conditioner.encode_some(wanted)
         full: set[LaneKey] = set()  # lanes in which a request waits for slots: later ones must not overtake it
-        for request in list(self.waiting):
+        for request in ready:
             try:
                 for text in request.work.texts:
                     if error := failures.get((request.work.model, text)):
@@ -59,6 +66,20 @@ class Admission:
             except Exception as error:
                 raise_if_lost(error)
                 failed(request, error)
+
+    def _acquire_adapters(self, request: Request) -> None:
+        """Put the request's adapters into a slot of the bank; where none is free, it waits for the jobs that hold them."""
+        adapters = self._families[request.work.model].adapters
+        if request.adapter_slot is None:
+            wanted = request.work.adapters
+            request.adapter_slot = adapters.acquire(wanted) if adapters and wanted else 0
+
+    def release_adapters(self, request: Request) -> None:
+        """The request needs its adapters no more."""
+        adapters = self._families[request.work.model].adapters
+        if adapters and request.adapter_slot:
+            adapters.release(request.adapter_slot)
+        request.adapter_slot = None
 
     def _condition(self, request: Request) -> bool:
         """Make the request's rows, once its texts are encoded; whether it has them.

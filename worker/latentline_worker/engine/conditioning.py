@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -59,7 +60,9 @@ class Conditioner:
 
     @torch.inference_mode()
     def _encode(self, family: Family, texts: Sequence[Text]) -> None:
-        for text, encoded in zip(texts, family.encode(texts), strict=True):
+        with family.adapters.on_texts([text.adapters for text in texts]) if family.adapters else nullcontext():
+            results = family.encode(texts)
+        for text, encoded in zip(texts, results, strict=True):
             # Copied, because each may be a view of the whole micro-batch's result, which it would keep in memory.
             row = {name: tensor.clone() for name, tensor in encoded.row.items()}
             self._cache[family.info.id, text] = replace(encoded, row=row)

@@ -243,6 +243,7 @@ class Engine:
 
     def _leave(self, request: Request) -> None:
         self._admission.remove(request)
+        self._admission.release_adapters(request)
         if request in self._active:
             self._active.remove(request)
         if request.slots:

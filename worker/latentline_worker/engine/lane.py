@@ -14,7 +14,7 @@ from latentline_worker.samplers import MAX_ORDER
 
 from .checkpoint import Checkpoint
 from .clock import StepClock
-from .network import Network
+from .network import ADAPTER, Network
 from .noise import Noise, draws_undone_on_error
 from .request import LaneKey, Request
 from .rows import MAX_BRANCHES, zeros
@@ -66,6 +66,7 @@ class Lane:
         self._history = torch.zeros(0, HISTORY, key.num_latents, device=family.device)
         self._signature = key.signature
         self._rows = self._empty_rows(0)  # name -> (slots, MAX_BRANCHES, ...)
+        self._adapters = torch.zeros(0, dtype=torch.int64, device=family.device)  # (slots,) of the model's bank
 
     @property
     def num_used(self) -> int:
@@ -89,6 +90,7 @@ class Lane:
             first = self.family.start(work.request, i, noise.generator).float().flatten()
             self._history[slot].zero_()  # zero coefficients do not cancel what an earlier job left: 0 * NaN is NaN
             self._history[slot, 0] = self._to_device(first) * work.table.init[1]
+            self._adapters[slot] = request.adapter_slot or 0
             for branch, row in enumerate(rows):
                 for name, tensor in row.items():
                     self._rows[name][slot, branch] = tensor
@@ -171,6 +173,10 @@ class Lane:
         scale, timesteps, guidance = sent[:, 0], sent[:, 1], sent[guided_at, 2].view(-1, 1, 1, 1)
         history = self._history[slots]
         x = (history[:, 0] * scale[:, None]).view(-1, *self.shape)
+        rows = {name: torch.cat([table[slots, 0], table[slots[guided_at], 1]]) for name, table in self._rows.items()}
+        if any(r.adapter_slot for r in requests):  # else the forward is the one without adapters
+            adapters = self._adapters[slots]
+            rows[ADAPTER] = torch.cat([adapters, adapters[guided_at]])
         return _Step(
             slots=slots,
             guided=guided_at,
@@ -182,7 +188,7 @@ class Lane:
             guidance=guidance,
             x=torch.cat([x, x[guided_at]]),
             timesteps=torch.cat([timesteps, timesteps[guided_at]]),
-            rows={name: torch.cat([table[slots, 0], table[slots[guided_at], 1]]) for name, table in self._rows.items()},
+            rows=rows,
         )
 
     def _guide(self, step: _Step, m: torch.Tensor) -> torch.Tensor:
@@ -225,5 +231,6 @@ class Lane:
         # All are made before any is kept: memory may run out in each of them.
         history = torch.cat([self._history, self._history.new_zeros(count, *self._history.shape[1:])])
         rows = {name: torch.cat([self._rows[name], more]) for name, more in self._empty_rows(count).items()}
-        self._history, self._rows = history, rows
+        adapters = torch.cat([self._adapters, self._adapters.new_zeros(count)])
+        self._history, self._rows, self._adapters = history, rows, adapters
         self._free.extend(range(start, start + count))

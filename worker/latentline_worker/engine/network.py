@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 # Row counts for which CUDA graphs are captured; rows in between are padded. After 2, each is at most half as large again as the last.
 BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 
+ADAPTER = "adapter"  # among the rows of a forward in which any row has one: its slot in the model's bank, 0 for none
+
 # (rows, c, h, w) latents, (rows,) timesteps, then the tensors of the rows in the order of their names, (rows, ...) each.
 Flat = tuple[torch.Tensor, ...]
 Forward = Callable[..., torch.Tensor]
@@ -41,6 +43,7 @@ class Network:
         self.fixed_rows = fixed_rows
         self._graphs: dict[tuple[Kind, int], _Graph] | None = {} if graphs and family.device.type == "cuda" else None
         self._traced: dict[Kind, Forward] = {}  # the latents' shape left out: a recording serves every size
+        self._bank_layers = 0  # that the recordings with adapters know
 
     def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, rows: Row, most: int | None = None) -> tuple[torch.Tensor, int]:
         """Run all rows, in several calls if there are more than ``most`` or memory is short.
@@ -83,6 +86,8 @@ class Network:
             return
         names, flat = _flat(x, timesteps, rows)
         forward = _forward(self.family, names)
+        if ADAPTER in names and self.family.adapters:
+            self._bank_layers = self.family.adapters.bank.num_layers
         with warnings.catch_warnings():
             # torch.jit.trace is deprecated in favour of torch.compile, which needs a C++ compiler and a minute per shape.
             # torch is pinned; with a later version that has no torch.jit.trace, the forward is not recorded.
@@ -106,6 +111,15 @@ class Network:
             names = tuple(name for name, _, _ in lane.signature)
             self._graphs = {key: graph for key, graph in self._graphs.items() if (key[0][0], key[0][1][0][0]) != (names, lane.latent_shape)}
 
+    def _recorded(self, names: tuple[str, ...], flat: Flat) -> Forward | None:
+        """The recording for rows of this kind. Those with adapters are made anew once more layers have updates than they know."""
+        adapters = self.family.adapters
+        if ADAPTER in names and adapters and adapters.bank.num_layers != self._bank_layers:
+            self._bank_layers = adapters.bank.num_layers
+            self._traced = {kind: forward for kind, forward in self._traced.items() if ADAPTER not in kind[0]}
+            self.trace(flat[0], flat[1], dict(zip(names, flat[2:], strict=True)))
+        return self._traced.get(_kind(names, flat[1:]))
+
     def _padded_parts(self, names: tuple[str, ...], flat: Flat, size: int) -> torch.Tensor:
         parts = []
         for i in range(0, len(flat[0]), size):
@@ -115,7 +129,7 @@ class Network:
 
     def _call(self, names: tuple[str, ...], flat: Flat) -> torch.Tensor:
         if self._graphs is None:
-            forward = self._traced.get(_kind(names, flat[1:]))
+            forward = self._recorded(names, flat)
             return (forward or _forward(self.family, names))(*flat).float()
         count = len(flat[0])
         size = next((bucket for bucket in BUCKETS if bucket >= count), count)
@@ -135,7 +149,16 @@ def _flat(x: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> tuple[tuple[st
 
 def _forward(family: Family, names: tuple[str, ...]) -> Forward:
     """``family.denoise`` over flat inputs."""
-    return lambda x, timesteps, *tensors: family.denoise(x, timesteps, dict(zip(names, tensors, strict=True)))
+
+    def forward(x: torch.Tensor, timesteps: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        rows = dict(zip(names, tensors, strict=True))
+        if ADAPTER not in rows:
+            return family.denoise(x, timesteps, rows)
+        assert family.adapters is not None  # a job that names adapters is not admitted otherwise
+        with family.adapters.bank.on(rows.pop(ADAPTER)):
+            return family.denoise(x, timesteps, rows)
+
+    return forward
 
 
 def _kind(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Kind:

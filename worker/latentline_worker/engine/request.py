@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # requests are built and read without torch
     import torch
 
     from latentline_worker.models.base import Family, Row, Text
+    from latentline_worker.models.lora import AdapterSet
     from latentline_worker.samplers import SamplerTable
 
 _arrivals = itertools.count()
@@ -70,17 +71,23 @@ class Work:
     deadline: float | None = None  # time.monotonic(); the planner prefers jobs that are about to miss theirs
     decode: bool = True  # False: the result is the latents
     resume: Checkpoint | None = None  # of another worker, to start from
+    adapters: AdapterSet | None = None
 
     @classmethod
     def of(cls, family: Family, request: ResolvedRequest, job_id: str, *, deadline: float | None = None, decode: bool = True) -> Work:
         """What a family makes of a request.
 
         Raises:
-            InvalidRequest: the model does not make that size, or does not offer the scheduler.
+            InvalidRequest: the model does not make that size, or does not offer the scheduler or an adapter.
             CompileError: it cannot use the scheduler in this way.
+            ModelError: an adapter's file cannot be read any more.
         """
         width, height = family.info.size_of(request)
         request = request.model_copy(update={"width": width, "height": height})
+        adapters = family.adapters.find(request.loras) if family.adapters and request.loras else None
+        texts = family.texts(request)
+        if adapters and adapters.changes_text:
+            texts = tuple(replace(text, adapters=adapters.parts) for text in texts)
         return cls(
             job_id=job_id,
             model=family.info.id,
@@ -88,10 +95,11 @@ class Work:
             request=request,
             latent_shape=family.latent_shape(width, height),
             table=family.table(request),
-            texts=family.texts(request),
+            texts=texts,
             seeds=tuple(request.seed + i for i in range(request.num_images)),
             deadline=deadline,
             decode=decode,
+            adapters=adapters,
         )
 
     @property
@@ -105,6 +113,7 @@ class Work:
         parts = [
             self.model, self.weights, self.latent_shape, self.table.digest, self.seeds, request.guidance_scale,
             [(text.prompt, text.negative) for text in self.texts], request.width, request.height,
+            self.adapters.parts if self.adapters else (),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -137,6 +146,7 @@ class Request:
     conditions: Sequence[Row] = ()  # one row per guidance branch: from when the texts are encoded until the lane holds them
     signature: Signature = ()  # of those rows
     broken: Exception | None = None  # what is wrong with them, once it is known: the device was not waited for
+    adapter_slot: int | None = None  # of its adapters in the model's bank, from before its texts are encoded; 0 for none
     slots: list[int] = field(default_factory=list)  # one per image, while in a lane
     arrival: int = field(default_factory=lambda: next(_arrivals))  # the order in which requests came
     times: dict[str, float] = field(default_factory=lambda: {"submitted": time.monotonic()})  # time.monotonic() of each event

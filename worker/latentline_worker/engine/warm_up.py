@@ -11,6 +11,7 @@ from latentline.errors import ConfigurationError
 from latentline.jobs import ModelInfo, ResolvedRequest
 from latentline_worker.models.base import Family
 
+from .network import ADAPTER
 from .request import LaneKey, Request, Work
 from .rows import common_signature
 
@@ -81,6 +82,9 @@ def measure(engine: Engine, family: Family) -> LaneKey:
     memory.check(key)
     two = {name: torch.cat([tensor, tensor]) for name, tensor in row.items()}
     network.trace(torch.randn(2, *shape, device=family.device), t.expand(2), two)
+    if family.adapters and family.adapters.bank.num_layers:
+        two[ADAPTER] = torch.zeros(2, dtype=torch.int64, device=family.device)
+        network.trace(torch.randn(2, *shape, device=family.device), t.expand(2), two)
     return key
 
 

@@ -108,7 +108,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = device_index or ""  # before torch is imported
 
     from latentline.connection import connect
-    from latentline.jobs import LEVEL
+    from latentline.models import level_of_worker
     from latentline.records import Records
     from latentline_worker.images.store import ImageStore
     from latentline_worker.maintenance.liveness import LivenessFile
@@ -121,7 +121,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     family = load_model(settings)
     store = ImageStore(settings)
     store.ensure_bucket()
-    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, LEVEL)
+    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, level_of_worker(family.info))
     engine = make_engine(settings, family)
     log.info("%s: %s is loaded and warm", name, family.info.id)
     return GenerateWorker(name, settings, family, engine, records, store).run()

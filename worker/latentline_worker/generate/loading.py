@@ -14,11 +14,15 @@ def load_model(settings: WorkerSettings) -> Family:
     """Load the configured model onto the one visible device, or onto the CPU.
 
     Raises:
-        ModelError: it is missing, damaged or of a kind that is not served; the message names the file or the field.
+        ModelError: it is missing, damaged or of a kind that is not served, or the folder of adapters is missing; the message names the
+            file or the field.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = settings.dtype if settings.dtype != "auto" else ("float16" if device.type == "cuda" else "float32")
-    return registry.load(settings.model, device, getattr(torch, name), config=settings.config)
+    family = registry.load(settings.model, device, getattr(torch, name), config=settings.config)
+    if settings.lora_dir:
+        registry.add_adapters(family, settings.lora_dir, settings.lora_slots, settings.lora_rank)
+    return family
 
 
 def make_engine(settings: WorkerSettings, family: Family) -> Engine:

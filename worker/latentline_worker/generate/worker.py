@@ -11,7 +11,6 @@ from typing import Any
 from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 
-from latentline.jobs import LEVEL
 from latentline.records import Records
 from latentline.routing import GENERATE_TASK, queue_names
 from latentline_worker.engine.engine import Engine
@@ -137,7 +136,7 @@ class GenerateWorker:
         os._exit(os.EX_SOFTWARE)
 
     def _app(self) -> Celery:
-        app = create_app(self._settings, queue_names(self._model.id, LEVEL), self._records, self._settings.concurrency)
+        app = create_app(self._settings, queue_names(self._model.id, self._records.level), self._records, self._settings.concurrency)
         app.task(self._runner.run, name=GENERATE_TASK)
         return app
 
@@ -147,7 +146,7 @@ class GenerateWorker:
             pool="threads",
             # One shard, so one tenant, gets half of the threads at most: another tenant's jobs need not wait for it.
             concurrency=2 * self._settings.concurrency,
-            queues=queue_names(self._model.id, LEVEL),
+            queues=queue_names(self._model.id, self._records.level),
             loglevel="INFO",
             **NO_GOSSIP,
         )

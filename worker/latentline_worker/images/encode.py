@@ -50,9 +50,10 @@ def parameters_text(record: JobRecord, seed: int, width: int, height: int) -> st
     lines = [r.prompt]
     if r.negative_prompt:
         lines.append(f"Negative prompt: {r.negative_prompt}")
+    loras = "".join(f"LoRA: {lora.name} ({lora.scale:g}), " for lora in r.loras)
     lines.append(
         f"Steps: {r.num_inference_steps}, Sampler: {SAMPLER_NAMES.get(r.scheduler, r.scheduler)}, CFG scale: {r.guidance_scale:g}, "
-        f"Seed: {seed}, Size: {width}x{height}, Model: {r.model}, Version: latentline {latentline.__version__}"
+        f"Seed: {seed}, Size: {width}x{height}, Model: {r.model}, {loras}Version: latentline {latentline.__version__}"
     )
     return "\n".join(lines)
 
@@ -69,7 +70,7 @@ def encode_image(pixels: Pixels, record: JobRecord, seed: int) -> bytes:
     image = Image.fromarray(pixels)
     r = record.request
     text = parameters_text(record, seed, image.width, image.height)
-    fields = {"model", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "scheduler"}
+    fields = {"model", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "scheduler", "loras"}
     data = r.model_dump(mode="json", include=fields)
     facts = json.dumps({"job_id": record.id, **data, "seed": seed, "width": image.width, "height": image.height})
     buffer = io.BytesIO()

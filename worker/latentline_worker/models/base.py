@@ -11,6 +11,9 @@ import torch
 from latentline.jobs import ModelInfo, ResolvedRequest
 from latentline_worker.samplers import SamplerTable
 
+from .lora import Adapters, Target
+from .lora.adapters import Parts
+
 Row = Mapping[str, torch.Tensor]
 """What the network is given of one guidance branch of one image beside its latents: named tensors of any kind, without a
 row axis. Gathered for a step, the same names hold (rows, ...) tensors."""
@@ -23,6 +26,8 @@ class Text:
     prompt: str
     negative: bool = False
     """A negative prompt. Some families encode an empty one as zeros."""
+    adapters: Parts = ()
+    """The job's adapters, where they change a text encoder."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ class Family(Protocol):
     """The network's own. Images draw their noise in it."""
     revision: str
     """A digest of the weights: with others, the same request gives another picture."""
+    adapters: Adapters | None
+    """What jobs may name in ``loras``; None where the worker has no folder of adapters."""
+
+    def lora_target(self) -> Target:
+        """What adapters change."""
+        ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, rows, columns) of the latents of a picture of this size in pixels."""

@@ -18,6 +18,7 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 from . import checksums
 from .base import Encoded, Row, Text
 from .flow import mu_of, with_flow
+from .lora import Adapters, Target
 from .parts import decoder_dtype, load_pipeline, place, to_pixels
 from .sources import ModelFiles
 
@@ -36,6 +37,7 @@ class Flux:
     def __init__(self, model_id: str, pipeline: FluxPipeline, device: torch.device, dtype: torch.dtype) -> None:
         self._pipeline = pipeline
         self.vae, self.transformer = pipeline.vae, pipeline.transformer
+        self.adapters: Adapters | None = None
         encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
         self.revision = checksums.of_modules((self.vae, self.transformer, *encoders))
         for part in (*encoders, self.transformer):
@@ -71,6 +73,11 @@ class Flux:
             ModelError: the model is missing or broken; the message names the file.
         """
         return cls(model_id, load_pipeline(FluxPipeline, files, dtype, PARTS), device, dtype)
+
+    def lora_target(self) -> Target:
+        """What adapters change."""
+        parts = {name: getattr(self._pipeline, name) for name in PARTS[1:] if getattr(self._pipeline, name) is not None}
+        return Target(FluxPipeline, parts)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         channels = int(self.transformer.config.in_channels) // PATCH**2

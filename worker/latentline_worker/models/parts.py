@@ -16,6 +16,7 @@ from latentline.errors import ModelError
 
 from . import folder
 from .sources import ModelFiles
+from .transfer import to_device
 
 # What diffusers, transformers and torch raise of a model that they cannot make sense of.
 _FAILURES = (
@@ -102,8 +103,3 @@ def guidance_embedding(scale: float, size: int, device: torch.device, dtype: tor
     one = torch.tensor([scale - 1])
     embedded: torch.Tensor = StableDiffusionXLPipeline.get_guidance_scale_embedding(None, one, size)[0].to(dtype)
     return to_device(embedded, device)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy from the host without waiting for what the device has queued."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

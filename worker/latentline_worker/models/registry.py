@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from latentline.errors import ModelError
 from . import bundled_model, folder, sources
 from .base import Family
 from .flux import Flux
+from .lora import Adapters
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
@@ -49,3 +51,24 @@ def load(source: str, device: torch.device, dtype: torch.dtype, *, config: str |
         raise ModelError(f"{files.folder / folder.INDEX}: _class_name: got {name!r}; allowed: {', '.join(FAMILIES)}")
     family: Family = FAMILIES[name].load(files, model_id or files.name, device, dtype)
     return family
+
+
+def add_adapters(family: Family, path: Path, slots: int, rank: int) -> None:
+    """Let jobs name the LoRA adapters of a folder; :class:`~latentline_worker.models.lora.Adapters` tells of the arguments.
+
+    Raises:
+        ModelError: there is no such folder.
+    """
+    family.adapters = Adapters(path, family.lora_target(), slots, rank)
+    family.info = family.info.model_copy(update={"loras": family.adapters.names})
+
+
+def check_adapters(source: str, path: Path, rank: int) -> dict[str, str | None]:
+    """What a worker of a model would say of each adapter in a folder: None where it can use it, else why not.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    family = load(source, torch.device("cpu"), torch.float32)
+    adapters = Adapters(path, family.lora_target(), 1, rank)
+    return dict(sorted({**dict.fromkeys(adapters.names), **adapters.refused}.items()))

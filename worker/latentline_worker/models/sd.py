@@ -18,6 +18,7 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 
 from . import checksums
 from .base import Encoded, Row, Text
+from .lora import Adapters, Target
 from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_pixels
 from .sources import ModelFiles
 
@@ -48,6 +49,7 @@ class StableDiffusion:
         place(unet, device, dtype, convolutions=True)
         place(vae, device, decoder_dtype(vae, dtype), convolutions=True)
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
+        self.adapters: Adapters | None = None
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
         self.device, self.dtype = device, dtype
@@ -91,6 +93,10 @@ class StableDiffusion:
             device=device,
             dtype=dtype,
         )
+
+    def lora_target(self) -> Target:
+        """What adapters change."""
+        return Target(StableDiffusionPipeline, {"unet": self.unet, "text_encoder": self.text_encoder})
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor

@@ -17,6 +17,7 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 from . import checksums
 from .base import Encoded, Row, Text
 from .flow import mu_of, with_flow
+from .lora import Adapters, Target
 from .parts import decoder_dtype, load_pipeline, place, to_pixels
 from .sources import ModelFiles
 
@@ -33,6 +34,7 @@ class StableDiffusion3:
     def __init__(self, model_id: str, pipeline: StableDiffusion3Pipeline, device: torch.device, dtype: torch.dtype) -> None:
         self._pipeline = pipeline
         self.vae, self.transformer = pipeline.vae, pipeline.transformer
+        self.adapters: Adapters | None = None
         encoders = [getattr(pipeline, name) for name in PARTS[2:] if getattr(pipeline, name) is not None]
         self.revision = checksums.of_modules((self.vae, self.transformer, *encoders))
         for part in (*encoders, self.transformer):
@@ -66,6 +68,11 @@ class StableDiffusion3:
             ModelError: the model is missing or broken; the message names the file.
         """
         return cls(model_id, load_pipeline(StableDiffusion3Pipeline, files, dtype, PARTS, optional=("text_encoder_3",)), device, dtype)
+
+    def lora_target(self) -> Target:
+        """What adapters change."""
+        parts = {name: getattr(self._pipeline, name) for name in PARTS[1:] if getattr(self._pipeline, name) is not None}
+        return Target(StableDiffusion3Pipeline, parts)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.transformer.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor

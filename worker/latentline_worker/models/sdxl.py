@@ -16,8 +16,10 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 
 from . import checksums
 from .base import Encoded, Row, Text
-from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_device, to_pixels
+from .lora import Adapters, Target
+from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_pixels
 from .sources import ModelFiles
+from .transfer import to_device
 
 PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
 
@@ -32,6 +34,7 @@ class StableDiffusionXL:
     def __init__(self, model_id: str, pipeline: StableDiffusionXLPipeline, device: torch.device, dtype: torch.dtype) -> None:
         self._pipeline = pipeline
         self.vae, self.unet = pipeline.vae, pipeline.unet
+        self.adapters: Adapters | None = None
         encoders = [part for part in (pipeline.text_encoder, pipeline.text_encoder_2) if part is not None]
         self.revision = checksums.of_modules((self.vae, self.unet, *encoders))
         for encoder in encoders:
@@ -67,6 +70,11 @@ class StableDiffusionXL:
             ModelError: the model is missing or broken; the message names the file.
         """
         return cls(model_id, load_pipeline(StableDiffusionXLPipeline, files, dtype, PARTS, add_watermarker=False), device, dtype)
+
+    def lora_target(self) -> Target:
+        """What adapters change."""
+        parts = {name: getattr(self._pipeline, name) for name in PARTS[1:] if getattr(self._pipeline, name) is not None}
+        return Target(StableDiffusionXLPipeline, parts)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor

@@ -1,0 +1,6 @@
+"""LoRA adapters, chosen by each job: files read and checked, and a bank of updates from which every row takes its own."""
+
+from .adapters import Adapters, AdapterSet
+from .file import Adapter, Target, read
+
+__all__ = ["Adapter", "AdapterSet", "Adapters", "Target", "read"]
