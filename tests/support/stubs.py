@@ -28,6 +28,7 @@ FAMILY = cast(
     SimpleNamespace(
         info=MODEL,
         revision="test",
+        adapters=None,
         dtype=torch.float32,
         latent_shape=lambda width, height: (4, height // 8, width // 8),
         table=lambda request: sampler_table(request.scheduler, CONFIG, request.num_inference_steps),
