@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
 from support.engines import (
     Denoise,
-    assert_close,
     counted,
     embeds,
     once,
-    short_of_memory,
 )
 
-from latentline_worker.engine import network
 from latentline_worker.engine.network import Network
 from latentline_worker.models.base import Row
 from latentline_worker.models.sd import StableDiffusion
-
-
-class FakeGraph:
-    """What a captured CUDA graph does as far as tensors go: one static output, overwritten by every replay."""
-
-    def __init__(self, forward: Callable[..., torch.Tensor], rows: tuple[torch.Tensor, ...]) -> None:
-        self._forward = forward
-        self._out = forward(*rows).clone()
-
-    def __call__(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self._out.copy_(self._forward(*rows))
-
-
-@pytest.mark.parametrize("fixed_rows", [None, 4])
-@once
-def test_parts_of_a_split_batch_do_not_share_the_output_of_a_captured_graph(
-    family: StableDiffusion, monkeypatch: pytest.MonkeyPatch, fixed_rows: int | None
-) -> None:
-    x = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    timesteps, rows = torch.full((8,), 500.0), {"prompt_embeds": embeds(family, *"abcdefgh")}
-    expected = Network(family)(x, timesteps, rows)[0]
-    short_of_memory(monkeypatch, family, lambda latents, prompt_embeds: len(latents) <= 4)
-    monkeypatch.setattr(network, "_Graph", FakeGraph)
-    net = Network(family, fixed_rows)
-    net._graphs = {}
-    got, most = net(x, timesteps, rows)
-    assert most == 4
-    assert_close(got, expected)
 
 
 def example_rows(family: StableDiffusion, count: int, size: tuple[int, int] = (32, 32)) -> tuple[torch.Tensor, torch.Tensor, Row]:

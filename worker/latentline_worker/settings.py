@@ -28,7 +28,8 @@ class WorkerSettings(ProcessSettings):
     lora_dir: Path | None = None
     lora_slots: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 64
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # auto: float32 on a CPU, float16 on a GPU
+    # auto: float32 on a CPU; on a GPU bfloat16, or float16 where it has none.
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # Jobs in flight per process from one shard of tenants; the process takes the same number again from other shards.
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     # Most network rows of one forward; a guided image takes two. Measured costs and memory may allow fewer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from latentline.jobs import Phase
 from latentline_worker.models.base import Family
 
 from .decoder import Decoder
+from .failures import raise_if_lost
 from .lane import Lane
 from .publisher import Publisher
 from .request import Cancelled, Request
@@ -43,20 +45,23 @@ class Delivery:
         if self._publisher.periodic:  # so that a delivery that fails later does not repeat the denoising
             self._publisher.checkpoint(request, lane)
         finite = torch.isfinite(latents).all()
-        request.reached("denoised")
+        moments = {"denoised": self._publisher.moment()}
         self._leave(request)
         if not request.work.decode:
-            self._publisher.result(latents, finite, lambda outcome: self._finish(request, outcome))
+            self._publisher.result(request, moments, latents, finite, lambda outcome: self._finish(request, outcome))
             return
         request.phase = Phase.DECODING
         family = self._families[request.work.model]
-        self._decoder.submit(family, latents, lambda outcome: self._decoded(request, outcome, finite))
+        self._decoder.submit(family, latents, lambda outcome: self._decoded(request, outcome, finite, moments))
 
-    def _decoded(self, request: Request, outcome: torch.Tensor | Exception, finite: torch.Tensor) -> None:
-        request.reached("decoded")
+    def _decoded(self, request: Request, outcome: torch.Tensor | Exception, finite: torch.Tensor, moments: dict[str, Any]) -> None:
         if request.cancel_reason:
             self._finish(request, Cancelled(request.cancel_reason))
         elif isinstance(outcome, Exception):
             self._finish(request, outcome)
         else:
-            self._publisher.result(outcome, finite, lambda outcome: self._finish(request, outcome))
+            try:
+                moments["decoded"] = self._publisher.moment()
+            except Exception as error:  # no memory for an event: the picture is there all the same
+                raise_if_lost(error)
+            self._publisher.result(request, moments, outcome, finite, lambda outcome: self._finish(request, outcome))

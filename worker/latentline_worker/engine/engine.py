@@ -21,6 +21,7 @@ from .cost import CostModel
 from .decoder import Decoder
 from .delivery import Delivery
 from .failures import raise_if_lost, run_in_parts
+from .graphs import Graphs
 from .intake import Intake
 from .lanes import Lanes
 from .memory import Memory
@@ -71,7 +72,8 @@ class Engine:
         self.planner = Planner(CostModel(fixed_rows or max_rows))
         self.clock = StepClock(self.device)
         self.memory = Memory(self.device, memory_limit_bytes)
-        self.networks = {model: Network(family, fixed_rows, graphs) for model, family in self.families.items()}
+        pool = torch.cuda.graph_pool_handle() if graphs and self.device.type == "cuda" else None
+        self.networks = {model: Network(family, fixed_rows, Graphs(pool) if pool else None) for model, family in self.families.items()}
         self.lanes = Lanes(self.families, self.networks, self.memory, self.clock, self._opened)
         self.decoder = Decoder(1 if fixed_rows else decode_batch, tiles_on_shortage=not fixed_rows)
         self.conditioner = Conditioner(1 if fixed_rows else MICRO_BATCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class HostCopies:
     def __init__(self, device: torch.device) -> None:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copies: deque[_Copy] = deque()
+        self._publishing: Any = None  # the event of the copy that is being published
 
     def copy(self, tensors: Sequence[torch.Tensor], publish: Publish) -> None:
         """Copy device tensors and call ``publish`` with their host copies, in the order of the calls.
@@ -54,19 +56,40 @@ class HostCopies:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 hosts.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._stream)  # its memory is not given to others before the copy is done
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(enable_timing=True)
             copied.record(self._stream)
         self._copies.append(_Copy(copied, hosts, publish))
+
+    def moment(self) -> Any:
+        """A point in the device's queue, for :meth:`time_of`."""
+        if self._stream is None:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def time_of(self, moment: Any) -> float:
+        """``time.monotonic()`` at which the device came to a point before the copy that is published now."""
+        if self._stream is None:
+            return float(moment)
+        assert self._publishing is not None  # called from ``publish``
+        return float(time.monotonic() - moment.elapsed_time(self._publishing) / 1e3)
 
     def publish_done(self) -> None:
         """Publish the copies that are complete. Does not wait."""
         while self._copies and self._copies[0].copied.query():
-            copy = self._copies.popleft()
-            copy.publish(copy.tensors)
+            self._publish(self._copies.popleft())
 
     def publish_all(self) -> None:
         """Wait for the copies under way, and publish them. For when there is nothing else to launch."""
         while self._copies:
             copy = self._copies.popleft()
             copy.copied.synchronize()
+            self._publish(copy)
+
+    def _publish(self, copy: _Copy) -> None:
+        self._publishing = copy.copied
+        try:
             copy.publish(copy.tensors)
+        finally:
+            self._publishing = None

@@ -21,7 +21,7 @@ class Lanes(Mapping[LaneKey, Lane]):
 
     Args:
         families: the loaded models by id.
-        networks: by model; a dropped lane's forgets what it captured for that shape.
+        networks: by model.
         memory: decides how many images a lane may hold.
         clock: marks the parts of the lanes' steps.
         opened: told of each lane that is opened.
@@ -67,7 +67,6 @@ class Lanes(Mapping[LaneKey, Lane]):
         empty = [other for other, lane in self._lanes.items() if not lane.num_used]
         for other in empty[: max(0, len(self._lanes) - MAX_LANES + 1)]:
             del self._lanes[other]
-            self._networks[other.model].forget(other)
             release_memory(network.family.device)
         self._lanes[key] = Lane(self._families[key.model], key, network, self._clock)
         self._opened(key)

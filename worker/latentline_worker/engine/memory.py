@@ -148,6 +148,16 @@ class Memory:
             self.usable >> 20, key.model, self.row_bytes(key) / 2**20, image() / 2**20,
         )  # fmt: skip
 
+    @contextmanager
+    def charged(self) -> Iterator[None]:
+        """What the block takes from the device and keeps, such as captured graphs, is usable no more."""
+        before = free_bytes(self._device) if self._device.type == "cuda" else 0
+        yield
+        if self._device.type == "cuda":
+            taken = max(0, before - free_bytes(self._device))
+            self.usable = max(0, self.usable - taken)
+            log.info("memory: captured graphs take %d MB", taken >> 20)
+
     def row_bytes(self, key: LaneKey) -> int:
         """Activations of one network row. Proportional to the latents, because attention runs in memory-efficient kernels."""
         found = self.footprints.get(key.model)

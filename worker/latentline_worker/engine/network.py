@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from latentline_worker.models.base import Family, Row
 
 from .failures import out_of_memory, run_in_parts
-from .request import LaneKey
+from .graphs import BUCKETS, Flat, Forward, Graphs, Kind, kind_of, pad
 
 log = logging.getLogger(__name__)
 
-# Row counts for which CUDA graphs are captured; rows in between are padded. After 2, each is at most half as large again as the last.
-BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
-
 ADAPTER = "adapter"  # among the rows of a forward in which any row has one: its slot in the model's bank, 0 for none
-
-# (rows, c, h, w) latents, (rows,) timesteps, then the tensors of the rows in the order of their names, (rows, ...) each.
-Flat = tuple[torch.Tensor, ...]
-Forward = Callable[..., torch.Tensor]
-# What a recording or a graph is made for: the names, and what each tensor has beside its row axis.
-Kind = tuple[tuple[str, ...], tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
 
 class Network:
@@ -35,13 +25,13 @@ class Network:
         family: the loaded model.
         fixed_rows: when given, every call has exactly this many rows, padded with zeros or split, so that a row's
             result never depends on the number of rows beside it (the reproducible mode).
-        graphs: capture CUDA graphs, one per shape and row bucket. Ignored on a CPU.
+        graphs: what is captured for it at warm-up; None on a CPU.
     """
 
-    def __init__(self, family: Family, fixed_rows: int | None = None, graphs: bool = True) -> None:
+    def __init__(self, family: Family, fixed_rows: int | None = None, graphs: Graphs | None = None) -> None:
         self.family = family
         self.fixed_rows = fixed_rows
-        self._graphs: dict[tuple[Kind, int], _Graph] | None = {} if graphs and family.device.type == "cuda" else None
+        self._graphs = graphs
         self._traced: dict[Kind, Forward] = {}  # the latents' shape left out: a recording serves every size
         self._bank_layers = 0  # that the recordings with adapters know
 
@@ -101,44 +91,51 @@ class Network:
                 log.warning("the forward cannot be recorded (%s): it runs through Python", type(error).__name__)
                 return
         if same:
-            self._traced[_kind(names, flat[1:])] = traced
+            self._traced[kind_of(names, flat[1:])] = traced
         else:
             log.warning("the recorded forward gives other results: it runs through Python")
 
-    def forget(self, lane: LaneKey) -> None:
-        """Drop what was captured for this lane."""
-        if self._graphs is not None:
-            names = tuple(name for name, _, _ in lane.signature)
-            self._graphs = {key: graph for key, graph in self._graphs.items() if (key[0][0], key[0][1][0][0]) != (names, lane.latent_shape)}
+    def capture(self, x: torch.Tensor, timesteps: torch.Tensor, rows: Row, most: int) -> None:
+        """On CUDA, capture the forward for every row count up to ``most`` that steps are padded to.
 
-    def _recorded(self, names: tuple[str, ...], flat: Flat) -> Forward | None:
-        """The recording for rows of this kind. Those with adapters are made anew once more layers have updates than they know."""
+        Args:
+            x: (1, c, h, w) an example of the latents; graphs hold for this shape alone.
+            timesteps: (1,).
+            rows: (1, ...) tensors by name.
+            most: rows of one call that fit into memory.
+        """
+        if self._graphs is None:
+            return
+        names, flat = _flat(x, timesteps, rows)
+        if ADAPTER in names and self.family.adapters:
+            self._bank_layers = self.family.adapters.bank.num_layers
+        sizes = [self.fixed_rows] if self.fixed_rows else [bucket for bucket in BUCKETS if bucket <= most]
+        self._graphs.capture(_forward(self.family, names), names, flat, sizes)
+
+    def _renew(self, names: tuple[str, ...], flat: Flat) -> None:
+        """Drop what was recorded and captured with adapters once more layers have updates than it knows. On a CPU, record anew."""
         adapters = self.family.adapters
-        if ADAPTER in names and adapters and adapters.bank.num_layers != self._bank_layers:
+        if adapters and adapters.bank.num_layers != self._bank_layers:
             self._bank_layers = adapters.bank.num_layers
             self._traced = {kind: forward for kind, forward in self._traced.items() if ADAPTER not in kind[0]}
+            if self._graphs:
+                self._graphs.forget(ADAPTER)
             self.trace(flat[0], flat[1], dict(zip(names, flat[2:], strict=True)))
-        return self._traced.get(_kind(names, flat[1:]))
 
     def _padded_parts(self, names: tuple[str, ...], flat: Flat, size: int) -> torch.Tensor:
         parts = []
         for i in range(0, len(flat[0]), size):
             part = tuple(tensor[i : i + size] for tensor in flat)
-            parts.append(self._call(names, tuple(_pad(tensor, size) for tensor in part))[: len(part[0])])
+            parts.append(self._call(names, tuple(pad(tensor, size) for tensor in part))[: len(part[0])])
         return torch.cat(parts)
 
     def _call(self, names: tuple[str, ...], flat: Flat) -> torch.Tensor:
-        if self._graphs is None:
-            forward = self._recorded(names, flat)
-            return (forward or _forward(self.family, names))(*flat).float()
-        count = len(flat[0])
-        size = next((bucket for bucket in BUCKETS if bucket >= count), count)
-        padded = tuple(_pad(tensor, size) for tensor in flat)
-        key = _kind(names, padded), size
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(_forward(self.family, names), padded)
-        # Copied: the next replay overwrites this output.
-        return self._graphs[key](padded)[:count].to(torch.float32, copy=True)
+        if ADAPTER in names:
+            self._renew(names, flat)
+        if self._graphs is not None and (out := self._graphs(names, flat)) is not None:
+            return out
+        forward = self._traced.get(kind_of(names, flat[1:]))
+        return (forward or _forward(self.family, names))(*flat).float()
 
 
 def _flat(x: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> tuple[tuple[str, ...], Flat]:
@@ -161,10 +158,6 @@ def _forward(family: Family, names: tuple[str, ...]) -> Forward:
     return forward
 
 
-def _kind(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Kind:
-    return names, tuple((tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors)
-
-
 class _Module(torch.nn.Module):
     """A forward in the shape that the recorder takes."""
 
@@ -174,30 +167,3 @@ class _Module(torch.nn.Module):
 
     def forward(self, *flat: torch.Tensor) -> torch.Tensor:
         return self._forward(*flat)
-
-
-class _Graph:
-    """One captured forward. Replays read the static inputs, so new rows are copied into them first."""
-
-    def __init__(self, forward: Forward, rows: Flat) -> None:
-        self._rows = tuple(tensor.clone() for tensor in rows)
-        # Run once before the capture, as PyTorch's notes on CUDA graphs ask: lazy initialisation cannot be captured.
-        stream: Any = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            forward(*self._rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._out = forward(*self._rows)
-
-    def __call__(self, rows: Flat) -> torch.Tensor:
-        for static, fresh in zip(self._rows, rows, strict=True):
-            static.copy_(fresh)
-        self._graph.replay()
-        return self._out
-
-
-def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    missing = size - len(tensor)
-    return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -95,16 +96,31 @@ class Publisher:
 
         self._optional("check of its rows", request, copy)
 
-    def result(self, result: torch.Tensor, finite: torch.Tensor, finish: Callable[[torch.Tensor | Exception], None]) -> None:
+    def moment(self) -> Any:
+        """A point in the device's queue; its time is known when a result that comes after it is published."""
+        return self._copies.moment()
+
+    def result(
+        self,
+        request: Request,
+        moments: Mapping[str, Any],
+        result: torch.Tensor,
+        finite: torch.Tensor,
+        finish: Callable[[torch.Tensor | Exception], None],
+    ) -> None:
         """Call ``finish`` with the result as soon as it is in host memory, or with the error.
 
         Args:
+            request: whose result it is; its times are completed.
+            moments: when the device came to these events, by their names (:meth:`moment`).
             result: pixels or latents, on the device; not to be changed afterwards.
             finite: whether all latents are finite, a scalar on the device: reading it here would wait.
             finish: called once.
         """
 
         def publish(tensors: Sequence[torch.Tensor]) -> None:
+            for event, moment in moments.items():
+                request.times.setdefault(event, self._copies.time_of(moment))
             result, finite = tensors
             finish(result if finite else NumericalError("the latents are no longer finite numbers"))
 

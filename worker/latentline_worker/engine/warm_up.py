@@ -80,11 +80,15 @@ def measure(engine: Engine, family: Family) -> LaneKey:
     # The bare forward: the network's own may be padded to more rows.
     memory.measure(key, family.num_pixels(x), lambda: family.denoise(x, t, row), lambda: engine.decoder.decode_now(family, x))
     memory.check(key)
-    two = {name: torch.cat([tensor, tensor]) for name, tensor in row.items()}
-    network.trace(torch.randn(2, *shape, device=family.device), t.expand(2), two)
+    kinds = [row]
     if family.adapters and family.adapters.bank.num_layers:
-        two[ADAPTER] = torch.zeros(2, dtype=torch.int64, device=family.device)
-        network.trace(torch.randn(2, *shape, device=family.device), t.expand(2), two)
+        kinds.append({**row, ADAPTER: torch.zeros(1, dtype=torch.int64, device=family.device)})
+    noise = torch.randn(2, *shape, device=family.device)
+    for one in kinds:
+        network.trace(noise, t.expand(2), {name: torch.cat([tensor, tensor]) for name, tensor in one.items()})
+    with memory.charged():
+        for one in kinds:
+            network.capture(x, t, one, memory.num_rows(key, engine.planner.cost.max_rows))
     return key
 
 

@@ -18,11 +18,18 @@ def load_model(settings: WorkerSettings) -> Family:
             file or the field.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = settings.dtype if settings.dtype != "auto" else ("float16" if device.type == "cuda" else "float32")
+    name = settings.dtype if settings.dtype != "auto" else _own_type(device)
     family = registry.load(settings.model, device, getattr(torch, name), config=settings.config)
     if settings.lora_dir:
         registry.add_adapters(family, settings.lora_dir, settings.lora_slots, settings.lora_rank)
     return family
+
+
+def _own_type(device: torch.device) -> str:
+    """float32 on a CPU; on a GPU bfloat16 where it computes in it, since float16 may overflow, and float16 elsewhere."""
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def make_engine(settings: WorkerSettings, family: Family) -> Engine:

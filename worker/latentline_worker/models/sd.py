@@ -21,6 +21,7 @@ from .base import Encoded, Row, Text
 from .lora import Adapters, Target
 from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_pixels
 from .sources import ModelFiles
+from .transfer import to_device
 
 PARTS = ("vae", "unet", "text_encoder")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
@@ -114,8 +115,8 @@ class StableDiffusion:
         prompts = [text.prompt for text in texts]
         length = int(self.tokenizer.model_max_length)
         tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        mask = tokens.attention_mask.to(self.device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        states: torch.Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        mask = to_device(tokens.attention_mask, self.device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        states: torch.Tensor = self.text_encoder(to_device(tokens.input_ids, self.device), attention_mask=mask)[0]
         counts = [len(ids) for ids in self.tokenizer(prompts, truncation=False, verbose=False).input_ids]
         return [Encoded({"prompt_embeds": one}, (count, length)) for one, count in zip(states.to(self.dtype), counts, strict=True)]
 
