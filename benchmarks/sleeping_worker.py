@@ -112,7 +112,8 @@ def main() -> int:
         room, uploader, store = "latentline_worker", ("delivery", "Delivery"), "storage"
         launch = importlib.import_module(f"{room}.launch")
     loading = importlib.import_module(f"{room}.loading")
-    loading.load_model = lambda _: FAMILY
+    loading.load_models = lambda _: [FAMILY]
+    loading.load_model = lambda _: FAMILY  # of earlier versions
     loading.make_engine = lambda *_: SleepingEngine()
     no_store = SimpleNamespace(ensure_bucket=lambda: None, delete_all=lambda _: True)
     importlib.import_module(f"latentline_worker.{store}").ImageStore = lambda _: no_store

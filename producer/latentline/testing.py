@@ -82,7 +82,7 @@ class FakeWorker:
 
     def announce(self) -> None:
         """Say that this worker is alive and serves its model; submissions are refused before, and a minute after the last time."""
-        self.records.announce(self.name, self.model)
+        self.records.announce(self.name, [self.model])
 
     def take(self) -> str | None:
         """Take the next wake-up as Celery would: its job id, or None when no job waits."""

@@ -99,8 +99,8 @@ def test_a_single_file_has_the_weights_of_the_folder(saved: Path, dtype: torch.d
 def test_a_single_file_of_sdxl_has_the_weights_of_the_folder(tmp_path: Path) -> None:
     pipeline = sdxl(second_width=48)
     pipeline.save_pretrained(tmp_path / "xl")
-    one = load(write_sdxl(pipeline, tmp_path / "one.safetensors"), config=str(tmp_path / "xl"), model_id="renamed")
-    assert (one.info.id, one.info.family) == ("renamed", "sdxl")
+    one = load(write_sdxl(pipeline, tmp_path / "one.safetensors"), config=str(tmp_path / "xl"))
+    assert (one.info.id, one.info.family) == ("one", "sdxl")
     assert one.revision == load(tmp_path / "xl").revision
 
 

@@ -150,7 +150,7 @@ def test_a_worker_does_jobs_from_wake_up_to_settled_record_through_celery(broker
 def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None:
     producer, client = broker.client("producer"), broker.client("worker")
     store = Records(client, 600)
-    store.announce("one", MODEL)
+    store.announce("one", [MODEL])
     assert records.run(client, records.models()) and records.run(client, records.workers()) == ["one"]
     assert store.heartbeat("one") and not store.heartbeat("unknown")
     store.worker_gone("one")
@@ -391,7 +391,7 @@ def test_the_deliverer_can_neither_submit_nor_claim_nor_settle_nor_cancel_nor_re
         lambda: records.run(client, records.get(job)),
         lambda: records.run(client, records.cancel(job, 600)),
         lambda: records.run(client, records.list_jobs()),
-        lambda: store.announce("one", ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096)),
+        lambda: store.announce("one", [ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096)]),
     ]
     for attempt in attempts:
         with pytest.raises(BrokerUnavailable, match="does not let the user"):

@@ -147,7 +147,7 @@ class Cluster:
     def offer(self) -> None:
         """Announce the model, so that jobs may be submitted while no worker is up."""
         served = ModelInfo(id=self.model.name, family="sd", default_width=64, default_height=64, max_pixels=128 * 128)
-        self.records.announce("not up yet", served)
+        self.records.announce("not up yet", [served])
 
     def submit(self, count: int = 1, **fields: Any) -> list[str]:
         """Accepted job ids; prompts and seeds differ."""

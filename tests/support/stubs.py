@@ -108,5 +108,5 @@ class RunnerBench:
         self.records, self.engine, self.store = records, StubEngine(at_once), MemoryStore()
         self.leases = Leases(records, lease_s=30)
         self.runner = JobRunner(
-            "cpu@test", FAMILY, records, cast(Any, self.engine), Uploader(cast(Any, self.store)), self.leases, lease_s=30
+            "cpu@test", {FAMILY.info.id: FAMILY}, records, cast(Any, self.engine), Uploader(cast(Any, self.store)), self.leases, lease_s=30
         )

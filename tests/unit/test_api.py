@@ -110,7 +110,7 @@ def test_a_submitted_job_is_accepted_and_found_at_its_location(live: Live) -> No
 
 def test_what_is_left_to_the_model_is_shown_as_it_was_resolved(live: Live) -> None:
     own = {"id": "own", "default_width": 96, "default_num_inference_steps": 4, "default_scheduler": "lcm", "default_guidance_scale": 1.5}
-    live.worker.records.announce("other", MODEL.model_copy(update=own))
+    live.worker.records.announce("other", [MODEL.model_copy(update=own)])
     body = {"prompt": "a cat", "model": "own", "num_inference_steps": None, "width": None}
     job = live.http.post("/v1/jobs", json=body).json()
     shown = {name: job["request"][name] for name in ("width", "height", "num_inference_steps", "scheduler", "guidance_scale")}

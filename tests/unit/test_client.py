@@ -266,7 +266,7 @@ def test_what_the_model_cannot_do_is_refused_before_it_is_queued(
 
 
 def test_the_models_own_multiple_and_schedulers_count(client: Any, worker: FakeWorker) -> None:
-    worker.records.announce(worker.name, MODEL.model_copy(update={"id": "coarse", "size_multiple": 64, "schedulers": ("ddim",)}))
+    worker.records.announce(worker.name, [MODEL.model_copy(update={"id": "coarse", "size_multiple": 64, "schedulers": ("ddim",)})])
     with pytest.raises(InvalidRequest, match="a multiple of 64"):
         client.submit(prompt="a cat", model="coarse", width=72, scheduler="ddim")
     with pytest.raises(InvalidRequest, match="one of: ddim"):
@@ -330,7 +330,7 @@ def test_announcements_are_read_again_before_a_request_is_refused(
     larger = MODEL.model_copy(update={"max_pixels": 512 * 512})
     newer = FakeWorker(worker.redis, worker.images, name=worker.name, model=larger, level=2)
     newer.announce()
-    worker.records.announce("other", MODEL.model_copy(update={"id": "new"}))
+    worker.records.announce("other", [MODEL.model_copy(update={"id": "new"})])
     for fields in asking:
         assert client.submit(prompt="a cat", **fields).status is Status.QUEUED
     assert len(reads) == 5, "read once more, and then it is known"
@@ -348,7 +348,7 @@ def test_what_is_left_out_is_resolved_by_the_models_announcement(client: Any, wo
     own = {
         "id": "own", "default_width": 96, "default_num_inference_steps": 4, "default_guidance_scale": 1.0, "default_scheduler": "lcm",
     }  # fmt: skip
-    worker.records.announce("other", MODEL.model_copy(update=own))
+    worker.records.announce("other", [MODEL.model_copy(update=own)])
     record = client.submit(prompt="a cat", model="own")
     request = client.get(record.id).request
     assert (request.width, request.height, request.num_inference_steps, request.guidance_scale, request.scheduler) == (
@@ -365,7 +365,7 @@ def test_what_is_left_out_is_resolved_by_the_models_announcement(client: Any, wo
 
 def test_the_key_stands_for_what_was_sent_whatever_the_defaults_are_by_now(client: Any, worker: FakeWorker) -> None:
     first = client.submit(prompt="a cat", idempotency_key="k")
-    worker.records.announce(worker.name, MODEL.model_copy(update={"default_num_inference_steps": 7, "default_width": 128}))
+    worker.records.announce(worker.name, [MODEL.model_copy(update={"default_num_inference_steps": 7, "default_width": 128})])
     again = client.submit(prompt="a cat", idempotency_key="k")
     assert (again.id, again.num_steps) == (first.id, 20)
     with pytest.raises(IdempotencyConflict):
@@ -393,7 +393,7 @@ def test_a_worker_that_says_nothing_is_not_counted_on(client: Any, worker: FakeW
     with pytest.raises(NoWorker, match="no worker that serves 'latentline-emoji'") as caught:
         client.submit(prompt="a cat")
     assert caught.value.http_status == 503 and caught.value.retry_after_s
-    worker.records.announce("other", MODEL.model_copy(update={"id": "other"}))
+    worker.records.announce("other", [MODEL.model_copy(update={"id": "other"})])
     assert set(client.models()) == {"other"}, "one worker's word keeps no other's model alive"
     with pytest.raises(InvalidRequest, match="one of: other"):
         client.submit(prompt="a cat", model="no-such")
@@ -410,7 +410,7 @@ def test_a_worker_of_version_0_1_0_is_seen_while_it_lives(client: Any, worker: F
     record = client.submit(prompt="a cat", model="old")
     assert (record.num_steps, record.request.scheduler, record.request.width) == (20, "dpmpp_2m", 64)
     own = MODEL.model_copy(update={"default_num_inference_steps": 4})
-    worker.records.announce(worker.name, own)
+    worker.records.announce(worker.name, [own])
     assert set(client.models()) == {"old", MODEL.id}
     assert client.models()[MODEL.id] == own, "what it announces counts, and not what it writes for the older ones"
     age(worker, 11, routing.workers_key())
@@ -431,10 +431,10 @@ def test_workers_of_two_versions_do_not_change_the_answer_from_second_to_second(
     one = MODEL.model_copy(update={"default_num_inference_steps": 4, "max_pixels": 128 * 128, "schedulers": ("lcm", "ddim", "euler")})
     other = MODEL.model_copy(update={"default_num_inference_steps": 9, "size_multiple": 16, "schedulers": ("ddim", "lcm", "tcd")})
     worker.redis.flushall()
-    worker.records.announce("b", other)
+    worker.records.announce("b", [other])
     seen = []
     for name, info in (("a", one), ("b", other)) * 2:
-        worker.records.announce(name, info)
+        worker.records.announce(name, [info])
         seen.append(client.models()[MODEL.id])
     assert seen == seen[:1] * 4
     # Any of them may get the job, so all have to be able to do it.

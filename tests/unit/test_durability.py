@@ -230,7 +230,7 @@ def test_a_full_broker_hears_who_is_alive_and_keeps_dead_letters(client: redis.R
     """A worker that could not say so would look after nothing else either."""
     store = Records(client)
     full()
-    store.announce("one", ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096))
+    store.announce("one", [ModelInfo(id="m", family="f", default_width=64, default_height=64, max_pixels=4096)])
     store.bury("lost", "message", "a reason", message="half a pair: \ud800")
     assert run(client, records.workers()) == ["one"] and set(run(client, records.models())) == {"m"}
     (letter,) = run(client, records.dead_letters())

@@ -1057,7 +1057,7 @@ def test_unknown_ids(client: redis.Redis) -> None:
 
 def test_models_and_workers(client: redis.Redis, store: Records) -> None:
     info = ModelInfo(id="m", family="sd", default_width=64, default_height=64, max_pixels=4096)
-    store.announce("cpu@a", info)
+    store.announce("cpu@a", [info])
     assert run(client, records.models()) == {"m": info}
     assert run(client, records.workers()) == ["cpu@a"]
     store.worker_gone("cpu@a")
@@ -1067,9 +1067,9 @@ def test_models_and_workers(client: redis.Redis, store: Records) -> None:
 def test_a_worker_that_says_nothing_vanishes_and_its_name_goes(client: redis.Redis, store: Records) -> None:
     info = ModelInfo(id="m", family="sd", default_width=64, default_height=64, max_pixels=4096)
     for name in ("silent", "forgotten"):
-        store.announce(name, info)
+        store.announce(name, [info])
     client.zadd(routing.workers_key(), {"silent": seconds(client) - 12, "forgotten": seconds(client) - 3700})
-    store.announce("alive", info)
+    store.announce("alive", [info])
     assert run(client, records.workers()) == ["alive"]
     assert set(client.zrange(routing.workers_key(), 0, -1)) == {"alive", "silent"}
 

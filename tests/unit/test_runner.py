@@ -138,6 +138,13 @@ def test_the_text_of_an_internal_error_goes_to_the_log_and_never_to_the_client(b
     assert SECRET in caplog.text
 
 
+def test_a_job_of_a_model_that_is_not_loaded_fails_and_names_those_that_are(bench: Bench) -> None:
+    job_id = bench.submit(model="another")
+    bench.begin(job_id).result(PATIENCE_S)
+    error = bench.get(job_id).error
+    assert error and (error.code, error.message) == ("invalid_request", "model: got 'another'; allowed: one of: latentline-emoji")
+
+
 def test_a_job_that_does_not_fit_into_memory_fails_at_once(bench: Bench) -> None:
     job_id, request, done = bench.in_engine()
     request.future.set_exception(torch.OutOfMemoryError("CUDA out of memory"))

@@ -92,8 +92,8 @@ class Process:
 
     def __init__(self, broker: Broker, name: str = "cpu@test") -> None:
         self.broker = broker
-        self.reaper = Reaper(cast(Any, broker), "m", LEASE_S)
-        self.upkeep = Upkeep(cast(Any, broker), name, "m", self.reaper, Deadlines(cast(Any, broker)))
+        self.reaper = Reaper(cast(Any, broker), ["m"], LEASE_S)
+        self.upkeep = Upkeep(cast(Any, broker), name, ["m"], self.reaper, Deadlines(cast(Any, broker)))
 
     def turn(self) -> list[str]:
         """Have a turn; what was called."""
@@ -216,8 +216,17 @@ def test_many_overdue_or_lost_jobs_are_found_in_one_turn() -> None:
         wake=lambda model, grace_s: left["wake"].pop() if left["wake"] else ["job"],
     )
     Deadlines(cast(Any, store)).end_overdue()
-    Reaper(cast(Any, store), "m", LEASE_S).wake()
+    Reaper(cast(Any, store), ["m"], LEASE_S).wake()
     assert left == {"end_overdue": [], "wake": []}
+
+
+def test_each_turn_wakes_the_jobs_of_another_model() -> None:
+    woken: list[str] = []
+    store = SimpleNamespace(wake=lambda model, grace_s: woken.append(model) or [])
+    reaper = Reaper(cast(Any, store), ["a", "b"], LEASE_S)
+    for _ in range(3):
+        reaper.wake()
+    assert woken == ["a", "b", "a"]
 
 
 # On a real broker.
@@ -229,7 +238,7 @@ def client(empty_valkey: redis.Redis) -> redis.Redis:
 
 
 def upkeep_of(store: Records, name: str, lease_s: float = LEASE_S) -> Upkeep:
-    return Upkeep(store, name, MODEL.id, Reaper(store, MODEL.id, lease_s), Deadlines(store))
+    return Upkeep(store, name, [MODEL.id], Reaper(store, [MODEL.id], lease_s), Deadlines(store))
 
 
 def lost_job(client: redis.Redis) -> str:

@@ -114,7 +114,7 @@ client = fakeredis.FakeRedis(decode_responses=True)
 store = Records(client)
 (job,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat", "scheduler": "ddim"}))], 600))
 settings = WorkerSettings(stall_s=5, ready_file=Path(sys.argv[1]))
-worker = GenerateWorker("cpu@test", settings, FAMILY, WedgedEngine(), store, MemoryStore())
+worker = GenerateWorker("cpu@test", settings, [FAMILY], WedgedEngine(), store, MemoryStore())
 worker.start()
 worker._runner.run(job.id)
 """

@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import fakeredis
 import pytest
+from support.families import OddFamily
 from support.stubs import FAMILY, MemoryStore, StubEngine
 
 from latentline import records, routing
 from latentline.errors import BrokerUnavailable
+from latentline.jobs import LEVEL
 from latentline.records import Records
 from latentline.records.fleet import WORKER_ALIVE_S
 from latentline.testing import MODEL
@@ -30,7 +32,7 @@ def client() -> fakeredis.FakeRedis:
 
 
 def make_worker(client: fakeredis.FakeRedis, engine: StubEngine, **settings: Any) -> GenerateWorker:
-    return GenerateWorker(NAME, WorkerSettings(**settings), FAMILY, cast(Any, engine), Records(client), cast(Any, MemoryStore()))
+    return GenerateWorker(NAME, WorkerSettings(**settings), [FAMILY], cast(Any, engine), Records(client), cast(Any, MemoryStore()))
 
 
 def test_a_worker_is_announced_from_start_to_stop(client: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture) -> None:
@@ -159,7 +161,7 @@ class Away:
 
 
 def test_a_broker_that_is_away_neither_stops_the_announcer_nor_fails_its_end() -> None:
-    announcer = Announcer(cast(Any, Away()), NAME, MODEL)
+    announcer = Announcer(cast(Any, Away()), NAME, [MODEL])
     announcer.start()
     announcer.stop()
 
@@ -171,9 +173,9 @@ class Told:
         self._records = Records(client)
         self.calls: list[str] = []
 
-    def announce(self, worker: str, model: Any) -> None:
+    def announce(self, worker: str, models: Any) -> None:
         self.calls.append("announce")
-        self._records.announce(worker, model)
+        self._records.announce(worker, models)
 
     def heartbeat(self, worker: str) -> bool:
         self.calls.append("heartbeat")
@@ -181,9 +183,9 @@ class Told:
 
 
 def test_a_worker_announces_itself_once_and_then_sends_heartbeats(client: fakeredis.FakeRedis) -> None:
-    Records(client).announce(NAME, MODEL.model_copy(update={"max_pixels": 4096}))  # by the process before, under the same name
+    Records(client).announce(NAME, [MODEL.model_copy(update={"max_pixels": 4096})])  # by the process before, under the same name
     told = Told(client)
-    announcer = Announcer(cast(Any, told), NAME, MODEL)
+    announcer = Announcer(cast(Any, told), NAME, [MODEL])
     for _ in range(3):
         announcer.run_once()
     assert told.calls == ["announce", "heartbeat", "heartbeat"]
@@ -191,7 +193,7 @@ def test_a_worker_announces_itself_once_and_then_sends_heartbeats(client: fakere
 
 
 def test_a_heartbeat_keeps_worker_and_announcement_alive(client: fakeredis.FakeRedis) -> None:
-    announcer = Announcer(Records(client), NAME, MODEL)
+    announcer = Announcer(Records(client), NAME, [MODEL])
     announcer.run_once()
     for key in (routing.workers_key(), routing.announced_at_key()):
         client.zincrby(key, -50, NAME)
@@ -203,7 +205,7 @@ def test_a_heartbeat_keeps_worker_and_announcement_alive(client: fakeredis.FakeR
 @pytest.mark.parametrize("lost", [None, routing.announced_key(), routing.announced_at_key()])
 def test_a_broker_that_lost_the_announcement_is_told_again(client: fakeredis.FakeRedis, lost: str | None) -> None:
     told = Told(client)
-    announcer = Announcer(cast(Any, told), NAME, MODEL)
+    announcer = Announcer(cast(Any, told), NAME, [MODEL])
     announcer.run_once()
     if lost:
         client.delete(lost)
@@ -215,3 +217,13 @@ def test_a_broker_that_lost_the_announcement_is_told_again(client: fakeredis.Fak
 
 def test_three_heartbeats_fit_into_the_time_in_which_a_worker_counts_as_alive() -> None:
     assert 3 * HEARTBEAT_S * (1 + JITTER) < WORKER_ALIVE_S
+
+
+def test_a_worker_of_several_models_announces_all_of_them_and_reads_their_queues(client: fakeredis.FakeRedis) -> None:
+    other = OddFamily("other/one")
+    worker = GenerateWorker(NAME, WorkerSettings(), [FAMILY, other], cast(Any, StubEngine()), Records(client), cast(Any, MemoryStore()))
+    worker.start()
+    worker.stop()
+    assert records.run(client, records.models()) == {MODEL.id: FAMILY.info, "other/one": other.info}
+    queues = {queue.name for queue in worker._app().conf.task_queues}
+    assert queues == {*routing.queue_names(MODEL.id, LEVEL), *routing.queue_names("other/one", LEVEL)}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latentline.settings import Settings
 
@@ -23,6 +23,8 @@ class WorkerSettings(ProcessSettings):
     model: str = "latentline-emoji"
     # Of a .safetensors file: the folder or hub id of its configurations and tokenizers.
     config: str | None = None
+    # A TOML file that names the models that this worker serves, instead of the two settings above: docs/families.md.
+    models: Path | None = None
     # A folder of LoRA adapters, NAME.safetensors, that jobs may name. So many sets of them are in device memory at once, each of at
     # most so large a rank in all.
     lora_dir: Path | None = None
@@ -44,3 +46,9 @@ class WorkerSettings(ProcessSettings):
     stall_s: Annotated[float, Field(ge=1)] = 120.0
     # After SIGTERM, jobs that denoise go back to the queue at once; those that upload have this many seconds.
     drain_s: Annotated[float, Field(ge=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _models_are_named_once(self) -> Self:
+        if self.models is not None and (named := sorted(self.model_fields_set & {"model", "config"})):
+            raise ValueError(f"models: got {str(self.models)!r}; allowed: no file beside {' and '.join(named)}, which the file names")
+        return self

@@ -1,13 +1,15 @@
-"""Models: those that workers serve, and the bundled one as a folder."""
+"""Models: those that workers serve, the file that names those of a worker, and the bundled one as a folder."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .errors import clear_errors
+from .errors import EXIT_FAILED, clear_errors
 from .extras import load
 from .options import json_option, url_option
 from .remote import MODEL_FIELDS, Api
@@ -18,7 +20,7 @@ from .remote import MODEL_FIELDS, Api
 @json_option
 @click.pass_context
 def models(context: click.Context, url: str, as_json: bool) -> None:
-    """List the models that workers serve."""
+    """List the models that workers serve; the commands are about the file that names those of a worker."""
     if context.invoked_subcommand:
         return
     answer = Api(url).page("/v1/models", "models", MODEL_FIELDS)
@@ -27,6 +29,65 @@ def models(context: click.Context, url: str, as_json: bool) -> None:
         return
     for model in answer["models"]:
         click.echo(f"{model['id']}  {model['family']}  {model['default_width']}x{model['default_height']}")
+
+
+file_option = click.option(
+    "--models", "path", envvar="LATENTLINE_MODELS", required=True, type=click.Path(path_type=Path, dir_okay=False),
+    help="The TOML file that names a worker's models.",
+)  # fmt: skip
+
+
+@models.command("list")
+@file_option
+@json_option
+@clear_errors
+def list_entries(path: Path, as_json: bool) -> None:
+    """List the models of a worker's file; nothing is loaded."""
+    entries = list(_commands("list").describe(path))
+    if as_json:
+        click.echo(json.dumps({"models": entries}, indent=2))
+        return
+    for entry in entries:
+        defaults = "".join(f"  {name}={value}" for name, value in entry["defaults"].items())
+        click.echo(f"{entry['id']}  {entry['source']}{defaults}")
+
+
+@models.command()
+@file_option
+@clear_errors
+def check(path: Path) -> None:
+    """Load the files of every model of a worker's file, without a GPU, and say what is wrong."""
+    if not _commands("check").check(path, click.echo):
+        sys.exit(EXIT_FAILED)
+
+
+@models.command()
+@click.argument("source")
+@file_option
+@click.option("--id", help="Under which jobs request it.")
+@click.option("--config", help="Of a .safetensors file: folder or hub id of its configurations and tokenizers.")
+@click.option("--revision", help="Of a hub id: a commit, tag or branch.")
+@click.option("--dtype", help="auto, float32, float16 or bfloat16.")
+@click.option("--lora-dir", help="A folder of LoRA adapters that jobs may name.")
+@click.option("--scheduler", help="The default of requests that name none; so with the options that follow.")
+@click.option("--num-inference-steps", type=int)
+@click.option("--guidance-scale", type=float)
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@clear_errors
+def add(source: str, path: Path, **given: Any) -> None:
+    """Append a model to a worker's file, once its files were loaded without error.
+
+    SOURCE is a folder in diffusers' format, a .safetensors file or a hub id.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    names = ("scheduler", "num_inference_steps", "guidance_scale", "width", "height")
+    defaults = {name: given.pop(name) for name in names if name in given}
+    click.echo(_commands("add").add(path, {"source": source, **given, "defaults": defaults}))
+
+
+def _commands(name: str) -> Any:
+    return load("latentline_worker.models.commands", f"latentline models {name}", "worker")
 
 
 @models.command()

@@ -34,14 +34,16 @@ def api(host: str, port: int, fd: int | None, durable: bool) -> None:
 
 @click.command()
 @click.option("--model", help="The bundled model's id, a diffusers folder, a .safetensors file, or a hub id.")
+@click.option("--models", type=click.Path(), help="A TOML file that names several models.")
 @click.option("--concurrency", type=int, help="Jobs in flight per process.")
 @clear_errors
-def worker(model: str | None, concurrency: int | None) -> None:
+def worker(model: str | None, models: str | None, concurrency: int | None) -> None:
     """Run one worker process per visible GPU, or one on the CPU."""
     for module in ("celery", "torch"):  # checked here, since the launcher imports neither
         if importlib.util.find_spec(module) is None:
             raise MissingExtra("latentline worker", "worker")
-    args = [*(["--model", model] if model else []), *(["--concurrency", str(concurrency)] if concurrency is not None else [])]
+    given = {"--model": model or None, "--models": models, "--concurrency": concurrency}
+    args = [text for option, value in given.items() if value is not None for text in (option, str(value))]
     sys.exit(load("latentline_worker.generate.launch", "latentline worker", "worker").main(args))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from latentline import routing
@@ -30,14 +32,13 @@ class Records(HeldJobs, Maintenance, Outbox):
         return up_s()
 
     @driven
-    def announce(self, worker: str, info: ModelInfo) -> Operation[None]:
-        """Say that a worker is alive, on the broker's clock, and serves this model."""
+    def announce(self, worker: str, models: Sequence[ModelInfo]) -> Operation[None]:
+        """Say that a worker is alive, on the broker's clock, and serves these models."""
         yield from call_script(
             ANNOUNCE,
             worker=worker,
-            announcement=Announcement(level=self.level, models=(info,)).model_dump_json(),
-            model=info.id,
-            first_fields=info.first_fields(),
+            announcement=Announcement(level=self.level, models=tuple(models)).model_dump_json(),
+            first_fields=json.dumps({info.id: info.first_fields() for info in models}),
             announced_s=ANNOUNCED_S,
             forgotten_s=FORGOTTEN_S,
         )

@@ -1,8 +1,9 @@
-"""Tells the fleet that this worker is alive and which model it serves."""
+"""Tells the fleet that this worker is alive and which models it serves."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from latentline.errors import LatentlineError
 from latentline.jobs import ModelInfo
@@ -19,9 +20,9 @@ class Announcer(Service):
     (``latentline.records.fleet.ANNOUNCED_S``), so that submissions are accepted while it restarts.
     """
 
-    def __init__(self, records: Records, worker: str, model: ModelInfo) -> None:
+    def __init__(self, records: Records, worker: str, models: Sequence[ModelInfo]) -> None:
         super().__init__("announcer", HEARTBEAT_S, JITTER)
-        self._records, self._worker, self._model = records, worker, model
+        self._records, self._worker, self._models = records, worker, models
         self._announced = False  # since this process started: an announcement under this name may be that of an earlier process
 
     def start(self) -> None:
@@ -31,7 +32,7 @@ class Announcer(Service):
 
     def run_once(self) -> None:
         if not (self._announced and self._records.heartbeat(self._worker)):
-            self._records.announce(self._worker, self._model)
+            self._records.announce(self._worker, self._models)
             self._announced = True
 
     def stop(self, wait_s: float = 5.0) -> None:

@@ -1,7 +1,7 @@
 """``latentline worker``: one pinned Celery process per visible device.
 
 With several devices a parent, which never imports torch, starts one child per device. Each child is pinned by
-``CUDA_VISIBLE_DEVICES`` before it imports torch, loads the model, warms up, and only then takes work. With one device or
+``CUDA_VISIBLE_DEVICES`` before it imports torch, loads its models, warms up, and only then takes work. With one device or
 none there is no parent.
 """
 
@@ -33,11 +33,12 @@ def main(args: Sequence[str]) -> int:
     """Run workers until SIGTERM or SIGINT; 0 if all ended well."""
     parser = argparse.ArgumentParser(prog="latentline worker")
     parser.add_argument("--model", help="the bundled model's id, a diffusers folder, a .safetensors file, or a hub id")
+    parser.add_argument("--models", help="a TOML file that names several models")
     parser.add_argument("--concurrency", type=int, help="jobs in flight per process")
     parser.add_argument("--device", help=argparse.SUPPRESS)  # given to children: the index of their one device
     options = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    given = {"model": options.model, "concurrency": options.concurrency}
+    given = {"model": options.model, "models": options.models, "concurrency": options.concurrency}
     try:
         settings = WorkerSettings(**{key: value for key, value in given.items() if value is not None})
         devices = visible_devices()
@@ -104,7 +105,7 @@ def _next_signal() -> int | None:
 
 
 def _serve(settings: WorkerSettings, device_index: str | None) -> int:
-    """Load the model onto one device and run its worker until SIGTERM."""
+    """Load the models onto one device and run their worker until SIGTERM."""
     os.environ["CUDA_VISIBLE_DEVICES"] = device_index or ""  # before torch is imported
 
     from latentline.connection import connect
@@ -113,18 +114,19 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from latentline_worker.images.store import ImageStore
     from latentline_worker.maintenance.liveness import LivenessFile
 
-    from .loading import load_model, make_engine
+    from .loading import load_models, make_engine
     from .worker import GenerateWorker
 
     LivenessFile(settings.ready_file).remove()  # a container that was restarted still has its old file
     name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
-    family = load_model(settings)
+    families = load_models(settings)
     store = ImageStore(settings)
     store.ensure_bucket()
-    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, level_of_worker(family.info))
-    engine = make_engine(settings, family)
-    log.info("%s: %s is loaded and warm", name, family.info.id)
-    return GenerateWorker(name, settings, family, engine, records, store).run()
+    level = max(level_of_worker(family.info) for family in families)
+    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, level)
+    engine = make_engine(settings, families)
+    log.info("%s: %s loaded and warm", name, ", ".join(family.info.id for family in families))
+    return GenerateWorker(name, settings, families, engine, records, store).run()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -40,6 +40,7 @@ class JobRunner:
 
     Args:
         worker: the name of this worker in the records.
+        families: the loaded models by their ids.
         lease_s: the first lease of a claim; ``leases`` renews it.
         engine_stalled: whether the engine counts as hung; then no further job is claimed.
     """
@@ -47,7 +48,7 @@ class JobRunner:
     def __init__(
         self,
         worker: str,
-        family: Family,
+        families: Mapping[str, Family],
         records: Records,
         engine: Engine,
         uploader: Uploader,
@@ -55,7 +56,7 @@ class JobRunner:
         lease_s: float,
         engine_stalled: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._worker, self._family, self._records, self._engine = worker, family, records, engine
+        self._worker, self._families, self._records, self._engine = worker, families, records, engine
         self._uploader, self._leases, self._lease_s, self._engine_stalled = uploader, leases, lease_s, engine_stalled
         self._lock = SharedExclusiveLock()
 
@@ -144,7 +145,7 @@ class JobRunner:
             timings.update(_timings(request))
         used, read = request.prompt_tokens
         if used > read:
-            log.info("job %s: the prompt has %d tokens, %s reads the first %d", record.id, used, self._family.info.id, read)
+            log.info("job %s: the prompt has %d tokens, %s reads the first %d", record.id, used, record.request.model, read)
         if job.stop_reason:
             raise Cancelled(job.stop_reason)
         job.uploading = True
@@ -160,10 +161,13 @@ class JobRunner:
             deadline: of the job, ``time.monotonic()``.
 
         Raises:
-            InvalidRequest: the model or its scheduler refuses it.
+            InvalidRequest: the model is not loaded here, or it or its scheduler refuses the job.
         """
+        family = self._families.get(record.request.model)
+        if family is None:
+            raise InvalidRequest("model", record.request.model, f"one of: {', '.join(self._families)}")
         try:
-            return Work.of(self._family, record.request, record.id, deadline=deadline)
+            return Work.of(family, record.request, record.id, deadline=deadline)
         except CompileError as error:
             raise InvalidRequest("scheduler", record.request.scheduler, str(error)) from error
 

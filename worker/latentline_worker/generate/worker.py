@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery
@@ -35,22 +36,25 @@ log = logging.getLogger(__name__)
 
 
 class GenerateWorker:
-    """One worker process around a loaded model: takes wake-ups through Celery until SIGTERM, then drains.
+    """One worker process around loaded models: takes wake-ups through Celery until SIGTERM, then drains.
 
     :meth:`run` does all of it. :meth:`start`, :meth:`drain` and :meth:`stop` are its stages: Celery calls the first when
     it takes messages, the second on SIGTERM, and returns from its loop when no task is left.
 
     Args:
         name: of this worker, in records and logs.
-        family: the loaded model.
+        families: the loaded models, at least one.
         engine: warmed up, not started.
         store: where images go; its bucket exists.
     """
 
-    def __init__(self, name: str, settings: WorkerSettings, family: Family, engine: Engine, records: Records, store: ImageStore) -> None:
-        self._name, self._settings, self._model, self._engine, self._records = name, settings, family.info, engine, records
+    def __init__(
+        self, name: str, settings: WorkerSettings, families: Sequence[Family], engine: Engine, records: Records, store: ImageStore
+    ) -> None:
+        self._name, self._settings, self._engine, self._records = name, settings, engine, records
+        self._models = [family.info.id for family in families]
         self._liveness = LivenessFile(settings.ready_file)
-        self._reaper = Reaper(records, self._model.id, settings.lease_s)
+        self._reaper = Reaper(records, self._models, settings.lease_s)
         self._leases = Leases(
             records,
             settings.lease_s,
@@ -61,11 +65,18 @@ class GenerateWorker:
         )
         self._signals = Signals(records, name, self._leases)
         self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
-        self._announcer = Announcer(records, name, self._model)
-        self._upkeep = Upkeep(records, name, self._model.id, self._reaper, Deadlines(records))
+        self._announcer = Announcer(records, name, [family.info for family in families])
+        self._upkeep = Upkeep(records, name, self._models, self._reaper, Deadlines(records))
         self._expiry = Expiry(records, name, store)
         self._runner = JobRunner(
-            name, family, records, engine, Uploader(store), self._leases, settings.lease_s, engine_stalled=self.engine_stalled
+            name,
+            {family.info.id: family for family in families},
+            records,
+            engine,
+            Uploader(store),
+            self._leases,
+            settings.lease_s,
+            engine_stalled=self.engine_stalled,
         )
 
     def run(self) -> int:
@@ -136,7 +147,7 @@ class GenerateWorker:
         os._exit(os.EX_SOFTWARE)
 
     def _app(self) -> Celery:
-        app = create_app(self._settings, queue_names(self._model.id, self._records.level), self._records, self._settings.concurrency)
+        app = create_app(self._settings, self._queues(), self._records, self._settings.concurrency)
         app.task(self._runner.run, name=GENERATE_TASK)
         return app
 
@@ -146,10 +157,13 @@ class GenerateWorker:
             pool="threads",
             # One shard, so one tenant, gets half of the threads at most: another tenant's jobs need not wait for it.
             concurrency=2 * self._settings.concurrency,
-            queues=queue_names(self._model.id, self._records.level),
+            queues=self._queues(),
             loglevel="INFO",
             **NO_GOSSIP,
         )
+
+    def _queues(self) -> list[str]:
+        return [queue for model in self._models for queue in queue_names(model, self._records.level)]
 
     def _end_now(self) -> None:
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections.abc import Sequence
 
 from latentline.records import MAX_WAKE, Records
 
@@ -26,12 +28,12 @@ class Reaper:
       are so short that ``MIN_GAP_S`` exceeds a third of them.
 
     Args:
-        model: the model whose waiting jobs are checked for lost messages.
+        models: whose waiting jobs are checked for lost messages, one model a turn.
         lease_s: the lease of this worker; also how long a queued job may wait before its message may count as lost.
     """
 
-    def __init__(self, records: Records, model: str, lease_s: float) -> None:
-        self._records, self._model, self._lease_s = records, model, lease_s
+    def __init__(self, records: Records, models: Sequence[str], lease_s: float) -> None:
+        self._records, self._models, self._lease_s = records, itertools.cycle(models), lease_s
         self._not_before = float("-inf")  # time.monotonic()
 
     @property
@@ -53,10 +55,13 @@ class Reaper:
             log.warning("job %s: its worker is lost, the job is taken from it", job_id)
 
     def wake(self) -> None:
-        """Wake jobs whose message is lost and jobs whose next try is due; in several calls if they are many."""
-        full = not self.paused
+        """Wake jobs of one model whose message is lost and all jobs whose next try is due; in several calls if they are many.
+
+        The next turn looks at the next model: what a turn costs the broker does not grow with their number.
+        """
+        full, model = not self.paused, next(self._models)
         while full:
-            woken = self._records.wake(self._model, self._lease_s)
+            woken = self._records.wake(model, self._lease_s)
             for job_id in woken:
                 log.info("job %s: woken again", job_id)
             full = len(woken) >= MAX_WAKE

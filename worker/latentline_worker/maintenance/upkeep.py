@@ -1,8 +1,9 @@
-"""What the workers of one model do in turns: end overdue jobs, take jobs from lost workers, wake waiting jobs again."""
+"""What the workers of the same models do in turns: end overdue jobs, take jobs from lost workers, wake waiting jobs again."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import redis
 
@@ -17,22 +18,23 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep(Turns):
-    """Runs in every worker; one worker of a model at a time has the turn.
+    """Runs in every worker; one worker of those that serve the same models at a time has the turn.
 
     A worker whose reaper is paused must not take the turn of one that may reclaim. It competes for another key, under which it
     ends overdue jobs, since deadlines must not wait, and neither reclaims nor wakes.
 
     Args:
         worker: the name of this worker.
-        model: the model that it serves.
+        models: those that it serves.
     """
 
-    def __init__(self, records: Records, worker: str, model: str, reaper: Reaper, deadlines: Deadlines) -> None:
+    def __init__(self, records: Records, worker: str, models: Sequence[str], reaper: Reaper, deadlines: Deadlines) -> None:
         super().__init__("upkeep")
-        self._records, self._worker, self._model, self._reaper, self._deadlines = records, worker, model, reaper, deadlines
+        self._records, self._worker, self._reaper, self._deadlines = records, worker, reaper, deadlines
+        self._duties = ",".join(sorted(models))
 
     def take_turn(self) -> bool:
-        duties = f"paused:{self._model}" if self._reaper.paused else self._model
+        duties = f"paused:{self._duties}" if self._reaper.paused else self._duties
         try:
             return self._records.take_turn(duties, self._worker, TURN_S)
         except LatentlineError:  # whatever the broker answers: if no turn can be taken, no lease can be renewed

@@ -19,8 +19,6 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 class ModelFiles:
     """The files of one model, before anything of them is loaded."""
 
-    name: str
-    """Under which the model is served where nothing else is said."""
     folder: Path
     """In diffusers' format. Of a single file it has the configurations and tokenizers, and the weights that the file lacks."""
     index: Mapping[str, Any]
@@ -34,6 +32,16 @@ class ModelFiles:
         """Those of these parts whose weights are in the folder."""
         inside = self.checkpoint.parts() if self.checkpoint else set()
         return tuple(part for part in parts if part not in inside)
+
+
+def name_of(source: str) -> str:
+    """Under which a model of this source is served where nothing else is said; nothing is looked up."""
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        return path.stem
+    if _path(source) is not None:
+        return path.expanduser().resolve().name
+    return source.partition("@")[0]
 
 
 def find(source: str, config: str | None = None) -> ModelFiles:
@@ -60,10 +68,9 @@ def find(source: str, config: str | None = None) -> ModelFiles:
             )
         if not path.is_dir():
             raise ModelError(f"source: got {source!r}; allowed: a model folder or .safetensors file that exists; {path} is neither")
-        return ModelFiles(path.name, path, folders.read_index(path))
-    name, revision = hub.split("source", source)
-    found = hub.model(name, revision)
-    return ModelFiles(name, found, folders.read_index(found))
+        return ModelFiles(path, folders.read_index(path))
+    found = hub.model(*hub.split("source", source))
+    return ModelFiles(found, folders.read_index(found))
 
 
 def _single(path: Path, config: str | None) -> ModelFiles:
@@ -83,7 +90,7 @@ def _single(path: Path, config: str | None) -> ModelFiles:
             f"config: got {wanted!r}, which is of a {index.get('_class_name')!r}; allowed for {path}, which has the layout of "
             f"{checkpoint.layout.title}: one of {', '.join(checkpoint.layout.pipelines)}"
         )
-    return ModelFiles(path.stem, found, index, checkpoint)
+    return ModelFiles(found, index, checkpoint)
 
 
 def _path(text: str) -> Path | None:
