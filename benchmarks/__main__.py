@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,9 @@ import torch
 from latentline_worker.engine.engine import Engine
 from latentline_worker.models import bundled_model
 
-from . import real_shapes, report, runners, trace
+from . import report, runners, trace
 
+ROUNDS = 5
 COMPUTE_BOUND_PX = 256  # 64x64 latents: on a CPU one row keeps all cores busy, so that batching gains nothing
 
 
@@ -30,11 +31,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer jobs, one load: under 3 minutes on two cores")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a plot here (PNG)")
-    parser.add_argument("--real-shapes", action="store_true", help="SD 1.5 and SDXL shapes with random weights; needs a GPU")
     options = parser.parse_args()
-    if options.real_shapes and not torch.cuda.is_available():
-        sys.exit("benchmarks: --real-shapes needs a GPU, and there is none")
-    figures = real_shapes.measure() if options.real_shapes else measure(options.quick)
+    figures = measure(options.quick)
     report.show(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -52,6 +50,9 @@ class Bench:
         self.engine = Engine([self.family])
         self.engine.warm_up()
         self.side = self.family.info.default_width
+        self.recorded = bundled_model.pipeline()
+        self.recorded.set_progress_bar_config(disable=True)
+        runners.record(self.recorded, self.engine.networks[self.family.info.id])
 
     def compile_samplers(self, jobs: Sequence[trace.Job]) -> None:
         """A worker compiles each once."""
@@ -67,6 +68,7 @@ def measure(quick: bool) -> dict[str, Any]:
     figures = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", **closed_figures}
     for percent in (80,) if quick else (50, 80, 95):
         figures[f"open{percent}"] = measure_open(bench, percent, static.throughput(), quick)
+    figures["equal"] = measure_equal(bench, quick)
     figures["compute_bound"] = measure_compute_bound(bench, quick)
     figures["took_s"] = time.perf_counter() - started
     return report.rounded(figures)
@@ -81,6 +83,8 @@ def measure_closed(bench: Bench, quick: bool) -> tuple[runners.Run, dict[str, An
     alone = runners.pipelines(jobs, pipeline, side, batched=False)
     static = runners.pipelines(jobs, pipeline, side, batched=True)
     ours = runners.engine(jobs, engine, side)
+    recorded = runners.pipelines(jobs, bench.recorded, side, batched=False)
+    recorded_static = runners.pipelines(jobs, bench.recorded, side, batched=True)
     floor_s = runners.bare_network(engine, ours.batch_rows, side)
     return static, {
         "row_budget": engine.planner.cost.budget(next(iter(engine.lanes))),
@@ -88,10 +92,37 @@ def measure_closed(bench: Bench, quick: bool) -> tuple[runners.Run, dict[str, An
             "jobs": len(jobs),
             "throughput_vs_one_by_one": alone.makespan_s / ours.makespan_s,
             "throughput_vs_static": static.makespan_s / ours.makespan_s,
+            "throughput_vs_recorded_one_by_one": recorded.makespan_s / ours.makespan_s,
+            "throughput_vs_recorded_static": recorded_static.makespan_s / ours.makespan_s,
             "bare_network_share": floor_s / ours.busy_s,
-            **report.summary(one_by_one=alone, static=static, engine=ours),
+            **report.summary(one_by_one=alone, static=static, recorded=recorded, recorded_static=recorded_static, engine=ours),
         },
         "outside_forward_share": 1 - ours.forward_s / ours.step_s,
+    }
+
+
+def measure_equal(bench: Bench, quick: bool) -> dict[str, Any]:
+    """Equal jobs against static batches of 8 with the same forward: static's best case. Both run the same forwards."""
+    jobs = trace.equal(16 if quick else 24)
+    bench.compile_samplers(jobs)
+    rows = sum(job.rows for job in jobs[: trace.MAX_STATIC_BATCH])
+    engine = Engine([bench.family], max_rows=rows)
+    engine.networks.update(bench.engine.networks)  # recorded already
+    runners.engine(jobs[: trace.MAX_STATIC_BATCH], engine, bench.side)
+    for key in engine.lanes:
+        engine.planner.cost.explore(key, rows)  # static batches do not look for the best size either
+    ratios, forwards = [], []
+    for _ in range(ROUNDS):  # in turns, so that other work on the machine meets both
+        static, ours = runners.pipelines(jobs, bench.recorded, bench.side, batched=True), runners.engine(jobs, engine, bench.side)
+        ratios.append(static.makespan_s / ours.makespan_s)
+        forwards.append((sum(static.batch_rows.values()), sum(count for rows, count in ours.batch_rows.items() if rows)))
+    return {
+        "jobs": len(jobs),
+        "forwards_static": forwards[0][0],
+        "forwards_engine": forwards[0][1],
+        "throughput_vs_recorded_static": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
     }
 
 

@@ -186,6 +186,14 @@ def idle(bench: Bench) -> dict[str, float]:
     return {name: (per_s[1][name] - per_s[0][name]) / (STACK - 1) for name in per_s[0]}
 
 
+def alone(bench: Bench) -> dict[str, float]:
+    """What the broker costs in a second with nobody at it: its own timer, which is part of every other row."""
+    before = Count.now(bench.redis)
+    time.sleep(IDLE_S)
+    after = Count.now(bench.redis)
+    return after.since(before, after.at_s - before.at_s)
+
+
 def submission(bench: Bench) -> dict[str, float]:
     """Submit 500 jobs while a worker has announced the model; for all of them together."""
     with bench.workers(1, LOAD_STEP_S):
@@ -215,6 +223,7 @@ def parts(quick: bool) -> dict[str, Callable[[Bench], dict[str, float]]]:
     depths = DEPTHS[:1] if quick else DEPTHS
     return {
         f"load of {LOAD_JOBS} jobs, for each": load,
+        "the broker alone, a second": alone,
         "a further idle worker, a second": idle,
         f"submission of {SUBMITTED} jobs, for all": submission,
         **{f"{queued:,} queued, for each job done": lambda bench, queued=queued: depth(bench, queued) for queued in depths},  # type: ignore[misc]

@@ -1,156 +1,184 @@
-"""SD 1.5 at 512 px and SDXL at 1024 px on a GPU: real shapes, random weights (the speed does not depend on the weights).
+"""``python -m benchmarks.real_shapes``: SD 1.5 at 512 px and SDXL at 1024 px on a GPU, with random weights.
 
-One call measures every GPU figure: images per second, the share of the device's matrix throughput, throughput against plain
-pipelines, and the time outside the forward. It needs a CUDA device.
+The shipped families and the shipped engine, wall time between steps included; speed does not depend on the weights. Each part measures one
+model in one variant, ends within eight minutes, and appends a line of JSON to the file as soon as it has it, so that a run that is cut
+short keeps what it has. ``--tiny`` runs the same code with tiny models, also on a CPU, to see that it works: its figures say nothing.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentline.jobs import ModelInfo, ResolvedRequest
 from latentline_worker.engine.engine import Engine
-from latentline_worker.models.base import Encoded, Row, Text
-from latentline_worker.samplers import SamplerTable, sampler_table
+from latentline_worker.models.base import Family
+from latentline_worker.models.sd import StableDiffusion
+from latentline_worker.models.sdxl import StableDiffusionXL
+from latentline_worker.samplers import make_scheduler
 
 from .runners import to_work
 from .trace import Job
 
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
 # Multiply-adds counted as two, attention included: TFLOP of one network row.
 TFLOP_PER_ROW = {"sd15": 0.80, "sdxl": 6.76}
-SHAPES = {"sd15": (512, 50), "sdxl": (1024, 30)}  # side in pixels, steps
-TEXT = {"sd15": (77, 768), "sdxl": (77, 2048)}  # tokens, width of the prompt embeds
+STEPS = {"sd15": 50, "sdxl": 30}
+IMAGES = {"sd15": 64, "sdxl": 24}  # in one run
+ALONE = 4  # images one by one
+VARIANTS = ("eager", "graphs", "graphs, regional compile", "graphs, cuDNN attention first", "graphs, cudnn.benchmark")
 
 
-class RandomModel:
-    """A U-Net and VAE of real size with random weights and random prompt embeds: enough to measure speed."""
-
-    def __init__(self, name: str) -> None:
-        self.device, self.dtype = torch.device("cuda"), torch.bfloat16
-        self.scheduler_config = dict(DDIMScheduler(**SCHEDULE, clip_sample=False).config)
-        self.name, self.revision = name, "random"
-        side, _ = SHAPES[name]
-        self.info = ModelInfo(id=name, family="sd", default_width=side, default_height=side, max_pixels=side * side)
-        self.unet = _unet(name).to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            sample_size=side,
-        )
-        self.vae = vae.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return 4, height // 8, width // 8
-
-    def num_pixels(self, latents: torch.Tensor) -> int:
-        return int(latents.shape[-2] * latents.shape[-1] * 64)
-
-    def table(self, request: ResolvedRequest) -> SamplerTable:
-        return sampler_table(request.scheduler, self.scheduler_config, request.num_inference_steps)
-
-    def texts(self, request: ResolvedRequest) -> tuple[Text, ...]:
-        return (Text(request.prompt), Text("", negative=True)) if request.guidance_scale > 1 else (Text(request.prompt),)
-
-    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        embeds = torch.randn(len(texts), *TEXT[self.name], device=self.device, dtype=self.dtype)
-        return [Encoded({"prompt_embeds": one}, (1, 77)) for one in embeds]
-
-    def rows(self, request: ResolvedRequest, encoded: Sequence[Encoded]) -> list[Row]:
-        return [one.row for one in encoded]
-
-    def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
-        side, _ = SHAPES[self.name]
-        return torch.randn(self.latent_shape(side, side), generator=generator)
-
-    def guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return uncond + scale * (cond - uncond)
-
-    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
-        more, prompt_embeds = {}, rows["prompt_embeds"]
-        if self.name == "sdxl":  # pooled text and the six size numbers
-            more["added_cond_kwargs"] = {
-                "text_embeds": prompt_embeds[:, 0, :1280],
-                "time_ids": torch.full((len(latents), 6), 1024.0, device=self.device, dtype=self.dtype),
-            }
-        x = latents.to(self.dtype, memory_format=torch.channels_last)
-        out: torch.Tensor = self.unet(x, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False, **more)[0]
-        return out
-
-    def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
-        self.vae.use_tiling = tiled
-        image = self.vae.decode(latents.to(self.dtype), return_dict=False)[0]
-        return ((image.float() / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+def tokenizer() -> CLIPTokenizer:
+    """Letters as words: what the text says does not matter here."""
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        vocab[letter], vocab[letter + "</w>"] = len(vocab), len(vocab) + 1
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def _unet(name: str) -> UNet2DConditionModel:
-    if name == "sd15":
-        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # diffusers' defaults are SD 1.x otherwise
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
+def text_encoder(kind: Any, width: int, layers: int) -> Any:
+    heads = max(1, width // 64)
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return kind(CLIPTextConfig(projection_dim=width, vocab_size=1000, **sizes, **ends))
+
+
+def autoencoder(tiny: bool) -> AutoencoderKL:
+    channels = (16, 32) if tiny else (128, 256, 512, 512)
+    return AutoencoderKL(
+        block_out_channels=channels,
+        layers_per_block=1 if tiny else 2,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        latent_channels=4,
+        norm_num_groups=8 if tiny else 32,
     )
 
 
-def matrix_ceiling() -> float:
+def sd15(device: torch.device, dtype: torch.dtype, tiny: bool) -> Family:
+    """Stable Diffusion 1.5, which has the defaults of diffusers' U-Net but for the width of its text."""
+    small = {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 4}
+    width = 64 if tiny else 768
+    return StableDiffusion(
+        "sd15",
+        vae=autoencoder(tiny),
+        unet=UNet2DConditionModel(cross_attention_dim=width, sample_size=16 if tiny else 64, **(small if tiny else {})),
+        text_encoder=text_encoder(CLIPTextModel, width, 2 if tiny else 12),
+        tokenizer=tokenizer(),
+        scheduler_config=dict(DDIMScheduler(**SCHEDULE).config),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def sdxl(device: torch.device, dtype: torch.dtype, tiny: bool) -> Family:
+    one, two = (64, 64) if tiny else (768, 1280)
+    unet = UNet2DConditionModel(
+        sample_size=16 if tiny else 128,
+        block_out_channels=(16, 32, 64) if tiny else (320, 640, 1280),
+        layers_per_block=1 if tiny else 2,
+        norm_num_groups=8 if tiny else 32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2) if tiny else (1, 2, 10),
+        attention_head_dim=(2, 4, 8) if tiny else (5, 10, 20),
+        cross_attention_dim=one + two,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8 if tiny else 256,
+        projection_class_embeddings_input_dim=6 * (8 if tiny else 256) + two,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        autoencoder(tiny),
+        text_encoder(CLIPTextModel, one, 2 if tiny else 12),
+        text_encoder(CLIPTextModelWithProjection, two, 2 if tiny else 32),
+        tokenizer(),
+        tokenizer(),
+        unet,
+        DDIMScheduler(**SCHEDULE),
+        add_watermarker=False,
+    )
+    return StableDiffusionXL("sdxl", pipeline, device, dtype)
+
+
+MODELS: dict[str, Callable[[torch.device, torch.dtype, bool], Family]] = {"sd15": sd15, "sdxl": sdxl}
+
+
+@contextlib.contextmanager
+def variant(name: str, family: Any) -> Iterator[None]:
+    """The settings of a variant. A family is used for one variant only."""
+    with contextlib.ExitStack() as stack:
+        if "regional compile" in name:
+            for module in family.unet.modules():
+                if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+                    # dynamic: a static compile for each row count exceeds Dynamo's limit of eight without a word.
+                    module.compile(dynamic=True)
+        if "cuDNN attention" in name:
+            order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(order, set_priority=True))
+        kept = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = "cudnn.benchmark" in name
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = kept
+
+
+def matrix_ceiling(device: torch.device) -> float:
     """TFLOP/s of a large bf16 matrix product on this device."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    side = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b
-    torch.cuda.synchronize()
+    _wait(device)
     started = time.perf_counter()
     for _ in range(20):
         a @ b
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - started) / 1e12
+    _wait(device)
+    return 20 * 2 * side**3 / (time.perf_counter() - started) / 1e12
 
 
-def one_by_one(model: RandomModel, images: int, steps: int) -> float:
+def one_by_one(family: Family, images: int, steps: int) -> float:
     """Images a second the way a pipeline runs them: one guided job at a time, scheduler stepped on the host, then decoded."""
-    side, _ = SHAPES[model.name]
-    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
-    rows = {"prompt_embeds": torch.stack([one.row["prompt_embeds"] for one in model.encode([Text("a cat"), Text("")])])}
+    side = family.info.default_width
+    work = to_work(family, Job("a cat", "ddim", steps, 5.0, 0), side)
     started = time.perf_counter()
     with torch.inference_mode():
+        cond, uncond = family.rows(work.request, family.encode(work.texts))
+        rows = {name: torch.stack([uncond[name], cond[name]]) for name in cond}
         for _ in range(images):
-            scheduler.set_timesteps(steps, device="cuda")
-            x = torch.randn(1, *model.latent_shape(side, side), device="cuda")
+            scheduler = make_scheduler("ddim", SCHEDULE)
+            scheduler.set_timesteps(steps, device=family.device)
+            x = torch.randn(1, *work.latent_shape, device=family.device)
             for t in scheduler.timesteps:
-                both = scheduler.scale_model_input(torch.cat([x, x]), t)
-                m = model.denoise(both, t.expand(2), rows).float()
-                m_cond, m_uncond = m.chunk(2)
+                m_uncond, m_cond = family.denoise(torch.cat([x, x]), t.expand(2), rows).float().chunk(2)
                 x = scheduler.step(m_uncond + 5.0 * (m_cond - m_uncond), t, x).prev_sample
-            model.decode(x, tiled=False).cpu()
-    torch.cuda.synchronize()
+            family.decode(x, tiled=False).cpu()
     return images / (time.perf_counter() - started)
 
 
-def together(model: RandomModel, images: int, steps: int) -> tuple[float, Engine]:
+def together(family: Family, images: int, steps: int, graphs: bool) -> tuple[float, Engine]:
     """Images a second through the engine, decoded, and the engine with its clock."""
-    side, _ = SHAPES[model.name]
-    engine = Engine([model])
+    engine = Engine([family], graphs=graphs)
     engine.warm_up()
     engine.clock.step_s = engine.clock.forward_s = 0.0
+    side = family.info.default_width
     started = time.perf_counter()
-    requests = [engine.submit(replace(to_work(model, Job("a cat", "ddim", steps, 5.0, i), side), decode=True)) for i in range(images)]
+    requests = [engine.submit(replace(to_work(family, Job("a cat", "ddim", steps, 5.0, i), side), decode=True)) for i in range(images)]
     while not engine.idle:
         engine.step()
     for request in requests:
@@ -158,23 +186,73 @@ def together(model: RandomModel, images: int, steps: int) -> tuple[float, Engine
     return images / (time.perf_counter() - started), engine
 
 
-def measure() -> dict[str, Any]:
-    """Every figure of this module."""
-    ceiling = matrix_ceiling()
-    figures: dict[str, Any] = {"machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}", "matrix_ceiling_tflops": ceiling}
-    for name, (_, steps) in SHAPES.items():
-        model = RandomModel(name)
-        one_by_one(model, 1, 3)  # warm-up
-        alone = one_by_one(model, 4, steps)
-        ours, engine = together(model, 64 if name == "sd15" else 24, steps)
-        figures[name] = {
-            "steps": steps,
-            "images_per_s": ours,
-            "throughput_vs_one_by_one": ours / alone,
-            "share_of_ceiling": ours * steps * 2 * TFLOP_PER_ROW[name] / ceiling,
-            "outside_forward_share": 1 - engine.clock.forward_s / engine.clock.step_s,
-            "row_budget": engine.planner.cost.budget(next(iter(engine.lanes))),
-        }
-        del model, engine
-        torch.cuda.empty_cache()
-    return figures
+def measure(name: str, how: str, tiny: bool) -> dict[str, Any]:
+    """One part: a model in a variant."""
+    started = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:  # random weights are made where they are needed: billions of them take minutes on the host
+        family = MODELS[name](device, torch.bfloat16 if device.type == "cuda" else torch.float32, tiny)
+    steps, images, few = (4, 4, 1) if tiny else (STEPS[name], IMAGES[name], ALONE)
+    with variant(how, family):
+        one_by_one(family, 1, 3)  # warm-up
+        alone = one_by_one(family, few, steps)
+        ours, engine = together(family, images, steps, graphs="graphs" in how)
+    ceiling = matrix_ceiling(device)
+    side = family.info.default_width
+    latents = torch.randn(1, *family.latent_shape(side, side), device=device)
+    decode_s = _seconds(lambda: family.decode(latents, tiled=False), device)
+    return {
+        "model": name,
+        "variant": how,
+        "tiny": tiny,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "steps": steps,
+        "images_per_s": ours,
+        "throughput_vs_one_by_one": ours / alone,
+        "share_of_matrix_ceiling": None if tiny else ours * steps * 2 * TFLOP_PER_ROW[name] / ceiling,
+        "matrix_ceiling_tflops": ceiling,
+        "outside_forward_share": 1 - engine.clock.forward_s / engine.clock.step_s,
+        "decode_s": decode_s,
+        "row_budget": engine.planner.cost.budget(next(iter(engine.lanes))),
+        "took_s": time.perf_counter() - started,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    call()
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_shapes", description=__doc__)
+    parser.add_argument("--model", action="append", choices=MODELS, help="only this one; may be repeated")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
+    parser.add_argument("--tiny", action="store_true", help="tiny models: does it run?")
+    parser.add_argument("--out", type=Path, default=Path("real_shapes.jsonl"), help="a line for each part is added to this file")
+    options = parser.parse_args(args)
+    if not options.tiny and not torch.cuda.is_available():
+        raise SystemExit("benchmarks.real_shapes: needs a GPU, and there is none (--tiny runs without one)")
+    for name in options.model or MODELS:
+        for how in options.variant or VARIANTS:
+            figures = measure(name, how, options.tiny)
+            line = json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in figures.items()})
+            print(line, flush=True)
+            with options.out.open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,11 @@ def closed(count: int, seed: int = 0, steps: tuple[int, int] = (4, 50)) -> list[
     return [Job(rng.choice(PROMPTS), rng.choice(SCHEDULERS), rng.randint(*steps), rng.choice(GUIDANCE), seed=i) for i in range(count)]
 
 
+def equal(count: int, steps: int = 20) -> list[Job]:
+    """``count`` guided jobs that differ in seed and prompt only and all arrive at the start: the best case of static batching."""
+    return [Job(PROMPTS[i % len(PROMPTS)], SCHEDULERS[0], steps, 5.0, seed=i) for i in range(count)]
+
+
 def poisson(jobs: Sequence[Job], rate: float, seed: int = 0) -> list[Job]:
     """The jobs with exponentially distributed gaps between arrivals, ``rate`` jobs per second on average."""
     rng = random.Random(seed)
