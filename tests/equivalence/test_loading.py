@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from support.engines import embeds
-from support.original_layout import write_sd, write_sdxl
+from support.original_layout import write_sd, write_sd2, write_sd3, write_sdxl
 from support.tiny import tiny_pipeline
 from support.tiny_families import TINY, sdxl
 
@@ -102,6 +102,18 @@ def test_a_single_file_of_sdxl_has_the_weights_of_the_folder(tmp_path: Path) -> 
     one = load(write_sdxl(pipeline, tmp_path / "one.safetensors"), config=str(tmp_path / "xl"))
     assert (one.info.id, one.info.family) == ("one", "sdxl")
     assert one.revision == load(tmp_path / "xl").revision
+
+
+def test_a_single_file_of_stable_diffusion_2_has_the_weights_of_the_folder(saved: Path, tmp_path: Path) -> None:
+    one = load(write_sd2(tiny_pipeline(), tmp_path / "two.safetensors"), config=str(saved / "tiny"))
+    assert one.revision == load(saved / "tiny").revision
+
+
+def test_a_single_file_of_sd3_takes_its_text_encoders_from_the_folder(tmp_path: Path) -> None:
+    pipeline = TINY["sd3"]()
+    pipeline.save_pretrained(tmp_path / "sd3")
+    one = load(write_sd3(pipeline, tmp_path / "one.safetensors"), config=str(tmp_path / "sd3"))
+    assert (one.info.family, one.revision) == ("sd3", load(tmp_path / "sd3").revision)
 
 
 def test_parts_that_a_single_file_lacks_come_from_the_folder_of_its_configuration(copy: Path) -> None:

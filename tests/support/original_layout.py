@@ -19,6 +19,19 @@ def write_sd(pipeline: Any, path: Path) -> Path:
     return _save(path, {**_networks(pipeline), **_under("cond_stage_model.transformer.", text)})
 
 
+def write_sd2(pipeline: Any, path: Path) -> Path:
+    """Stable Diffusion 2.x: the text encoder in OpenCLIP's layout."""
+    return _save(path, {**_networks(pipeline), **_under("cond_stage_model.model.", _open_clip(pipeline.text_encoder.state_dict()))})
+
+
+def write_sd3(pipeline: Any, path: Path) -> Path:
+    """SD3 as it is published without its text encoders: transformer and VAE."""
+    tensors, vae = _sd3(pipeline.transformer.state_dict(), pipeline.transformer.config.num_layers), pipeline.vae
+    levels = len(vae.config.block_out_channels)
+    parts = {f"first_stage_model.{_vae(name, levels)}": _conv(name, tensor) for name, tensor in vae.state_dict().items()}
+    return _save(path, {**_under("model.diffusion_model.", tensors), **parts})
+
+
 def write_sdxl(pipeline: Any, path: Path) -> Path:
     """SDXL: the second text encoder in OpenCLIP's layout."""
     first = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in pipeline.text_encoder.state_dict().items()}
@@ -142,3 +155,46 @@ def _open_clip(state: Mapping[str, torch.Tensor]) -> Tensors:
 
 def _original(layer: str, letter: str, kind: str) -> str:
     return f"encoder.layers.{layer.rsplit('.', 1)[1]}.self_attn.{letter}_proj.{kind}"
+
+
+_SD3_ENDS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "pos_embed.pos_embed": "pos_embed",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_SD3_BLOCK = {
+    "attn.to_q": "x_block.attn.qkv",
+    "attn.add_q_proj": "context_block.attn.qkv",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+
+
+def _sd3(state: Mapping[str, torch.Tensor], layers: int) -> Tensors:
+    tensors: Tensors = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if module in (f"transformer_blocks.{layers - 1}.norm1_context.linear", "norm_out.linear"):
+            tensor = torch.cat(tensor.chunk(2)[::-1])  # scale and shift, where the authors have shift and scale
+        if found := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module):
+            if found[2] in ("attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj"):
+                continue
+            if found[2] in ("attn.to_q", "attn.add_q_proj"):
+                tensor = torch.cat([tensor, *(state[name.replace("_q", f"_{letter}")] for letter in "kv")])
+            tensors[f"joint_blocks.{found[1]}.{_SD3_BLOCK[found[2]]}.{kind}"] = tensor
+        elif name in _SD3_ENDS:
+            tensors[_SD3_ENDS[name]] = tensor
+        else:
+            tensors[f"{_SD3_ENDS.get(module, module)}.{kind}"] = tensor
+    return tensors

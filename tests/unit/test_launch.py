@@ -112,3 +112,11 @@ def test_each_child_sees_one_device_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(launch.subprocess, "Popen", popen)
     launch._start_children(["0", "2"], ["--model", "m"])
     assert started == [(["-m", "latentline_worker.generate.launch", "--model", "m", "--device", one], one) for one in ("0", "2")]
+
+
+def test_one_model_and_a_file_of_models_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LATENTLINE_MODEL", "a/b")
+    assert launch.main(["--models", "models.toml"]) == 1
+    assert capsys.readouterr().err == "latentline worker: models: got 'models.toml'; allowed: no file beside model, which the file names\n"

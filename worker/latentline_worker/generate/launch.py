@@ -47,7 +47,9 @@ def main(args: Sequence[str]) -> int:
         return _serve(settings, options.device or (devices[0] if devices else None))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        print(f"latentline worker: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr)
+        # A rule about several settings names them itself.
+        message = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" if problem["loc"] else str(problem["ctx"]["error"])
+        print(f"latentline worker: {message}", file=sys.stderr)
     except LatentlineError as error:
         print(f"latentline worker: {error.message}", file=sys.stderr)
     return 1
