@@ -7,6 +7,7 @@ they run them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -64,6 +65,9 @@ class _Operations:
 
     def _cancel(self, job_id: str) -> Operation[JobRecord]:
         return self._with_urls((yield from records.cancel(job_id, self.settings.retention_s)))
+
+    def _delete(self, job_id: str) -> Operation[None]:
+        return records.delete(job_id)
 
     def _list(self, status: Status | str | None, cursor: str | None, limit: int) -> Operation[tuple[list[JobRecord], str | None]]:
         if status and status not in list(Status):
@@ -163,6 +167,10 @@ class Client(_Operations):
     def cancel(self, job_id: str) -> JobRecord:
         return run(self._redis, self._cancel(job_id))
 
+    def delete(self, job_id: str) -> None:
+        """Forget an ended job: its record at once, its pictures within seconds, by any worker."""
+        run(self._redis, self._delete(job_id))
+
     def models(self) -> dict[str, ModelInfo]:
         return run(self._redis, records.models())
 
@@ -239,6 +247,22 @@ class AsyncClient(_Operations):
 
     async def cancel(self, job_id: str) -> JobRecord:
         return await arun(self._redis, self._cancel(job_id))
+
+    async def delete(self, job_id: str) -> None:
+        """Forget an ended job: its record at once, its pictures within seconds, by any worker."""
+        await arun(self._redis, self._delete(job_id))
+
+    async def ended(self, job_id: str, wait_s: float) -> JobRecord:
+        """The record when the job has ended, or after ``wait_s`` seconds as it is then."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), self.listen(job_id) as listener:
+                while not listener.ended:
+                    await listener.next(wait_s)
+        return await self.get(job_id)
+
+    async def picture(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        """A picture's bytes, or those from ``start`` to ``end``, both included."""
+        return await asyncio.to_thread(self.images.download, key, start, end)
 
     async def models(self) -> dict[str, ModelInfo]:
         return await arun(self._redis, records.models())

@@ -5,6 +5,8 @@
     LatentlineError                    code, HTTP status
     ├── InvalidRequest                 invalid_request, 422      a field, its value and what is allowed
     ├── JobNotFound                    job_not_found, 404
+    ├── PictureNotFound                picture_not_found, 404    the job has no picture of that number
+    ├── JobNotEnded                    job_not_ended, 409        only an ended job can be deleted
     ├── IdempotencyConflict            idempotency_conflict, 409 same key, another body
     ├── TenantQuotaExceeded            tenant_quota_exceeded, 429 the tenant has too much work queued; try again later
     ├── ServiceUnavailable             503
@@ -66,6 +68,16 @@ class InvalidRequest(LatentlineError):
 class JobNotFound(LatentlineError):
     code = "job_not_found"
     http_status = 404
+
+
+class PictureNotFound(LatentlineError):
+    code = "picture_not_found"
+    http_status = 404
+
+
+class JobNotEnded(LatentlineError):
+    code = "job_not_ended"
+    http_status = 409
 
 
 class IdempotencyConflict(LatentlineError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError, StoreUnavailable
 from .settings import Settings
@@ -77,12 +77,13 @@ class Images:
             if self._problem is not None:
                 raise StoreUnavailable(self._problem)
 
-    def download(self, key: str) -> bytes:
-        """The object's bytes; raises StoreUnavailable."""
+    def download(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The object's bytes, or those from ``start`` to ``end``, both included; raises StoreUnavailable."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            return self._s3.get_object(Bucket=self._settings.s3_bucket, Key=key)["Body"].read()
+            part: Any = {} if start is None else {"Range": f"bytes={start}-{'' if end is None else end}"}
+            return self._s3.get_object(Bucket=self._settings.s3_bucket, Key=key, **part)["Body"].read()
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(f"the object store does not give {key!r}: {error}") from error
 

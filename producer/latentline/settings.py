@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Self
@@ -28,6 +29,7 @@ class Settings(BaseSettings):
     retention_s: Annotated[int, Field(ge=1)] = DEFAULT_RETENTION_S  # how long an ended job's record and images are kept
     durable: bool = False  # accept a job only once the broker's append-only file holds it
     tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
+    cors_origins: str = ""  # of pages that may call the API from a browser: https://a.example,https://b.example
     # whsec_..., or several separated by commas during a rotation: each callback is signed with all of them. Needed for callbacks.
     callback_secret: SecretStr | None = None
     # Callbacks go to global addresses only, and to these networks: 10.1.0.0/16,192.168.7.5
@@ -55,6 +57,14 @@ class Settings(BaseSettings):
     @classmethod
     def _callback_ports(cls, text: str) -> str:
         parse_ports(text)
+        return text
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _cors_origins(cls, text: str) -> str:
+        for origin in filter(None, text.split(",")):
+            if not re.fullmatch(r"https?://[^/?#\s@*]+", origin):
+                raise ValueError("origins separated by commas, such as https://app.example; not *, which would open the API to any page")
         return text
 
     @cached_property

@@ -48,10 +48,10 @@ class FakeImages:
         if self.down:
             raise StoreUnavailable("the fake object store is down")
 
-    def download(self, key: str) -> bytes:
+    def download(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         self.check()
         try:
-            return self.objects[key]
+            return self.objects[key][start : None if end is None else end + 1]
         except KeyError:
             raise StoreUnavailable(f"the fake object store has no {key!r}") from None
 

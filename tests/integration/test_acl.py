@@ -102,7 +102,7 @@ def broker(guarded: Guarded) -> Guarded:
 # What each role does.
 
 
-def test_a_producer_submits_reads_lists_follows_and_cancels(broker: Guarded) -> None:
+def test_a_producer_submits_reads_lists_follows_cancels_and_deletes(broker: Guarded) -> None:
     client = broker.client("producer")
     callback = {"url": "http://127.0.0.1:9/hook"}
     (durable,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600, durable=True, tenant_cap=1000))
@@ -111,6 +111,10 @@ def test_a_producer_submits_reads_lists_follows_and_cancels(broker: Guarded) -> 
     assert records.run(client, records.get(first)).queue_position == 1
     assert records.run(client, records.cancel(second, 600)).status is Status.CANCELLED
     assert [event.type for event in records.run(client, records.events(second))] == ["job.queued", "job.cancelled"]
+    (third,) = submit(client)
+    records.run(client, records.cancel(third, 600))
+    records.run(client, records.delete(third))
+    assert broker.admin.zscore(routing.expiring_key(), f"default/{third}") is not None and not broker.admin.exists(routing.job_key(third))
     assert records.run(client, records.events(first, "0-1", block_ms=1))
     page, following = records.run(client, records.list_jobs(limit=2))
     assert len(page) == 2 and following is not None

@@ -19,6 +19,7 @@ import fakeredis
 import httpx
 import pytest
 import uvicorn
+from pydantic import ValidationError
 
 from latentline import AsyncClient, Settings, routing
 from latentline.api import jobs as api_jobs
@@ -384,7 +385,7 @@ def test_head_of_a_job_that_runs_and_of_its_events(live: Live) -> None:
 
 @pytest.mark.parametrize(
     ("path", "allow"),
-    [("/v1/jobs", "GET, HEAD, OPTIONS, POST"), ("/v1/jobs/x", "GET, HEAD, OPTIONS"), ("/v1/jobs/x/cancel", "OPTIONS, POST")],
+    [("/v1/jobs", "GET, HEAD, OPTIONS, POST"), ("/v1/jobs/x", "DELETE, GET, HEAD, OPTIONS"), ("/v1/jobs/x/cancel", "OPTIONS, POST")],
 )
 def test_every_method_of_a_path_is_named(live: Live, path: str, allow: str) -> None:
     options, patch = live.http.options(path), live.http.patch(path)
@@ -593,3 +594,120 @@ def test_every_reference_of_the_document_leads_somewhere(live: Live) -> None:
 
 def test_the_document_knows_one_shape_of_errors(live: Live) -> None:
     assert "HTTPValidationError" not in live.http.get("/openapi.json").json()["components"]["schemas"]
+
+
+# Long polls, deletion, pictures and other origins
+
+
+def test_a_long_poll_is_answered_when_the_job_ends(live: Live) -> None:
+    job_id = live.submit()["id"]
+    timer = threading.Timer(0.3, live.worker.run_all)
+    timer.start()
+    job = live.http.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()
+    timer.join()
+    assert job["status"] == "succeeded" and job["images"]
+    assert live.http.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json() == job, "a job that has ended is answered at once"
+
+
+def test_a_long_poll_ends_without_the_job(live: Live) -> None:
+    job_id = live.submit()["id"]
+    assert live.http.get(f"/v1/jobs/{job_id}", params={"wait": 0.2}).json()["status"] == "queued"
+    for wait in (-1, 61, "x"):
+        assert problem(live.http.get(f"/v1/jobs/{job_id}", params={"wait": wait}), 422, "invalid_request")["field"] == "wait"
+    problem(live.http.get("/v1/jobs/absent", params={"wait": 5}), 404, "job_not_found")
+
+
+def test_a_deleted_job_is_gone_and_its_key_is_free(live: Live) -> None:
+    body = {"prompt": "a cat", "idempotency_key": "k"}
+    job_id = live.http.post("/v1/jobs", json=body).json()["id"]
+    assert "cancel it first" in problem(live.http.delete(f"/v1/jobs/{job_id}"), 409, "job_not_ended")["message"]
+    live.worker.run_all()
+    answer = live.http.delete(f"/v1/jobs/{job_id}")
+    assert (answer.status_code, answer.content) == (204, b"")
+    problem(live.http.get(f"/v1/jobs/{job_id}"), 404, "job_not_found")
+    problem(live.http.delete(f"/v1/jobs/{job_id}"), 404, "job_not_found")
+    problem(live.http.get(f"/v1/jobs/{job_id}/events"), 404, "job_not_found")
+    assert live.http.get("/v1/jobs").json()["jobs"] == [] == live.http.get("/v1/jobs", params={"status": "succeeded"}).json()["jobs"]
+    assert live.worker.records.expired() == [f"default/{job_id}"], "its pictures are due for deletion"
+    assert live.http.post("/v1/jobs", json=body).json()["id"] != job_id
+
+
+def picture(live: Live) -> tuple[str, bytes]:
+    """The path of a picture, and its bytes."""
+    job_id = live.submit()["id"]
+    live.worker.run_all()
+    (data,) = live.images.objects.values()
+    return f"/v1/jobs/{job_id}/images/0", data
+
+
+def test_a_picture_comes_through_the_api(live: Live) -> None:
+    path, data = picture(live)
+    answer = live.http.get(path)
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, data, "image/png")
+    assert answer.headers["cache-control"].startswith("private, max-age=") and answer.headers["x-content-type-options"] == "nosniff"
+    assert live.http.get(path, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
+    head = live.http.head(path)
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(data)))
+    for number, status in (("1", 404), ("-1", 404)):
+        problem(live.http.get(path[:-1] + number), status, "picture_not_found")
+    problem(live.http.get(path[:-1] + "x"), 422, "invalid_request")
+    problem(live.http.get("/v1/jobs/absent/images/0"), 404, "job_not_found")
+    live.images.down = True
+    problem(live.http.get(path), 503, "store_unavailable")
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "first", "last"),
+    [
+        ("bytes=0-9", 206, 0, 9),
+        ("bytes=10-", 206, 10, -1),
+        ("bytes=-7", 206, -7, -1),
+        ("bytes=5-999999", 206, 5, -1),
+        ("bytes=999999-", 416, 0, 0),
+        ("bytes=-0", 416, 0, 0),
+        ("bytes=9-5", 200, 0, -1),
+        ("bytes=-", 200, 0, -1),
+        ("bytes=0-1,4-5", 200, 0, -1),
+        ("lines=0-1", 200, 0, -1),
+    ],
+)
+def test_parts_of_a_picture(live: Live, asked: str, status: int, first: int, last: int) -> None:
+    path, data = picture(live)
+    answer = live.http.get(path, headers={"Range": asked})
+    assert answer.status_code == status
+    if status == 416:
+        assert answer.headers["content-range"] == f"bytes */{len(data)}"
+        return
+    start, end = first % len(data), last % len(data)
+    assert answer.content == data[start : end + 1]
+    assert answer.headers.get("content-range") == (f"bytes {start}-{end}/{len(data)}" if status == 206 else None)
+    assert live.http.get(path, headers={"Range": asked, "If-Range": '"other"'}).content == data
+
+
+def test_only_pages_of_the_listed_origins_may_call() -> None:
+    app = create_app(Settings(cors_origins="https://app.example,http://localhost:3000"))
+
+    def call(method: str, path: str, **headers: str) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as client:
+                return await client.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+        return asyncio.run(ask())
+
+    asked = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "content-type"}
+    allowed = call("OPTIONS", "/v1/jobs", Origin="https://app.example", **asked)
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://app.example"
+    assert call("OPTIONS", "/v1/jobs", Origin="https://other.example", **asked).status_code == 400
+    answer = call("GET", "/healthz", Origin="http://localhost:3000")
+    assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert "ETag" in answer.headers["access-control-expose-headers"]
+    assert "access-control-allow-origin" not in call("GET", "/healthz", Origin="https://other.example").headers
+    assert call("OPTIONS", "/v1/jobs").headers["allow"] == "GET, HEAD, OPTIONS, POST"
+
+
+@pytest.mark.parametrize(
+    "origins", ["*", "app.example", "https://app.example/", "https://*.example", "https://a.example, https://b.example"]
+)
+def test_origins_that_no_browser_sends_are_refused(origins: str) -> None:
+    with pytest.raises(ValidationError, match="origins separated by commas"):
+        Settings(cors_origins=origins)

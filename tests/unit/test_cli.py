@@ -234,6 +234,14 @@ def test_status_cancel_and_list(service: Service) -> None:
     assert len(call("jobs", "--limit", "1").stdout.splitlines()) == 1
 
 
+def test_an_ended_job_is_deleted(service: Service) -> None:
+    job_id = service.submit()
+    assert "cancel it first" in refused("delete", job_id)
+    call("cancel", job_id)
+    assert call("delete", job_id).stdout == f"{job_id}  deleted\n"
+    assert "no job" in refused("status", job_id)
+
+
 def test_models(service: Service) -> None:
     assert MODEL.id in call("models").stdout
     assert json.loads(call("models", "--json").stdout)["models"][0]["id"] == MODEL.id
@@ -258,6 +266,12 @@ def test_models(service: Service) -> None:
         (["submit", "a cat", "--model", "no-such"], MODEL.id),
         (["status", "no-such-job"], "no-such-job"),
         (["cancel", "no-such-job"], "no-such-job"),
+        (["delete", "no-such-job"], "no-such-job"),
+        (["status", "../models"], "allowed: an id that"),
+        (["cancel", "a/b?c=d"], "allowed: an id that"),
+        (["delete", ".."], "allowed: an id that"),
+        (["submit", "a cat", "--lora", "x:much"], "NAME:SCALE"),
+        (["submit", "a cat", "--lora", "absent"], "no worker of 'latentline-emoji' has adapters"),
         (["jobs", "--status", "done"], "status"),
         (["jobs", "--limit", "0"], "limit"),
     ],

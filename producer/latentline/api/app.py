@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from latentline import __version__
 from latentline.client import AsyncClient
@@ -20,13 +21,14 @@ from latentline.jobs import JobRequest
 from latentline.requests import allowed_by
 from latentline.settings import Settings
 
-from . import jobs
+from . import jobs, pictures
 from .methods import Methods
 
 log = logging.getLogger(__name__)
 
 HTTP_CODES = {
     404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large", 415: "unsupported_media_type",
+    416: "range_not_satisfiable",
 }  # fmt: skip
 
 
@@ -42,6 +44,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
     app = FastAPIOffline(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.include_router(jobs.router)
+    app.include_router(pictures.router)
 
     @app.get("/healthz", tags=["health"], summary="Whether this process is alive")
     async def healthz() -> dict[str, str]:
@@ -64,7 +67,17 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
 
     _document_request(app)
-    app.add_middleware(Methods, routes=[*app.routes, *jobs.router.routes])
+    app.add_middleware(Methods, routes=[*app.routes, *jobs.router.routes, *pictures.router.routes])
+    origins = [origin for origin in (settings or Settings()).cors_origins.split(",") if origin]
+    if origins:  # outside of Methods, since it answers a browser's OPTIONS itself
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "Range"],
+            expose_headers=["Content-Range", "ETag", "Location", "Retry-After"],
+            max_age=600,
+        )
     app.add_exception_handler(LatentlineError, _domain_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(HTTPException, _http_error)

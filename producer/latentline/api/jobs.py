@@ -23,6 +23,7 @@ from latentline.records import MAX_PAGE
 from .body import json_object
 from .methods import IS_HEAD
 
+MAX_WAIT_S = 60.0  # of a long poll; proxies often cut a request after a minute
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
 
 
@@ -83,7 +84,8 @@ class LoraList(BaseModel):
     loras: list[LoraAnswer]
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for the OpenAPI document."""
     # Every route declares 422, since FastAPI documents a shape of its own for it otherwise.
     return {status: {"model": ErrorAnswer} for status in (*statuses, 422, 500, 503)}
 
@@ -95,7 +97,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
     "/jobs",
     status_code=202,
     response_model=JobAnswer,
-    responses=_errors(408, 409, 413, 415, 429),
+    responses=errors(408, 409, 413, 415, 429),
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
     },
@@ -109,11 +111,11 @@ async def submit(request: Request, idempotency_key: Annotated[str | None, Header
     key = _idempotency_key(request, data)  # the parameter documents the header; it holds only one of several
     if key is not None:
         data["idempotency_key"] = key
-    record = await _client(request).submit(JobRequest.parse(data))
+    record = await client_of(request).submit(JobRequest.parse(data))
     return JSONResponse(answer(record).model_dump(mode="json"), 202, headers={"Location": f"/v1/jobs/{record.id}"})
 
 
-@router.get("/jobs", response_model=JobPage, responses=_errors())
+@router.get("/jobs", response_model=JobPage, responses=errors())
 async def list_jobs(
     request: Request,
     status: Annotated[Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, Query()] = None,
@@ -121,18 +123,27 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
 ) -> JobPage:
     """Jobs, newest first. ``next_cursor`` is the ``cursor`` of the next page."""
-    records, following = await _client(request).list(status, cursor, limit)
+    records, following = await client_of(request).list(status, cursor, limit)
     return JobPage(jobs=[answer(record) for record in records], next_cursor=following)
 
 
 @router.get(
     "/jobs/{job_id}",
     response_model=JobAnswer,
-    responses={304: {"description": "Unchanged since the answer with this ETag"}, **_errors(404)},
+    responses={304: {"description": "Unchanged since the answer with this ETag"}, **errors(404)},
 )
-async def get_job(request: Request, job_id: str, if_none_match: Annotated[str | None, Header()] = None) -> Response:
-    """One job. The URLs of its images stay the same for half of their life; ``If-None-Match`` with the ETag saves the answer."""
-    body = answer(await _client(request).get(job_id)).model_dump_json().encode()
+async def get_job(
+    request: Request,
+    job_id: str,
+    wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """One job; with ``wait``, once it has ended or after so many seconds, whichever comes first.
+
+    The URLs of its images stay the same for half of their life; ``If-None-Match`` with the ETag saves the answer.
+    """
+    client = client_of(request)
+    body = answer(await (client.ended(job_id, wait) if wait else client.get(job_id))).model_dump_json().encode()
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     known = {one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")}
@@ -141,16 +152,23 @@ async def get_job(request: Request, job_id: str, if_none_match: Annotated[str | 
     return Response(body, media_type="application/json", headers=headers)
 
 
-@router.post("/jobs/{job_id}/cancel", response_model=JobAnswer, responses=_errors(404))
+@router.delete("/jobs/{job_id}", status_code=204, response_class=Response, responses=errors(404, 409))
+async def delete_job(request: Request, job_id: str) -> Response:
+    """Forget a job that has ended: it is gone at once, its pictures within seconds. A job that has not ended is cancelled first (409)."""
+    await client_of(request).delete(job_id)
+    return Response(status_code=204)
+
+
+@router.post("/jobs/{job_id}/cancel", response_model=JobAnswer, responses=errors(404))
 async def cancel_job(request: Request, job_id: str) -> JobAnswer:
     """Cancel a job: at once while it is queued, at the next step while it runs. A job that has ended stays as it is."""
-    return answer(await _client(request).cancel(job_id))
+    return answer(await client_of(request).cancel(job_id))
 
 
 @router.get(
     "/jobs/{job_id}/events",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **_errors(404)},
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **errors(404)},
 )
 async def job_events(request: Request, job_id: str, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
     """The job's events as server-sent events, up to its last one. ``Last-Event-ID`` resumes after an event.
@@ -159,7 +177,7 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
     """
     async with AsyncExitStack() as opened:
         # Opened before the answer starts, so that an error can still be answered with its own status.
-        listener = await opened.enter_async_context(_client(request).listen(job_id, last_event_id))
+        listener = await opened.enter_async_context(client_of(request).listen(job_id, last_event_id))
         if listener.ended:
             # The client has seen every event. 204 tells an EventSource not to reconnect.
             return StreamingResponse(iter(()), 204)
@@ -169,16 +187,16 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
         return EventStream(listener, opened.pop_all(), headers)
 
 
-@router.get("/models", response_model=ModelList, tags=["models"], responses=_errors())
+@router.get("/models", response_model=ModelList, tags=["models"], responses=errors())
 async def list_models(request: Request) -> ModelList:
     """The models that are served now, with their limits and defaults: what a request that leaves a field out gets."""
-    return ModelList(models=list((await _client(request).models()).values()))
+    return ModelList(models=list((await client_of(request).models()).values()))
 
 
-@router.get("/loras", response_model=LoraList, tags=["models"], responses=_errors())
+@router.get("/loras", response_model=LoraList, tags=["models"], responses=errors())
 async def list_loras(request: Request) -> LoraList:
     """The LoRA adapters that a request may name, by the model that they belong to."""
-    served = (await _client(request).models()).values()
+    served = (await client_of(request).models()).values()
     return LoraList(loras=[LoraAnswer(model=model.id, name=name) for model in served for name in model.loras])
 
 
@@ -206,7 +224,8 @@ def answer(record: JobRecord) -> JobAnswer:
     )
 
 
-def _client(request: Request) -> AsyncClient:
+def client_of(request: Request) -> AsyncClient:
+    """The client that the application has opened."""
     client: AsyncClient = request.app.state.client
     return client
 

@@ -10,7 +10,7 @@ import click
 from .callbacks import callbacks
 from .dead import dead
 from .evaluate import evaluate
-from .jobs import cancel, jobs, status, submit
+from .jobs import cancel, delete, jobs, status, submit
 from .loras import loras
 from .models import models
 from .serve import api, demo, up, worker
@@ -23,5 +23,5 @@ def main() -> None:
     """Generation jobs for latent diffusion."""
 
 
-for command in (submit, status, cancel, jobs, models, loras, api, worker, callbacks, dead, up, demo, train, evaluate):
+for command in (submit, status, cancel, delete, jobs, models, loras, api, worker, callbacks, dead, up, demo, train, evaluate):
     main.add_command(command)

@@ -1,8 +1,9 @@
-"""Jobs over HTTP: submit, status, cancel, jobs."""
+"""Jobs over HTTP: submit, status, cancel, delete, jobs."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from latentline.jobs import JobRequest
 from .errors import EXIT_BAD_INPUT, EXIT_FAILED, clear_errors, fail
 from .options import json_option, url_option
 from .remote import JOB_FIELDS, Api, check_output, save_images, show
+
+
+def _job_id(_: click.Context, __: click.Parameter, value: str) -> str:
+    """An id as it is. Anything else could be another path of the API."""
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", value):
+        fail(f"JOB_ID: got {value[:80]!r}; allowed: an id that `latentline submit` or `latentline jobs` has printed", EXIT_BAD_INPUT)
+    return value
 
 
 @click.command()
@@ -68,7 +76,7 @@ def submit(
 
 
 @click.command()
-@click.argument("job_id")
+@click.argument("job_id", callback=_job_id)
 @url_option
 @json_option
 def status(job_id: str, url: str, as_json: bool) -> None:
@@ -77,12 +85,21 @@ def status(job_id: str, url: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id")
+@click.argument("job_id", callback=_job_id)
 @url_option
 @json_option
 def cancel(job_id: str, url: str, as_json: bool) -> None:
     """Cancel a job."""
     show(Api(url).job("POST", f"/v1/jobs/{job_id}/cancel"), as_json)
+
+
+@click.command()
+@click.argument("job_id", callback=_job_id)
+@url_option
+def delete(job_id: str, url: str) -> None:
+    """Delete a job that has ended, and its pictures."""
+    Api(url).call("DELETE", f"/v1/jobs/{job_id}")
+    click.echo(f"{job_id}  deleted")
 
 
 @click.command()

@@ -45,7 +45,7 @@ class Api:
         """The JSON that one request is answered with."""
         try:
             response = self._http.request(method, path, **options)
-            data = response.json()
+            data = response.json() if response.status_code != 204 else None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             fail(f"{self.url} does not answer ({type(error).__name__}); is it running? (--url or LATENTLINE_URL)", EXIT_UNAVAILABLE)
         except ValueError:

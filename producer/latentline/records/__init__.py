@@ -5,7 +5,7 @@ from .driving import Call, Operation, arun, domain_errors, run
 from .events import START, events, follow, gone, read_streams, ring
 from .fleet import CachedFleet, Fleet, durability, fleet, models, workers
 from .held import MAX_ERRORS, Backoff, Beat, Signal, Verdict
-from .jobs import MAX_PAGE, cancel, get, list_jobs, submit
+from .jobs import MAX_PAGE, cancel, delete, get, list_jobs, submit
 from .maintenance import MAX_OVERDUE, MAX_WAKE
 from .outbox import callbacks, replay_callback
 from .worker import Records
@@ -13,6 +13,6 @@ from .worker import Records
 __all__ = [
     "MAX_ERRORS", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "START", "Backoff", "Beat", "CachedFleet", "Call", "Fleet",
     "Operation", "Records", "Signal", "Verdict", "arun", "callbacks", "cancel", "dead_letter", "dead_letters",
-    "domain_errors", "drop_dead_letter", "durability", "events", "fleet", "follow", "get", "gone", "list_jobs",
+    "delete", "domain_errors", "drop_dead_letter", "durability", "events", "fleet", "follow", "get", "gone", "list_jobs",
     "models", "read_streams", "replay_callback", "ring", "run", "submit", "workers",
 ]  # fmt: skip

@@ -71,9 +71,11 @@ def _able(request: JobRequest, offers: tuple[tuple[int, ModelInfo], ...], level:
     if not able:
         newest = max(offered for offered, _ in offers)
         allowed = f"what the workers of {request.model!r} know: they have level {newest}, this needs level {level}"
+        if field == "loras":
+            allowed = f"none: no worker of {request.model!r} has adapters"
         if field == "scheduler":
             allowed = f"one of: {', '.join(common([info for _, info in offers]).schedulers)}"
-        raise InvalidRequest(field, getattr(request, field.partition(".")[0], None), allowed)
+        raise InvalidRequest(field, request.model_dump(mode="json").get(field.partition(".")[0]), allowed)
     return able
 
 

@@ -1,4 +1,4 @@
-"""What applications do with jobs: submit, get, list, cancel."""
+"""What applications do with jobs: submit, get, list, cancel, delete."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from latentline.errors import (
     BrokerUnavailable,
     IdempotencyConflict,
     InvalidRequest,
+    JobNotEnded,
     JobNotFound,
     LatentlineError,
     TenantQuotaExceeded,
@@ -31,7 +32,7 @@ from latentline.jobs import (
     Status,
     Submission,
 )
-from latentline.scripts import CANCEL, END_IF_OVERDUE, SUBMIT
+from latentline.scripts import CANCEL, DELETE, END_IF_OVERDUE, SUBMIT
 
 from .driving import Call, Operation, broker_time, call_script, call_script_many, hgetall_many, pairs, unavailable, zrem
 
@@ -104,7 +105,7 @@ def get(job_id: str) -> Operation[JobRecord]:
     """One record; raises JobNotFound. A queued one that is past its deadline is failed first: there may be no worker to do it."""
     raw = yield lambda client: client.hgetall(routing.job_key(job_id))
     if not raw:
-        raise JobNotFound(f"no job {job_id[:80]!r}: it never existed, or its retention time is over")
+        raise _not_found(job_id)
     (raw,) = yield from _end_overdue([raw])
     record = record_of(raw)
     if record.status is not Status.QUEUED:
@@ -157,6 +158,24 @@ def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
     yield from get(job_id)  # raises for an unknown one
     yield from call_script(CANCEL, id=job_id, retention_s=retention_s)
     return (yield from get(job_id))
+
+
+def delete(job_id: str) -> Operation[None]:
+    """Forget a job that has ended: its record at once, its pictures with the next turn of any worker, within seconds.
+
+    Raises:
+        JobNotFound: there is none.
+        JobNotEnded: it is queued or running.
+    """
+    outcome = yield from call_script(DELETE, id=job_id)
+    if outcome == "unknown":
+        raise _not_found(job_id)
+    if outcome != "deleted":
+        raise JobNotEnded(f"job {job_id[:80]!r} is {outcome}: cancel it first")
+
+
+def _not_found(job_id: str) -> JobNotFound:
+    return JobNotFound(f"no job {job_id[:80]!r}: it never existed, or its retention time is over")
 
 
 def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ CLAIM = load("claim")
 BEAT = load("beat")
 CHECKPOINT = load("checkpoint")
 CANCEL = load("cancel")
+DELETE = load("delete")
 RELEASE = load("release")
 SETTLE = load("settle")
 RETRY = load("retry")
@@ -34,7 +35,7 @@ WAKE_CALLBACKS = load("wake_callbacks")
 REPLAY_CALLBACK = load("replay_callback")
 
 __all__ = [
-    "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
+    "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "DELETE", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
     "HEARTBEAT", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT",
     "TAKE_CALLBACK", "TAKE_TURN", "WAKE", "WAKE_CALLBACKS", "Script",
 ]  # fmt: skip

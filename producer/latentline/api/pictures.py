@@ -1,0 +1,79 @@
+"""Pictures through the API: ``/v1/jobs/{id}/images/{n}``, for browsers that cannot reach the object store."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from fastapi.responses import Response
+
+from latentline.errors import PictureNotFound
+
+from .jobs import client_of, errors
+from .methods import IS_HEAD
+
+KEPT_S = 3600  # a browser keeps a picture for so long without asking; it never changes
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+_KINDS: dict[str, Any] = {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "webp", "jpeg")}
+
+
+@router.get(
+    "/jobs/{job_id}/images/{number}",
+    response_class=Response,
+    responses={
+        200: {"content": _KINDS, "description": "The picture"},
+        206: {"content": _KINDS, "description": "The part of it that Range asks for"},
+        304: {"description": "Unchanged since the answer with this ETag"},
+        416: {"description": "The picture has no such part"},
+        **errors(404),
+    },
+)
+async def get_picture(
+    request: Request,
+    job_id: str,
+    number: int,
+    if_none_match: Annotated[str | None, Header()] = None,
+    if_range: Annotated[str | None, Header()] = None,
+    range_: Annotated[str | None, Header(alias="Range")] = None,
+) -> Response:
+    """A picture of a job, counted from 0. ``Range`` with one range of bytes is honoured."""
+    images = (await client_of(request).get(job_id)).images
+    if not 0 <= number < len(images):
+        raise PictureNotFound(f"job {job_id[:80]!r} has {len(images)} pictures, and {number} is none of them: they count from 0")
+    image = images[number]
+    etag = f'"{image.sha256}"'
+    headers = {
+        "ETag": etag,
+        "Cache-Control": f"private, max-age={KEPT_S}, immutable",
+        "Accept-Ranges": "bytes",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if etag in {one.strip() for one in (if_none_match or "").split(",")}:
+        return Response(status_code=304, headers=headers)
+    part = _part(range_, image.num_bytes) if if_range in (None, etag) else None
+    if part and part[0] >= image.num_bytes:
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{image.num_bytes}"})
+    start, end = part or (0, image.num_bytes - 1)
+    if part:
+        headers["Content-Range"] = f"bytes {start}-{end}/{image.num_bytes}"
+    if request.scope.get(IS_HEAD):
+        headers["Content-Length"] = str(end - start + 1)
+        return Response(status_code=206 if part else 200, headers=headers, media_type=image.content_type)
+    data = await client_of(request).picture(image.key, *(part or ()))
+    return Response(data, 206 if part else 200, headers, image.content_type)
+
+
+def _part(range_: str | None, size: int) -> tuple[int, int] | None:
+    """The first and last byte that a Range header asks for; None for one of another form, which is ignored (RFC 9110, 14.2)."""
+    found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", range_ or "")
+    if not found or found[0] == "bytes=-":
+        return None
+    first, last = found[1], found[2]
+    if not first:  # the last so many bytes
+        return (max(0, size - int(last)), size - 1) if int(last) else (size, size)
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(int(last) if last else size - 1, size - 1)
