@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from latentline.errors import ConfigurationError
+from latentline.errors import ConfigurationError, ModelError
 from latentline.jobs import ModelInfo, ResolvedRequest
 from latentline_worker.models.base import Family
+from latentline_worker.samplers import CompileError
 
 from .network import ADAPTER
 from .request import LaneKey, Request, Work
@@ -33,6 +34,7 @@ def warm_up(engine: Engine, family: Family) -> None:
         family: one of its models.
 
     Raises:
+        ModelError: its scheduler configuration is none that the engine can run.
         OutOfMemory: not even one row of this size fits.
         ConfigurationError: the fixed rows of the reproducible mode do not fit.
     """
@@ -64,7 +66,10 @@ def measure(engine: Engine, family: Family) -> LaneKey:
     Returns:
         The lane of the model's own size.
     """
-    work = Work.of(family, request_of(family.info, family.info.default_guidance_scale), "warm-up")
+    try:
+        work = Work.of(family, request_of(family.info, family.info.default_guidance_scale), "warm-up")
+    except CompileError as error:
+        raise ModelError(f"{family.info.id}: its scheduler configuration cannot be used: {error}") from error
     encoded = []
     for text in work.texts:
         for error in engine.conditioner.encode_some([(family, text)]).values():
