@@ -185,7 +185,7 @@ def test_a_job_of_a_model_that_is_not_loaded_fails_with_the_list(family: StableD
 @once
 def test_a_scheduler_configuration_that_no_recurrence_explains_fails_the_start_with_a_sentence(family: StableDiffusion) -> None:
     family.scheduler_config = {**family.scheduler_config, "thresholding": True}
-    with pytest.raises(ModelError, match="tiny: its scheduler configuration cannot be used: .*set thresholding=False"):
+    with pytest.raises(ModelError, match=r"tiny: its scheduler configuration cannot be used: .*set thresholding=False"):
         make_engine(family).warm_up()
 
 

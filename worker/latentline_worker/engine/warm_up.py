@@ -68,8 +68,8 @@ def measure(engine: Engine, family: Family) -> LaneKey:
     """
     try:
         work = Work.of(family, request_of(family.info, family.info.default_guidance_scale), "warm-up")
-    except CompileError as error:
-        raise ModelError(f"{family.info.id}: its scheduler configuration cannot be used: {error}") from error
+    except CompileError as problem:
+        raise ModelError(f"{family.info.id}: its scheduler configuration cannot be used: {problem}") from problem
     encoded = []
     for text in work.texts:
         for error in engine.conditioner.encode_some([(family, text)]).values():
