@@ -66,7 +66,7 @@ def test_every_error_that_a_client_raises_is_public() -> None:
     import latentline
     from latentline import errors
 
-    inner = {"MissingExtra", "ModelError", "NumericalError", "OutOfMemory", "StaleToken", "WebhookError"}
+    inner = {"MissingExtra", "ModelError", "NumericalError", "OutOfMemory", "PictureNotFound", "StaleToken", "WebhookError"}
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.LatentlineError)}
     assert kinds == inner | {name for name in latentline.__all__ if name in kinds}
 
