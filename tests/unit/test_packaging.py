@@ -41,7 +41,8 @@ def test_producer_imports_nothing_heavy(module: str) -> None:
 
 PUBLIC = {
     "AsyncClient", "BrokerUnavailable", "Callback", "Client", "ConfigurationError", "IdempotencyConflict", "ImageRef",
-    "InvalidRequest", "JobError", "JobEvent", "JobFailed", "JobNotEnded", "JobNotFound", "JobRecord", "JobRequest", "LatentlineError", "ModelInfo",
+    "InvalidRequest", "JobError", "JobEvent", "JobFailed", "JobNotEnded", "JobNotFound", "JobRecord", "JobRequest", "LatentlineError",
+    "ModelInfo",
     "NoWorker", "Outcome", "Output", "Phase", "ResolvedRequest", "ServiceUnavailable", "Settings", "Status", "StoreUnavailable",
     "TenantQuotaExceeded", "WaitTimeout", "__version__",
 }  # fmt: skip
