@@ -52,7 +52,7 @@ def test_a_slot_in_which_a_job_left_nan_gives_the_next_job_its_own_picture(
     """A zero coefficient does not cancel a NaN: beside a job that uses all of its history, a new job's empty one is read."""
     victim = work(family, "victim", "ddim", steps=3)
     expected = solo(family, victim)
-    engine = tight(family, 2)
+    engine = tight(family, 3)  # the second slot needs memory for a copy of the first
     with monkeypatch.context() as patch:
         patch.setattr(family, "encode", encoded_times(family, lambda prompt: float("nan")))
         (bad,) = run(engine, work(family, "bad", "pndm", steps=5, guidance=1.0))

@@ -36,7 +36,7 @@ def result_copy_lost(self: HostCopies, tensors: Any, publish: Any, real: Any = H
 
 PATHS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "encoding": (StableDiffusion, "encode", lost),
-    "growing the lane": (Lane, "_grow", lost),
+    "growing the lane": (Lane, "grow", lost),
     "joining the lane": (StableDiffusion, "start", lost),
     "fresh noise": (Noise, "draw", lost),
     "the check of the rows": (torch, "isnan", lost),

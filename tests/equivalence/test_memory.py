@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from support.engines import (
     FIXED_ROWS,
     MOST_STEPS,
+    SIGNATURE,
     assert_close,
     counted,
     drain,
     embeds,
     keys,
+    limit_for,
     make_engine,
     mates_of,
-    needed_bytes,
     num_used,
     once,
     run,
@@ -29,8 +31,9 @@ from support.engines import (
 
 from latentline.errors import OutOfMemory
 from latentline_worker.engine.engine import Engine
+from latentline_worker.engine.footprint import peak_bytes
 from latentline_worker.engine.memory import Memory
-from latentline_worker.engine.request import Request
+from latentline_worker.engine.request import LaneKey, Request
 from latentline_worker.models.sd import StableDiffusion
 
 
@@ -191,34 +194,95 @@ def test_a_shape_too_large_for_the_memory_is_refused_with_the_byte_counts_and_sm
     family: StableDiffusion, measured: Memory
 ) -> None:
     own, large = keys(family)
-    limit = 2 * needed_bytes(measured, own)
-    assert needed_bytes(measured, large) > limit
-
-    engine = make_engine(family, max_rows=4, memory_limit_bytes=limit)
+    assert measured.needed_bytes(large) > 2 * measured.needed_bytes(own)
+    engine = make_engine(family, max_rows=4, memory_limit_bytes=limit_for(measured, 2 * measured.needed_bytes(own)))
     engine.warm_up()
     good = [engine.submit(work(family, f"thing {i}", seeds=(i,), size=(64, 64), decode=True)) for i in range(3)]
     bad = engine.submit(work(family, "large", size=(128, 128), decode=True))
     drain(engine)
     with pytest.raises(OutOfMemory) as refused:
         bad.result(0)
-    channels, rows, columns = large.latent_shape
-    assert f"latents of {channels}x{rows}x{columns} need {needed_bytes(engine.memory, large):,} bytes" in refused.value.message
-    assert f"this worker has {limit:,}" in refused.value.message
+    needed = f"{engine.memory.needed_bytes(large, gathered=2):,}"
+    assert re.fullmatch(
+        f"width, height: got 128, 128; one picture of that size needs {needed} bytes with one row in a step, "
+        f"and this worker has {engine.memory.room:,}; allowed: smaller ones",
+        refused.value.message,
+    )
     assert bad.step == 0 and large not in engine.lanes
     for request in good:
         assert request.result(0).shape == (1, 64, 64, 3)
+
+
+SIZES = [(64, 64), (56, 64), (64, 56), (56, 56), (64, 48), (48, 64), (56, 48), (48, 56)]
+
+
+@once
+def test_eight_sizes_on_memory_for_three_stay_within_it(family: StableDiffusion, measured: Memory) -> None:
+    """Slots of all lanes, forwards, decodes and texts together. What can never fit is refused, all else has its turn."""
+    lanes = [LaneKey("tiny", family.latent_shape(*size), SIGNATURE) for size in SIZES]
+    slots = sum(sorted(measured.slot_bytes(key) for key in lanes)[-3:])
+    limit = limit_for(measured, slots + max(measured.step_bytes(key, 1, 2) for key in lanes))
+    engine = make_engine(family, max_rows=1, memory_limit_bytes=limit)
+    engine.warm_up()
+    engine.lanes._drop(next(iter(engine.lanes)))  # its slots are from before what is measured below
+    for size in [*SIZES, (96, 96)]:
+        engine.memory.row_bytes(LaneKey("tiny", family.latent_shape(*size), SIGNATURE))  # else the counting is counted
+    works = [
+        work(family, f"thing {i}", "dpmpp_2m", 3 + i % 3 if i else 40, seeds=(i,), size=SIZES[i % 8], decode=i % 3 == 0) for i in range(16)
+    ]
+    expected = [solo(family, one) for one in works]
+    with peak_bytes(family.device) as peak:
+        requests = [engine.submit(one) for one in works]
+        large = engine.submit(work(family, "large", size=(96, 96)))
+        most_lanes = 0
+        for _ in range(MOST_STEPS):
+            if engine.idle:
+                break
+            engine.step()
+            if requests[0].remaining:  # later the largest step is that of smaller sizes, and there is memory for more
+                most_lanes = max(most_lanes, sum(lane.num_used > 0 for lane in engine.lanes.values()))
+    assert most_lanes == 3
+    assert 0.6 * limit < peak() <= limit
+    for request, one in zip(requests, expected, strict=True):
+        if request.work.decode:
+            assert (request.result(0).int() - one.int()).abs().max() <= 1
+        else:
+            assert_close(request.result(0), one)
+    with pytest.raises(OutOfMemory, match=r"width, height: got 96, 96; .* needs [\d,]+ bytes .* this worker has [\d,]+; allowed: smaller"):
+        large.result(0)
+
+
+@once
+def test_more_images_than_fit_are_refused_with_how_many_do(family: StableDiffusion, measured: Memory) -> None:
+    own, _ = keys(family)
+    engine = make_engine(family, memory_limit_bytes=limit_for(measured, 1.2 * measured.needed_bytes(own)))
+    engine.warm_up()
+    bad = engine.submit(work(family, "many", seeds=tuple(range(64))))
+    drain(engine)
+    with pytest.raises(OutOfMemory) as refused:
+        bad.result(0)
+    found = re.fullmatch(
+        r"num_images: got 64; of 32 x 32 px they need ([\d,]+) bytes, .* has ([\d,]+); allowed: (\d+)", refused.value.message
+    )
+    assert found, refused.value.message
+    assert int(found[1].replace(",", "")) > int(found[2].replace(",", "")) == engine.memory.room
+    allowed = int(found[3])
+    good, one_more = run(engine, work(family, "good", seeds=tuple(range(allowed))), work(family, "more", seeds=tuple(range(allowed + 1))))
+    assert torch.isfinite(good.result(0)).all()
+    with pytest.raises(OutOfMemory):
+        one_more.result(0)
 
 
 @once
 def test_in_the_reproducible_mode_a_shape_is_refused_whose_fixed_rows_do_not_fit(family: StableDiffusion, measured: Memory) -> None:
     """The network always runs all of the fixed rows: memory for one is not enough."""
     _own, large = keys(family)
-    limit = int(1.1 * needed_bytes(measured, large))
+    limit = limit_for(measured, 1.1 * measured.needed_bytes(large))
     rows = 1 + limit // measured.row_bytes(large)  # of the large shape, one row more than there is memory for
     engine = make_engine(family, fixed_rows=rows, memory_limit_bytes=limit)
     engine.warm_up()
     bad, good = run(engine, work(family, "large", size=(128, 128)), work(family, "small"))
-    with pytest.raises(OutOfMemory, match=f"this worker has {limit:,}"):
+    with pytest.raises(OutOfMemory, match=f"bytes with {rows} rows in a step, and this worker has {engine.memory.room:,}"):
         bad.result(0)
     assert torch.isfinite(good.result(0)).all()
 
@@ -227,8 +291,9 @@ def test_in_the_reproducible_mode_a_shape_is_refused_whose_fixed_rows_do_not_fit
 def test_the_refusal_names_the_bytes_that_are_needed(family: StableDiffusion) -> None:
     engine = make_engine(family, memory_limit_bytes=1000)
     (request,) = run(engine, work(family))
-    # A slot: 9 x 1,024 float32 values of history and 2 x 77 x 32 of prompt embeds. Nothing is measured without a warm-up.
-    with pytest.raises(OutOfMemory, match=r"4x16x16 need 56,576 bytes for one row and .* has 1,000:"):
+    # A slot: 9 x 1,024 float32 values of history, 2 x 77 x 32 of prompt embeds, and 8 bytes. Nothing is measured without a warm-up.
+    # Of the limit 4% are for texts.
+    with pytest.raises(OutOfMemory, match=r"got 32, 32; .* needs 56,584 bytes with one row in a step, and this worker has 960;"):
         request.result(0)
 
 
@@ -248,8 +313,8 @@ def test_images_beyond_the_slots_wait_for_their_turn(family: StableDiffusion) ->
 
 
 @once
-def test_a_job_with_more_images_than_slots_runs_alone(family: StableDiffusion) -> None:
-    engine = tight(family, 2)
+def test_a_job_that_takes_all_slots_runs_alone(family: StableDiffusion) -> None:
+    engine = tight(family, 3)
     big, mate = run(engine, work(family, seeds=(1, 2, 3)), work(family, "mate"))
     assert big.result(0).shape[0] == 3
     assert big.shared_steps == 0

@@ -14,8 +14,8 @@ from support.engines import (
     assert_close,
     drain,
     keys,
+    limit_for,
     make_engine,
-    needed_bytes,
     num_used,
     once,
     run,
@@ -63,8 +63,7 @@ def test_warm_up_measures_memory_finds_a_row_budget_and_leaves_nothing_behind(fa
     engine = Engine([family], max_rows=16)
     engine.warm_up()
     key, _ = keys(family)
-    footprint = engine.memory.footprints["tiny"]
-    assert footprint.row > 0 and footprint.decode > 0
+    assert engine.memory.row_bytes(key) > 0 and engine.memory.decode_bytes("tiny", key.num_latents) > 0
     assert 1 <= engine.planner.cost.budget(key) <= 16
     assert engine.planner.cost.seconds(key, 1) > 0, "nothing was observed"
     assert engine.idle
@@ -76,7 +75,7 @@ def test_warm_up_measures_memory_finds_a_row_budget_and_leaves_nothing_behind(fa
 @once
 def test_warm_up_keeps_the_row_budget_within_memory(family: StableDiffusion, measured: Memory) -> None:
     own, _ = keys(family)
-    engine = make_engine(family, memory_limit_bytes=int(1.2 * needed_bytes(measured, own)))
+    engine = make_engine(family, memory_limit_bytes=limit_for(measured, 1.5 * measured.needed_bytes(own)))
     engine.warm_up()
     rows = engine.memory.num_rows(own, 64)
     assert 1 <= rows < 64
@@ -88,7 +87,7 @@ def test_warm_up_keeps_the_row_budget_within_memory(family: StableDiffusion, mea
 def test_warm_up_refuses_fixed_rows_that_do_not_fit(family: StableDiffusion, measured: Memory) -> None:
     own, _ = keys(family)
     # Enough for the forward, were it not for the share that is kept for jobs between steps.
-    limit = int(1.05 * needed_bytes(measured, own, rows=32))
+    limit = limit_for(measured, 1.05 * measured.needed_bytes(own, rows=32))
     engine = make_engine(family, fixed_rows=32, memory_limit_bytes=limit)
     with pytest.raises(ConfigurationError, match=r"reproducible_rows: got 32; memory allows \d+$"):
         engine.warm_up()
@@ -97,7 +96,7 @@ def test_warm_up_refuses_fixed_rows_that_do_not_fit(family: StableDiffusion, mea
 @once
 def test_warm_up_accepts_fixed_rows_that_fit(family: StableDiffusion, measured: Memory) -> None:
     own, _ = keys(family)
-    engine = make_engine(family, fixed_rows=32, memory_limit_bytes=int(1.5 * needed_bytes(measured, own, rows=32)))
+    engine = make_engine(family, fixed_rows=32, memory_limit_bytes=limit_for(measured, 1.5 * measured.needed_bytes(own, rows=32)))
     engine.warm_up()
     assert torch.isfinite(run(engine, work(family))[0].result(0)).all()
 

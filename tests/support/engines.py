@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Callable, Hashable, Sequence
@@ -157,16 +158,21 @@ def keys(family: StableDiffusion) -> tuple[LaneKey, LaneKey]:
     return own, large
 
 
-def needed_bytes(memory: Memory, key: LaneKey, rows: int = 1) -> int:
-    return memory.slot_bytes(key) + max(rows * memory.row_bytes(key), memory.decode_bytes(key))
+def limit_for(memory: Memory, needed: float) -> int:
+    """A limit under which there is room for so many bytes after what is kept for texts."""
+    probe = copy.copy(memory)
+    probe.usable = int(needed)
+    while probe.room < needed:
+        probe.usable += int(needed) - probe.room + 1
+    return probe.usable
 
 
 def tight(family: StableDiffusion, slots: int) -> Engine:
     """An engine whose memory allows so many images between steps."""
     key = LaneKey("tiny", family.latent_shape(32, 32), SIGNATURE)
     engine = make_engine(family)
-    engine.memory.usable = 4 * slots * engine.memory.slot_bytes(key)
-    assert engine.memory.num_slots(key) == slots
+    engine.memory.usable = limit_for(engine.memory, slots * engine.memory.slot_bytes(key))
+    assert engine.memory.room // engine.memory.slot_bytes(key) == slots
     return engine
 
 

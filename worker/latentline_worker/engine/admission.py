@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from latentline_worker.models.base import Family
 
@@ -14,6 +16,14 @@ from .request import LaneKey, Request
 from .rows import common_signature
 
 
+@dataclass
+class _Queue:
+    """Which requests have to wait because an earlier one does. Free memory goes to the earliest."""
+
+    full: set[LaneKey] = field(default_factory=set)  # lanes in which one waits for slots: later ones must not overtake it
+    closed: bool = False  # one waits until other lanes are empty: nothing may join them, or it would wait for ever
+
+
 class Admission:
     """The requests that wait for a lane. Used by the thread that owns the device.
 
@@ -22,10 +32,14 @@ class Admission:
         conditioner: encodes their texts.
         lanes: where they go.
         publisher: looks at what the families make of the texts.
+        row_bytes: what the rows of waiting requests may take before no further text is encoded.
     """
 
-    def __init__(self, families: Mapping[str, Family], conditioner: Conditioner, lanes: Lanes, publisher: Publisher) -> None:
+    def __init__(
+        self, families: Mapping[str, Family], conditioner: Conditioner, lanes: Lanes, publisher: Publisher, row_bytes: int = sys.maxsize
+    ) -> None:
         self._families, self._conditioner, self._lanes, self._publisher = families, conditioner, lanes, publisher
+        self._row_bytes = row_bytes
         self.waiting: list[Request] = []  # text not encoded yet, or no slot free; the most urgent first
 
     def add(self, requests: Iterable[Request]) -> None:
@@ -52,20 +66,29 @@ class Admission:
             except Exception as problem:
                 raise_if_lost(problem)
                 failed(request, problem)
-        ready = [r for r in self.waiting if r.adapter_slot is not None]
+        ready = self._ready()
         wanted = ((self._families[r.work.model], text) for r in ready if not r.conditions for text in r.work.texts)
         failures = self._conditioner.encode_some(wanted)
-        full: set[LaneKey] = set()  # lanes in which a request waits for slots: later ones must not overtake it
+        queue = _Queue()
         for request in ready:
             try:
                 for text in request.work.texts:
                     if error := failures.get((request.work.model, text)):
                         raise error
-                if self._condition(request) and self._join(request, full):
+                if self._condition(request) and self._join(request, queue):
                     joined(request)
             except Exception as error:
                 raise_if_lost(error)
                 failed(request, error)
+
+    def _ready(self) -> list[Request]:
+        """The requests that may have rows: those with adapters, as far as the memory for rows that wait goes."""
+        ready, taken = [], 0
+        for request in self.waiting:
+            if request.adapter_slot is not None and taken <= self._row_bytes:
+                ready.append(request)
+                taken += sum(tensor.nbytes for row in request.conditions for tensor in row.values())
+        return ready
 
     def _acquire_adapters(self, request: Request) -> None:
         """Put the request's adapters into a slot of the bank; where none is free, it waits for the jobs that hold them."""
@@ -99,14 +122,16 @@ class Admission:
         self._publisher.conditions(request)
         return True
 
-    def _join(self, request: Request, full: set[LaneKey]) -> bool:
+    def _join(self, request: Request, queue: _Queue) -> bool:
         """Move the request into its lane if there is a slot for each image; else it waits."""
         key = request.lane
-        lane = self._lanes.use(key)
-        if key in full:
+        if queue.closed or key in queue.full:
             return False
-        if not self._lanes.has_slots(key, request.num_images):
-            full.add(key)
+        self._lanes.check(request)
+        lane = self._lanes.reserve(request, may_grow=not queue.full)
+        if lane is None:
+            queue.full.add(key)
+            queue.closed = not self._lanes.suffices(request)
             return False
         lane.join(request, request.conditions)
         request.conditions = ()  # the lane holds them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from .failures import run_in_parts
 
 CACHE_ENTRIES = 512  # 32 x 384 fp32 embeds take 48 KiB each, SD 1.5's 77 x 768 in fp16 116 KiB
 MICRO_BATCH = 8  # texts of one call: a denoise step waits for one such call at most
+LEAST_ENTRIES = MICRO_BATCH + 2  # of the cache, however large they are: those of the first job that waits, and a whole call's
 
 ModelText = tuple[str, Text]  # the id of the model that encodes it, and the text
 
@@ -24,11 +26,13 @@ class Conditioner:
 
     Args:
         micro_batch: texts of one call; 1 in the reproducible mode, where no result may depend on the texts beside it.
+        cache_bytes: what the cached texts may take; the newest few stay in any case, for the jobs that wait for them.
     """
 
-    def __init__(self, micro_batch: int = MICRO_BATCH) -> None:
-        self._micro_batch = micro_batch
+    def __init__(self, micro_batch: int = MICRO_BATCH, cache_bytes: int = sys.maxsize) -> None:
+        self._micro_batch, self._cache_bytes = micro_batch, cache_bytes
         self._cache: OrderedDict[ModelText, Encoded] = OrderedDict()
+        self.num_bytes = 0  # of the cached texts
 
     def get(self, family: Family, text: Text) -> Encoded | None:
         """The cached result, or None."""
@@ -54,8 +58,9 @@ class Conditioner:
                 lambda text, error: failures.__setitem__((first.info.id, text), error),
                 device=first.device,
             )
-        while len(self._cache) > CACHE_ENTRIES:
-            self._cache.popitem(last=False)
+        while len(self._cache) > (CACHE_ENTRIES if self.num_bytes <= self._cache_bytes else LEAST_ENTRIES):
+            _, dropped = self._cache.popitem(last=False)
+            self.num_bytes -= _num_bytes(dropped)
         return failures
 
     @torch.inference_mode()
@@ -65,4 +70,9 @@ class Conditioner:
         for text, encoded in zip(texts, results, strict=True):
             # Copied, because each may be a view of the whole micro-batch's result, which it would keep in memory.
             row = {name: tensor.clone() for name, tensor in encoded.row.items()}
-            self._cache[family.info.id, text] = replace(encoded, row=row)
+            kept = self._cache[family.info.id, text] = replace(encoded, row=row)
+            self.num_bytes += _num_bytes(kept)
+
+
+def _num_bytes(encoded: Encoded) -> int:
+    return sum(tensor.nbytes for tensor in encoded.row.values())

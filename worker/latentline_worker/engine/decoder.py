@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,16 +53,26 @@ class Decoder:
         max_batch: images of one call; 1 in the reproducible mode.
         tiles_on_shortage: decode an image in tiles if memory runs out. It then looks slightly different (34.6 dB on a tiny
             model), so in the reproducible mode such a job fails instead.
+        fits: how many images of a model's id and a number of latents fit into memory in one call.
     """
 
-    def __init__(self, max_batch: int, tiles_on_shortage: bool = True) -> None:
-        self._max_batch = max_batch
+    def __init__(
+        self, max_batch: int, tiles_on_shortage: bool = True, fits: Callable[[str, int], int] = lambda model, num_latents: sys.maxsize
+    ) -> None:
+        self.max_batch = max_batch
+        self._fits = fits
         self._tiles_on_shortage = tiles_on_shortage
         self._queue: deque[Image] = deque()
 
     @property
     def pending(self) -> bool:
         return bool(self._queue)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the latents that wait, and of the pixels of images whose request has others that wait."""
+        waiting = dict.fromkeys(decoding for decoding, _ in self._queue)
+        return sum(one.latents.nbytes + sum(pixels.nbytes for pixels in one.pixels.values()) for one in waiting)
 
     def submit(self, family: Family, latents: torch.Tensor, finish: Callable[[torch.Tensor | Exception], None]) -> None:
         """Decode (images, c, h, w) latents in one of the next calls of :meth:`decode_some`.
@@ -86,14 +97,15 @@ class Decoder:
 
     def decode_some(self) -> None:
         """Decode one micro-batch: at most ``max_batch`` images, all of the first one's model, shape and tiling."""
+        if not self._queue:
+            return
         batch: list[Image] = []
-        while self._queue and len(batch) < self._max_batch:
-            decoding, first = self._queue[0][0], batch[0][0] if batch else self._queue[0][0]
-            if decoding.alike != first.alike:
+        head = self._queue[0][0]
+        most = min(self.max_batch, self._fits(head.family.info.id, head.latents[0].numel()))
+        while self._queue and len(batch) < most:
+            if self._queue[0][0].alike != head.alike:
                 break
             batch.append(self._queue.popleft())
-        if not batch:
-            return
         retry: list[Image] = []
 
         def failed(image: Image, error: Exception) -> None:

@@ -71,14 +71,15 @@ class Engine:
         self.device = families[0].device
         self.planner = Planner(CostModel(fixed_rows or max_rows))
         self.clock = StepClock(self.device)
-        self.memory = Memory(self.device, memory_limit_bytes)
+        micro_batch = 1 if fixed_rows else MICRO_BATCH
+        self.memory = Memory(self.device, memory_limit_bytes, self._adapter_bytes, micro_batch)
         pool = torch.cuda.graph_pool_handle() if graphs and self.device.type == "cuda" else None
         self.networks = {model: Network(family, fixed_rows, Graphs(pool) if pool else None) for model, family in self.families.items()}
-        self.lanes = Lanes(self.families, self.networks, self.memory, self.clock, self._opened)
-        self.decoder = Decoder(1 if fixed_rows else decode_batch, tiles_on_shortage=not fixed_rows)
-        self.conditioner = Conditioner(1 if fixed_rows else MICRO_BATCH)
+        self.decoder = Decoder(1 if fixed_rows else decode_batch, not fixed_rows, lambda model, size: self.lanes.num_decodes(model, size))
+        self.lanes = Lanes(self.families, self.networks, self.memory, self.clock, self.decoder, fixed_rows or max_rows, self._opened)
+        self.conditioner = Conditioner(micro_batch, self.memory.text_bytes)
         self.publisher = Publisher(self.families, self.checkpoint_schedule)
-        self._admission = Admission(self.families, self.conditioner, self.lanes, self.publisher)
+        self._admission = Admission(self.families, self.conditioner, self.lanes, self.publisher, self.memory.text_bytes)
         self._delivery = Delivery(self.families, self.decoder, self.publisher, self._leave, self._finish)
         self._active: list[Request] = []  # in a lane
         self._launched: list[tuple[LaneKey, int]] = []  # steps whose time is not known yet
@@ -173,8 +174,12 @@ class Engine:
                 self._finish(request, request.broken)
         self._admission.admit(self._joined, self._finish)
 
-    def _opened(self, key: LaneKey) -> None:
-        self.planner.cost.cap(key, self.memory.num_rows(key, self.planner.cost.max_rows))
+    def _opened(self, key: LaneKey, rows: int) -> None:
+        self.planner.cost.cap(key, rows)
+
+    def _adapter_bytes(self) -> int:
+        """What the banks of all models take."""
+        return sum(family.adapters.bank.num_bytes for family in self.families.values() if family.adapters)
 
     def _joined(self, request: Request) -> None:
         """The request is in its lane."""

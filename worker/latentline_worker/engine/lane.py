@@ -19,7 +19,7 @@ from .noise import Noise, draws_undone_on_error
 from .request import LaneKey, Request
 from .rows import MAX_BRANCHES, zeros
 
-GROWTH = 8  # slots added at a time
+GROWTH = 8  # slots added at a time where there is plenty of memory
 OUTPUTS = MAX_ORDER  # place in the history of the newest network output
 NOISE = 2 * MAX_ORDER  # place in the history of this step's noise
 HISTORY = 2 * MAX_ORDER + 1
@@ -71,18 +71,29 @@ class Lane:
     @property
     def num_used(self) -> int:
         """Slots that hold an image."""
-        return len(self._history) - len(self._free)
+        return self.num_slots - len(self._free)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._history)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all slots."""
+        return sum(tensor.nbytes for tensor in (self._history, self._adapters, *self._rows.values()))
 
     def join(self, request: Request, rows: Sequence[Row]) -> None:
         """Give every image of the request a slot with its first latents, drawn as diffusers draws them.
 
         Args:
-            request: its ``slots`` are written.
+            request: its ``slots`` are written; there is a free one for each of its images (:meth:`grow`).
             rows: one per guidance branch.
         """
         work = request.work
-        if len(self._free) < request.num_images:
-            self._grow(max(GROWTH, request.num_images))
         for i, seed in enumerate(work.seeds):
             slot = self._free.pop()
             request.slots.append(slot)
@@ -226,7 +237,8 @@ class Lane:
     def _empty_rows(self, count: int) -> dict[str, torch.Tensor]:
         return zeros(self._signature, (count, MAX_BRANCHES), self.family.device)
 
-    def _grow(self, count: int) -> None:
+    def grow(self, count: int) -> None:
+        """Add slots."""
         start = len(self._history)
         # All are made before any is kept: memory may run out in each of them.
         history = torch.cat([self._history, self._history.new_zeros(count, *self._history.shape[1:])])

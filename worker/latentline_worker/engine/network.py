@@ -75,7 +75,7 @@ class Network:
         if self.family.device.type != "cpu":
             return
         names, flat = _flat(x, timesteps, rows)
-        forward = _forward(self.family, names)
+        forward = over_flat_inputs(self.family, names)
         if ADAPTER in names and self.family.adapters:
             self._bank_layers = self.family.adapters.bank.num_layers
         with warnings.catch_warnings():
@@ -109,8 +109,8 @@ class Network:
         names, flat = _flat(x, timesteps, rows)
         if ADAPTER in names and self.family.adapters:
             self._bank_layers = self.family.adapters.bank.num_layers
-        sizes = [self.fixed_rows] if self.fixed_rows else [bucket for bucket in BUCKETS if bucket <= most]
-        self._graphs.capture(_forward(self.family, names), names, flat, sizes)
+        sizes = [size for size in ((self.fixed_rows,) if self.fixed_rows else BUCKETS) if size <= most]
+        self._graphs.capture(over_flat_inputs(self.family, names), names, flat, sizes)
 
     def _renew(self, names: tuple[str, ...], flat: Flat) -> None:
         """Drop what was recorded and captured with adapters once more layers have updates than it knows. On a CPU, record anew."""
@@ -135,7 +135,7 @@ class Network:
         if self._graphs is not None and (out := self._graphs(names, flat)) is not None:
             return out
         forward = self._traced.get(kind_of(names, flat[1:]))
-        return (forward or _forward(self.family, names))(*flat).float()
+        return (forward or over_flat_inputs(self.family, names))(*flat).float()
 
 
 def _flat(x: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> tuple[tuple[str, ...], Flat]:
@@ -144,7 +144,7 @@ def _flat(x: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> tuple[tuple[st
     return names, (x, timesteps, *(rows[name] for name in names))
 
 
-def _forward(family: Family, names: tuple[str, ...]) -> Forward:
+def over_flat_inputs(family: Family, names: tuple[str, ...]) -> Forward:
     """``family.denoise`` over flat inputs."""
 
     def forward(x: torch.Tensor, timesteps: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,7 @@ def zeros(signature: Signature, leading: tuple[int, ...], device: torch.device) 
     return {name: torch.zeros((*leading, *shape), dtype=getattr(torch, dtype), device=device) for name, shape, dtype in signature}
 
 
+@functools.lru_cache(maxsize=256)
 def num_bytes(signature: Signature) -> int:
     """Bytes of one row."""
     return sum(tensor.nbytes for tensor in zeros(signature, (), torch.device("meta")).values())

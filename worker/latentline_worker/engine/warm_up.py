@@ -83,17 +83,25 @@ def measure(engine: Engine, family: Family) -> LaneKey:
     x, t = torch.zeros(1, *shape, device=family.device), torch.full((1,), 500.0, device=family.device)
     network(x, t, row)  # so that one-time allocations and kernel set-up are not measured
     # The bare forward: the network's own may be padded to more rows.
-    memory.measure(key, family.num_pixels(x), lambda: family.denoise(x, t, row), lambda: engine.decoder.decode_now(family, x))
-    memory.check(key)
+    memory.measure(
+        family,
+        key,
+        family.num_pixels(x),
+        denoise=lambda: family.denoise(x, t, row),
+        decode=lambda: engine.decoder.decode_now(family, x),
+        encode=lambda: family.encode(work.texts[:1]),
+    )
+    memory.check(Request(work, signature=key.signature))
     kinds = [row]
     if family.adapters and family.adapters.bank.num_layers:
         kinds.append({**row, ADAPTER: torch.zeros(1, dtype=torch.int64, device=family.device)})
     noise = torch.randn(2, *shape, device=family.device)
     for one in kinds:
         network.trace(noise, t.expand(2), {name: torch.cat([tensor, tensor]) for name, tensor in one.items()})
+    rows_captured = memory.num_captured(key, engine.planner.cost.max_rows)
     with memory.charged():
         for one in kinds:
-            network.capture(x, t, one, memory.num_rows(key, engine.planner.cost.max_rows))
+            network.capture(x, t, one, rows_captured)
     return key
 
 
