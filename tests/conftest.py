@@ -7,6 +7,8 @@ import os
 # Before anything imports torch, and inherited by every process that a test starts. The models of the tests are so small that
 # a second OpenMP thread gains nothing, and while its core is busy with another process the first one spins and waits for it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests of keys set it otherwise; processes that tests start serve on loopback.
+os.environ["LATENTLINE_AUTH"] = "none"
 
 import logging
 import socket

@@ -12,6 +12,7 @@ sed -e '/^#/d' \
     -e "s/@producer@/$(hash "${VALKEY_PRODUCER_PASSWORD:?}")/" \
     -e "s/@worker@/$(hash "${VALKEY_WORKER_PASSWORD:?}")/" \
     -e "s/@callbacks@/$(hash "${VALKEY_CALLBACKS_PASSWORD:?}")/" \
+    -e "s/@operator@/$(hash "${VALKEY_OPERATOR_PASSWORD:?}")/" \
     "$here/users.acl" >"$acl"
-unset VALKEY_PRODUCER_PASSWORD VALKEY_WORKER_PASSWORD VALKEY_CALLBACKS_PASSWORD
+unset VALKEY_PRODUCER_PASSWORD VALKEY_WORKER_PASSWORD VALKEY_CALLBACKS_PASSWORD VALKEY_OPERATOR_PASSWORD
 exec valkey-server "$here/valkey.conf" --aclfile "$acl" "$@"

@@ -16,14 +16,17 @@ from typing import Any
 
 import redis
 
+from latentline import records
+from latentline.connection import connect
 from latentline.errors import WebhookError
+from latentline.keys import NewKey
 from latentline.webhooks import generate_secret, verify
 from latentline_worker.embedded.process import Child, clean_env, free_port
 from latentline_worker.embedded.store import Store
 
 from .errors import CheckError
 
-ROLES = ("producer", "worker", "callbacks")
+ROLES = ("producer", "worker", "callbacks", "operator")
 START_TIMEOUT_S = 30.0
 
 
@@ -66,6 +69,12 @@ class GuardedBroker:
 
     def url(self, role: str) -> str:
         return f"redis://{role}:{self.passwords[role]}@127.0.0.1:{self.port}/0"
+
+    def new_key(self) -> str:
+        """An API key, made as `latentline keys create` does."""
+        with contextlib.closing(connect(self.url("operator"))) as client:
+            text, _ = records.run(client, records.create_key(NewKey.parse(tenant="trial")))
+        return text
 
     def connected(self) -> set[str]:
         """The users whose connections are open now."""

@@ -82,6 +82,7 @@ class Trial:
 
     def run(self) -> None:
         try:
+            self._http.headers["Authorization"] = f"Bearer {self.services.broker.new_key()}"
             for name in NAMES:
                 self.start(name)
             for name in NAMES:

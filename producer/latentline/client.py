@@ -10,17 +10,20 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
+
+import redis.asyncio
 
 from . import records
 from .addresses import CallbackRule
 from .connection import connect, connect_async
-from .errors import InvalidRequest, JobFailed, LatentlineError, WaitTimeout
+from .errors import InvalidRequest, JobFailed, JobNotFound, LatentlineError, WaitTimeout
 from .event_reader import EventReader, Listener
 from .images import Images
 from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, ResolvedRequest, Status, Submission
+from .keys import ApiKey, Limits
 from .records import CachedFleet, Fleet, Operation, arun, run
 from .settings import Settings
 
@@ -41,20 +44,24 @@ class _Operations:
         self.images = Images(self.settings)
         self._fleet = CachedFleet()
 
-    def _write(self, chunk: Sequence[Submission]) -> Operation[list[Outcome]]:
+    def _write(self, chunk: Sequence[Submission], limits: Limits) -> Operation[list[Outcome]]:
         outcomes = yield from records.submit(
-            chunk, self.settings.retention_s, tenant_cap=self.settings.tenant_cap, durable=self.settings.durable
+            chunk,
+            self.settings.retention_s,
+            tenant_cap=limits.max_cost or self.settings.tenant_cap,
+            max_jobs=limits.max_jobs,
+            durable=self.settings.durable,
         )
         return [one if isinstance(one, LatentlineError) else self._with_urls(one) for one in outcomes]
 
-    def _submit(self, requests: Sequence[Request]) -> Operation[list[Outcome]]:
+    def _submit(self, requests: Sequence[Request], limits: Limits) -> Operation[list[Outcome]]:
         accepted = yield from self._fleet.accept_many(lambda fleet: _accept(requests, fleet, self.settings.callback_rule))
         written: list[Outcome] = []
         failure: LatentlineError | None = None
         for chunk in _chunks(accepted):
             try:
                 with records.domain_errors():
-                    written += yield from self._write(chunk)
+                    written += yield from self._write(chunk, limits)
             except LatentlineError as error:
                 failure = error
                 break  # a broker that fails would take seconds to fail again for each chunk
@@ -69,10 +76,12 @@ class _Operations:
     def _delete(self, job_id: str) -> Operation[None]:
         return records.delete(job_id)
 
-    def _list(self, status: Status | str | None, cursor: str | None, limit: int) -> Operation[tuple[list[JobRecord], str | None]]:
+    def _list(
+        self, status: Status | str | None, cursor: str | None, limit: int, tenant: str | None
+    ) -> Operation[tuple[list[JobRecord], str | None]]:
         if status and status not in list(Status):
             raise InvalidRequest("status", status, "one of " + ", ".join(Status))
-        page, following = yield from records.list_jobs(Status(status) if status else None, cursor, limit)
+        page, following = yield from records.list_jobs(Status(status) if status else None, cursor, limit, tenant=tenant)
         return [self._with_urls(record) for record in page], following
 
     def _with_urls(self, record: JobRecord) -> JobRecord:
@@ -155,14 +164,16 @@ class Client(_Operations):
             ServiceUnavailable: the object store or the broker does not answer, and nothing was submitted.
         """
         self.images.check()  # fails before anything is queued if the images could not be stored
-        return run(self._redis, self._submit(requests))
+        return run(self._redis, self._submit(requests, Limits()))
 
     def get(self, job_id: str) -> JobRecord:
         return run(self._redis, self._get(job_id))
 
-    def list(self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50) -> tuple[list[JobRecord], str | None]:
-        """A page of records, newest first, and the cursor of the next page."""
-        return run(self._redis, self._list(status, cursor, limit))
+    def list(
+        self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50, tenant: str | None = None
+    ) -> tuple[list[JobRecord], str | None]:
+        """A page of records, newest first, and the cursor of the next page; with ``tenant``, of its jobs alone."""
+        return run(self._redis, self._list(status, cursor, limit, tenant))
 
     def cancel(self, job_id: str) -> JobRecord:
         return run(self._redis, self._cancel(job_id))
@@ -227,10 +238,14 @@ class AsyncClient(_Operations):
         """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
         return _record((await self.submit_many([_request(request, fields)]))[0])
 
-    async def submit_many(self, requests: Sequence[Request]) -> Sequence[Outcome]:
-        """Enqueue many jobs in few round trips, in order; returns and raises as :meth:`Client.submit_many`."""
+    async def submit_many(self, requests: Sequence[Request], limits: Limits | None = None) -> Sequence[Outcome]:
+        """Enqueue many jobs in few round trips, in order; returns and raises as :meth:`Client.submit_many`.
+
+        Args:
+            limits: of the API key with which the jobs came: its bounds on what their tenant has queued and running.
+        """
         await self.check_store()
-        return await arun(self._redis, self._submit(requests))
+        return await arun(self._redis, self._submit(requests, limits or Limits()))
 
     async def check_store(self) -> None:
         """Raise StoreUnavailable when the object store does not answer (boto3 blocks, hence the thread)."""
@@ -240,10 +255,24 @@ class AsyncClient(_Operations):
         return await arun(self._redis, self._get(job_id))
 
     async def list(
-        self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50
+        self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50, tenant: str | None = None
     ) -> tuple[list[JobRecord], str | None]:
-        """A page of records, newest first, and the cursor of the next page."""
-        return await arun(self._redis, self._list(status, cursor, limit))
+        """A page of records, newest first, and the cursor of the next page; with ``tenant``, of its jobs alone."""
+        return await arun(self._redis, self._list(status, cursor, limit, tenant))
+
+    async def get_with_key(self, job_id: str, prefix: str) -> tuple[JobRecord | JobNotFound, ApiKey | None]:
+        """A job, and the API key with this prefix, in one round trip."""
+        found, key = await arun(self._redis, records.get_with_key(job_id, prefix))
+        return found if isinstance(found, JobNotFound) else self._with_urls(found), key
+
+    async def keys(self, prefixes: Collection[str]) -> dict[str, ApiKey]:
+        """The API keys with these prefixes, those that are there."""
+        return await arun(self._redis, records.find_keys(prefixes))
+
+    @property
+    def connection_pool(self) -> redis.asyncio.ConnectionPool:
+        """To the broker, for libraries that keep something of their own there."""
+        return self._redis.connection_pool
 
     async def cancel(self, job_id: str) -> JobRecord:
         return await arun(self._redis, self._cancel(job_id))

@@ -7,6 +7,10 @@
     ├── JobNotFound                    job_not_found, 404
     ├── PictureNotFound                picture_not_found, 404    the job has no picture of that number
     ├── JobNotEnded                    job_not_ended, 409        only an ended job can be deleted
+    ├── KeyNotFound                    key_not_found, 404
+    ├── NotAuthenticated               not_authenticated, 401    the API key is missing, wrong or revoked
+    ├── NotAllowed                     not_allowed, 403          the API key lacks a scope, or the host is not allowed
+    ├── RateExceeded                   rate_exceeded, 429        too many submissions with one API key
     ├── IdempotencyConflict            idempotency_conflict, 409 same key, another body
     ├── TenantQuotaExceeded            tenant_quota_exceeded, 429 the tenant has too much work queued; try again later
     ├── ServiceUnavailable             503
@@ -83,6 +87,35 @@ class JobNotEnded(LatentlineError):
 class IdempotencyConflict(LatentlineError):
     code = "idempotency_conflict"
     http_status = 409
+
+
+class KeyNotFound(LatentlineError):
+    code = "key_not_found"
+    http_status = 404
+
+
+class NotAuthenticated(LatentlineError):
+    code = "not_authenticated"
+    http_status = 401
+
+
+class NotAllowed(LatentlineError):
+    code = "not_allowed"
+    http_status = 403
+
+
+class RateExceeded(LatentlineError):
+    """Too many submissions with one API key; ``retry_after_s`` says when the next is accepted."""
+
+    code = "rate_exceeded"
+    http_status = 429
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.retry_after_s)
 
 
 class TenantQuotaExceeded(LatentlineError):

@@ -47,6 +47,7 @@ Side = Annotated[int, Field(strict=True, ge=MIN_SIZE_PX, le=MAX_SIZE_PX, multipl
 Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS), Whole]
 Guidance = Annotated[float, Field(strict=True, ge=0.0, le=MAX_GUIDANCE)]
 Scheduler = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9_]+$")]
+Tenant = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 CallbackEvent = Literal["job.running", "job.succeeded", "job.failed", "job.cancelled"]
 
 
@@ -127,7 +128,7 @@ class JobRequest(Submitted):
     """Seconds after submission at which the job fails with ``deadline_exceeded`` unless it has ended."""
     preview_every: Annotated[int, Field(strict=True, ge=0, le=MAX_STEPS), Whole] = 0
     """Network calls between ``job.preview`` events, each with a small picture of the unfinished images; 0 for none."""
-    tenant: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = "default"
+    tenant: Tenant = "default"
     """Part of the names of pictures, where ``.`` and ``..`` would be paths."""
     metadata: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None

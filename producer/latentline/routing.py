@@ -24,6 +24,9 @@ CALLBACK_UNACKED = f"{PREFIX}.unacked.callbacks"
 PRIORITY_STEPS = (0, 3, 6, 9)
 PRIORITY_SEPARATOR = "\x06\x16"
 
+# What the library that limits rates keeps of each API key begins with this.
+RATES = f"{PREFIX}:rate"
+
 # A model's jobs are spread over this many queues, which its workers serve in turn: a tenant with a thousand jobs fills
 # one of them and does not delay those in the others. Each priority step has a list of each, so BRPOP watches 4 x 8 lists.
 NUM_SHARDS = 8
@@ -83,6 +86,21 @@ def checkpoint_key(job_id: str) -> str:
 def index_key(status: str | None = None) -> str:
     """Sorted set of job ids by creation time in ms: all, or those in one status."""
     return f"{PREFIX}:jobs" if status is None else f"{PREFIX}:jobs:{status}"
+
+
+def tenant_index_key(tenant: str) -> str:
+    """Sorted set of the ids of a tenant's jobs by creation time in ms."""
+    return f"{PREFIX}:jobs:of:{tenant}"
+
+
+def api_key_key(prefix: str) -> str:
+    """Hash: an API key. Outside of what the broker's other users may write: theirs is ``latentline:*`` at most."""
+    return f"{PREFIX}.key:{prefix}"
+
+
+def api_keys_key() -> str:
+    """Sorted set of the prefixes of all API keys by the time of their creation."""
+    return f"{PREFIX}.keys"
 
 
 def preview_key(job_id: str) -> str:

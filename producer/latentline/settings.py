@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     s3_secret_access_key: SecretStr | None = None
     presign_ttl_s: Annotated[int, Field(ge=1, le=7 * 86400)] = 3600  # S3 allows a week at most
     retention_s: Annotated[int, Field(ge=1)] = DEFAULT_RETENTION_S  # how long an ended job's record and images are kept
+    # keys: every request to the API needs one. none: whoever reaches it may do everything; on loopback alone.
+    auth: Literal["keys", "none"] = "keys"
     durable: bool = False  # accept a job only once the broker's append-only file holds it
     tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
     cors_origins: str = ""  # of pages that may call the API from a browser: https://a.example,https://b.example

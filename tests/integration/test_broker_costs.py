@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import time
@@ -10,13 +11,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import pytest
 import redis
+from redis.asyncio.connection import AbstractConnection
 from support.jobs import PATIENCE_S, accepted
 
-from latentline import records, routing
+from latentline import Settings, records, routing
+from latentline.api.app import create_app
 from latentline.jobs import Claim, ImageRef, JobRequest, Phase, Status, resolve
+from latentline.keys import NewKey
 from latentline.records import Records
+from latentline.testing import MODEL, FakeImages
 from latentline_worker.embedded.process import clean_env
 from latentline_worker.generate.leased_job import LeasedJob
 from latentline_worker.generate.leases import INTERVAL_S, Leases
@@ -179,3 +185,51 @@ def test_a_further_idle_worker_costs_five_commands_and_a_kilobyte_a_second(
         spent.append({name: value / seconds for name, value in one.items()})
     assert (spent[1]["commands"] - spent[0]["commands"]) / 4 <= 5
     assert (spent[1]["bytes"] - spent[0]["bytes"]) / 4 <= 1000
+
+
+@pytest.fixture
+def round_trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of commands in each batch that an asyncio client sends to the broker."""
+    sent: list[int] = []
+    send = AbstractConnection.send_packed_command
+
+    async def counted(self: AbstractConnection, command: Any, check_health: bool = True) -> None:
+        text = command if isinstance(command, bytes) else b"".join([command] if isinstance(command, str) else command)
+        sent.append(text.count(b"*"))
+        await send(self, command, check_health)
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", counted)
+    return sent
+
+
+def test_what_requests_with_keys_cost_in_round_trips(
+    empty_valkey: redis.Redis, store: Records, valkey_url: str, monkeypatch: pytest.MonkeyPatch, round_trips: list[int]
+) -> None:
+    monkeypatch.setattr("latentline.client.Images", lambda settings: FakeImages())
+    store.announce("one", [MODEL])
+    text, _ = records.run(empty_valkey, records.create_key(NewKey.parse(tenant="default", limits={"rate": 100})))
+
+    async def count() -> dict[str, int]:
+        app = create_app(Settings.from_variables({"LATENTLINE_REDIS_URL": valkey_url, "LATENTLINE_AUTH": "keys"}))
+        headers = {"Authorization": f"Bearer {text}"}
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers) as http:
+
+            async def trips(method: str, path: str, **options: Any) -> int:
+                for _ in range(2):  # the connection is set up and the scripts are known from the first one on
+                    round_trips.clear()
+                    (await http.request(method, path, **options)).raise_for_status()
+                return len(round_trips)
+
+            body = {"prompt": PROMPT, "deadline_s": 600}
+            return {
+                "submit": await trips("POST", "/v1/jobs", json=body),
+                "poll": await trips("GET", f"/v1/jobs/{submit(empty_valkey, 60)[0]}"),
+                "page": await trips("GET", "/v1/jobs?limit=50"),
+                "page of one status": await trips("GET", "/v1/jobs?limit=50&status=queued"),
+            }
+
+    # A page and a submission look the key up first; a submission counts against the rate, and reads once a second who serves what.
+    found = asyncio.run(count())
+    assert found["poll"] == 1 and found["page"] == found["page of one status"] == 2
+    assert found["submit"] in (3, 4)

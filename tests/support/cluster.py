@@ -92,6 +92,7 @@ class Cluster:
                 "LATENTLINE_DRAIN_S": "5",
                 "FAULT_STEP_S": str(STEP_S),
                 "OMP_NUM_THREADS": "1",
+                "LATENTLINE_AUTH": "none",
                 **RECEIVERS,
                 "LATENTLINE_CALLBACK_SECRET": "whsec_" + "c2VjcmV0" * 5,
                 **extra,

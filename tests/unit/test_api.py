@@ -7,78 +7,30 @@ import gzip
 import json
 import logging
 import re
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-import fakeredis
 import httpx
 import pytest
-import uvicorn
 from pydantic import ValidationError
+from support.live_api import Live, live_api, problem
 
 from latentline import AsyncClient, Settings, routing
 from latentline.api import jobs as api_jobs
 from latentline.api.app import create_app
 from latentline.jobs import MAX_BODY_BYTES, JobError, Phase
-from latentline.testing import MODEL, FakeImages, FakeWorker
+from latentline.testing import MODEL
 
 JSON = {"Content-Type": "application/json"}
 
 
-@dataclass
-class Live:
-    """A running API and what stands behind it."""
-
-    http: httpx.Client
-    client: AsyncClient
-    redis: fakeredis.FakeServer
-    images: FakeImages
-    worker: FakeWorker
-
-    def submit(self, **fields: Any) -> dict[str, Any]:
-        answer = self.http.post("/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 2, **fields})
-        assert answer.status_code == 202, answer.text
-        job: dict[str, Any] = answer.json()
-        return job
-
-
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
-    redis, images = fakeredis.FakeServer(), FakeImages()
-    monkeypatch.setattr("latentline.client.Images", lambda settings: images)
-    monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
-    worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
-    worker.announce()
-    client = AsyncClient()
-    server = uvicorn.Server(uvicorn.Config(create_app(client=client), log_config=None, ws="none"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
-    assert thread.is_alive()
-    with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30, trust_env=False) as http:
-        yield Live(http, client, redis, images, worker)
-    redis.connected = True  # whatever a test did to it
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
-    listener.close()
-
-
-def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """The error of an answer, in the one shape that all errors have."""
-    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
-    assert set(answer.json()) == {"error"}
-    error: dict[str, Any] = answer.json()["error"]
-    assert error["code"] == code and error["message"]
-    assert set(error) - {"field", "allowed"} == {"code", "message"}
-    return error
+    with live_api(monkeypatch) as running:
+        yield running
 
 
 def sse(text: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -331,8 +283,9 @@ def test_a_chunked_body_over_the_cap_is_read_no_further() -> None:
 
     async def send() -> httpx.Response:
         # In this process: over TCP the server hangs up while the client still sends, and the answer may be lost.
-        transport = httpx.ASGITransport(create_app())
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        app = create_app(Settings(auth="none"))
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.post("/v1/jobs", content=endless(), headers=JSON)
 
     problem(asyncio.run(send()), 413, "body_too_large")
@@ -685,11 +638,11 @@ def test_parts_of_a_picture(live: Live, asked: str, status: int, first: int, las
 
 
 def test_only_pages_of_the_listed_origins_may_call() -> None:
-    app = create_app(Settings(cors_origins="https://app.example,http://localhost:3000"))
+    app = create_app(Settings(auth="none", cors_origins="https://app.example,http://localhost:3000"))
 
     def call(method: str, path: str, **headers: str) -> httpx.Response:
         async def ask() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as client:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
                 return await client.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
 
         return asyncio.run(ask())

@@ -57,7 +57,7 @@ def answer(client: socket.socket) -> bytes:
     return found
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Half: "])
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Half: "])
 def test_half_a_request_is_not_held_for_ever(serve: Serve, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(server.TimedProtocol, "head_s", 0.2)
     client = serve()
@@ -68,14 +68,14 @@ def test_half_a_request_is_not_held_for_ever(serve: Serve, monkeypatch: pytest.M
 def test_half_of_a_later_request_is_not_held_for_ever_either(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.TimedProtocol, "head_s", 0.2)
     client = serve()
-    client.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\nGET /heal")
+    client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal")
     assert answer(client).startswith(b"HTTP/1.1 200")
 
 
 def test_a_body_that_does_not_come_is_answered(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_S", 0.2)
     client = serve()
-    client.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+    client.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
     found = answer(client)
     assert found.startswith(b"HTTP/1.1 408") and b"request_timeout" in found
 
@@ -90,6 +90,6 @@ def test_connections_of_an_inherited_socket_send_at_once(serve: Serve, monkeypat
 
     monkeypatch.setattr(server.TimedProtocol, "connection_made", look)
     client = serve()
-    client.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer(client).startswith(b"HTTP/1.1 200")
     assert [bool(one) for one in delays] == [True]

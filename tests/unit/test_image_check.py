@@ -19,7 +19,7 @@ from imagecheck.errors import CheckError  # noqa: E402
 from imagecheck.trial import problems  # noqa: E402
 
 VARIABLES = {
-    **{f"VALKEY_{role}_PASSWORD": "p" for role in ("PRODUCER", "WORKER", "CALLBACKS")},
+    **{f"VALKEY_{role}_PASSWORD": "p" for role in ("PRODUCER", "WORKER", "CALLBACKS", "OPERATOR")},
     "S3_ACCESS_KEY_ID": "a",
     "S3_SECRET_ACCESS_KEY": "s",
 }

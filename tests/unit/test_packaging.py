@@ -67,7 +67,10 @@ def test_every_error_that_a_client_raises_is_public() -> None:
     import latentline
     from latentline import errors
 
-    inner = {"MissingExtra", "ModelError", "NumericalError", "OutOfMemory", "PictureNotFound", "StaleToken", "WebhookError"}
+    inner = {
+        "KeyNotFound", "MissingExtra", "ModelError", "NotAllowed", "NotAuthenticated", "NumericalError", "OutOfMemory", "PictureNotFound",
+        "RateExceeded", "StaleToken", "WebhookError",
+    }  # fmt: skip
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.LatentlineError)}
     assert kinds == inner | {name for name in latentline.__all__ if name in kinds}
 

@@ -22,7 +22,9 @@ from latentline.requests import allowed_by
 from latentline.settings import Settings
 
 from . import jobs, pictures
+from .auth import Access, LoopbackHosts
 from .methods import Methods
+from .streams import Streams
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +36,15 @@ HTTP_CODES = {
 
 def create_app(settings: Settings | None = None, client: AsyncClient | None = None) -> FastAPI:
     """The application. ``client`` is for tests; without it, one is opened when the application starts. Either is closed at its end."""
+    auth = (settings or (client.settings if client else Settings())).auth
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.client = client or AsyncClient(settings)
+        app.state.access = Access(app.state.client, keys=auth == "keys")
+        app.state.streams = Streams(app.state.client)
         yield
+        await app.state.streams.close()
         await app.state.client.close()
 
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
@@ -78,6 +84,9 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
             expose_headers=["Content-Range", "ETag", "Location", "Retry-After"],
             max_age=600,
         )
+    if auth == "none":
+        message = "this API serves without keys, so the Host header must be localhost or a loopback address"
+        app.add_middleware(LoopbackHosts, refusal=error_answer(403, "not_allowed", message))
     app.add_exception_handler(LatentlineError, _domain_error)
     app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(HTTPException, _http_error)
@@ -108,7 +117,9 @@ async def _domain_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LatentlineError)  # what it is registered for
     if isinstance(error, InvalidRequest):
         return error_answer(error.http_status, error.code, error.message, field=error.field, allowed=error.allowed)
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="latentline"'
     return error_answer(error.http_status, error.code, error.message, headers)
 
 

@@ -14,14 +14,15 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.event_reader import Listener
-from latentline.jobs import JobError, JobRecord, JobRequest, ModelInfo, Phase, Status
+from latentline.jobs import JobError, JobRecord, ModelInfo, Phase, Status
 from latentline.records import MAX_PAGE
 
+from .auth import bearer
 from .body import json_object
 from .methods import IS_HEAD
+from .service import Reading, Submitting, poll
 
 MAX_WAIT_S = 60.0  # of a long poll; proxies often cut a request after a minute
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
@@ -87,7 +88,7 @@ class LoraList(BaseModel):
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of a route, for the OpenAPI document."""
     # Every route declares 422, since FastAPI documents a shape of its own for it otherwise.
-    return {status: {"model": ErrorAnswer} for status in (*statuses, 422, 500, 503)}
+    return {status: {"model": ErrorAnswer} for status in (*statuses, 401, 403, 422, 500, 503)}
 
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -102,7 +103,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
     },
 )
-async def submit(request: Request, idempotency_key: Annotated[str | None, Header()] = None) -> JSONResponse:
+async def submit(request: Request, jobs: Submitting, idempotency_key: Annotated[str | None, Header()] = None) -> JSONResponse:
     """Submit a job. Width, height, steps, guidance scale and scheduler default to the model's own (``GET /v1/models``).
 
     The same ``Idempotency-Key`` with the same body gives the same job; with another body it is a conflict.
@@ -111,25 +112,29 @@ async def submit(request: Request, idempotency_key: Annotated[str | None, Header
     key = _idempotency_key(request, data)  # the parameter documents the header; it holds only one of several
     if key is not None:
         data["idempotency_key"] = key
-    record = await client_of(request).submit(JobRequest.parse(data))
+    record = await jobs.submit(data)
     return JSONResponse(answer(record).model_dump(mode="json"), 202, headers={"Location": f"/v1/jobs/{record.id}"})
 
 
 @router.get("/jobs", response_model=JobPage, responses=errors())
 async def list_jobs(
-    request: Request,
+    jobs: Reading,
     status: Annotated[Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, Query()] = None,
     cursor: Annotated[str | None, Query(max_length=300)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
 ) -> JobPage:
-    """Jobs, newest first. ``next_cursor`` is the ``cursor`` of the next page."""
-    records, following = await client_of(request).list(status, cursor, limit)
+    """Jobs, newest first: those of the key's tenant, of all tenants for a key with the scope ``admin``.
+
+    ``next_cursor`` is the ``cursor`` of the next page; a page may be shorter than ``limit`` although more follow.
+    """
+    records, following = await jobs.list(status, cursor, limit)
     return JobPage(jobs=[answer(record) for record in records], next_cursor=following)
 
 
 @router.get(
     "/jobs/{job_id}",
     response_model=JobAnswer,
+    dependencies=[bearer],
     responses={304: {"description": "Unchanged since the answer with this ETag"}, **errors(404)},
 )
 async def get_job(
@@ -142,8 +147,7 @@ async def get_job(
 
     The URLs of its images stay the same for half of their life; ``If-None-Match`` with the ETag saves the answer.
     """
-    client = client_of(request)
-    body = answer(await (client.ended(job_id, wait) if wait else client.get(job_id))).model_dump_json().encode()
+    body = answer(await poll(request, job_id, wait)).model_dump_json().encode()
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     known = {one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")}
@@ -153,16 +157,16 @@ async def get_job(
 
 
 @router.delete("/jobs/{job_id}", status_code=204, response_class=Response, responses=errors(404, 409))
-async def delete_job(request: Request, job_id: str) -> Response:
+async def delete_job(jobs: Submitting, job_id: str) -> Response:
     """Forget a job that has ended: it is gone at once, its pictures within seconds. A job that has not ended is cancelled first (409)."""
-    await client_of(request).delete(job_id)
+    await jobs.delete(job_id)
     return Response(status_code=204)
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=JobAnswer, responses=errors(404))
-async def cancel_job(request: Request, job_id: str) -> JobAnswer:
+async def cancel_job(jobs: Submitting, job_id: str) -> JobAnswer:
     """Cancel a job: at once while it is queued, at the next step while it runs. A job that has ended stays as it is."""
-    return answer(await client_of(request).cancel(job_id))
+    return answer(await jobs.cancel(job_id))
 
 
 @router.get(
@@ -170,14 +174,16 @@ async def cancel_job(request: Request, job_id: str) -> JobAnswer:
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **errors(404)},
 )
-async def job_events(request: Request, job_id: str, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
+async def job_events(
+    request: Request, jobs: Reading, job_id: str, last_event_id: Annotated[str | None, Header()] = None
+) -> StreamingResponse:
     """The job's events as server-sent events, up to its last one. ``Last-Event-ID`` resumes after an event.
 
     Only the newest preview is kept, so the ``images`` of a ``job.preview`` event may be empty.
     """
     async with AsyncExitStack() as opened:
         # Opened before the answer starts, so that an error can still be answered with its own status.
-        listener = await opened.enter_async_context(client_of(request).listen(job_id, last_event_id))
+        listener = await opened.enter_async_context(jobs.listen(job_id, last_event_id))
         if listener.ended:
             # The client has seen every event. 204 tells an EventSource not to reconnect.
             return StreamingResponse(iter(()), 204)
@@ -188,15 +194,15 @@ async def job_events(request: Request, job_id: str, last_event_id: Annotated[str
 
 
 @router.get("/models", response_model=ModelList, tags=["models"], responses=errors())
-async def list_models(request: Request) -> ModelList:
+async def list_models(jobs: Reading) -> ModelList:
     """The models that are served now, with their limits and defaults: what a request that leaves a field out gets."""
-    return ModelList(models=list((await client_of(request).models()).values()))
+    return ModelList(models=list((await jobs.models()).values()))
 
 
 @router.get("/loras", response_model=LoraList, tags=["models"], responses=errors())
-async def list_loras(request: Request) -> LoraList:
+async def list_loras(jobs: Reading) -> LoraList:
     """The LoRA adapters that a request may name, by the model that they belong to."""
-    served = (await client_of(request).models()).values()
+    served = (await jobs.models()).values()
     return LoraList(loras=[LoraAnswer(model=model.id, name=name) for model in served for name in model.loras])
 
 
@@ -222,12 +228,6 @@ def answer(record: JobRecord) -> JobAnswer:
         timings=record.timings,
         request=record.request.model_dump(mode="json", exclude={"idempotency_key"}),
     )
-
-
-def client_of(request: Request) -> AsyncClient:
-    """The client that the application has opened."""
-    client: AsyncClient = request.app.state.client
-    return client
 
 
 def _idempotency_key(request: Request, data: dict[str, Any]) -> str | None:

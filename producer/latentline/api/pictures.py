@@ -10,8 +10,9 @@ from fastapi.responses import Response
 
 from latentline.errors import PictureNotFound
 
-from .jobs import client_of, errors
+from .jobs import errors
 from .methods import IS_HEAD
+from .service import Reading
 
 KEPT_S = 3600  # a browser keeps a picture for so long without asking; it never changes
 
@@ -33,6 +34,7 @@ _KINDS: dict[str, Any] = {f"image/{kind}": {"schema": {"type": "string", "format
 )
 async def get_picture(
     request: Request,
+    jobs: Reading,
     job_id: str,
     number: int,
     if_none_match: Annotated[str | None, Header()] = None,
@@ -40,7 +42,7 @@ async def get_picture(
     range_: Annotated[str | None, Header(alias="Range")] = None,
 ) -> Response:
     """A picture of a job, counted from 0. ``Range`` with one range of bytes is honoured."""
-    images = (await client_of(request).get(job_id)).images
+    images = (await jobs.get(job_id)).images
     if not 0 <= number < len(images):
         raise PictureNotFound(f"job {job_id[:80]!r} has {len(images)} pictures, and {number} is none of them: they count from 0")
     image = images[number]
@@ -62,7 +64,7 @@ async def get_picture(
     if request.scope.get(IS_HEAD):
         headers["Content-Length"] = str(end - start + 1)
         return Response(status_code=206 if part else 200, headers=headers, media_type=image.content_type)
-    data = await client_of(request).picture(image.key, *(part or ()))
+    data = await jobs.picture(image, *(part or ()))
     return Response(data, 206 if part else 200, headers, image.content_type)
 
 

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from latentline.settings import Settings
 
 from .app import create_app
+from .auth import check_exposure
 
 HEAD_S = 10.0  # from the connection, or the first byte of a later request, to the end of the request's headers
 
@@ -61,11 +62,16 @@ def serve(settings: Settings, host: str, port: int, fd: int | None, shutdown_s: 
     Args:
         fd: a listening socket that was inherited, instead of ``host`` and ``port``.
         shutdown_s: seconds that open answers get at the end.
+
+    Raises:
+        ConfigurationError: it would serve without keys elsewhere than on loopback.
     """
+    listener = None if fd is None else socket.socket(fileno=fd)
+    check_exposure(settings, host, listener)
     options: dict[str, Any] = {"access_log": False, "timeout_graceful_shutdown": shutdown_s, "http": TimedProtocol, "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(create_app(settings), host=host, port=port, **options))
     # uvicorn takes every inherited descriptor for a Unix socket, and asyncio then leaves TCP_NODELAY out, which costs 40 ms an
     # answer on a connection that is kept alive. Python finds the true family of a descriptor by itself.
-    server.run(None if fd is None else [socket.socket(fileno=fd)])
+    server.run(None if listener is None else [listener])
     if not server.started:
         sys.exit(3)

@@ -11,6 +11,7 @@ from .callbacks import callbacks
 from .dead import dead
 from .evaluate import evaluate
 from .jobs import cancel, delete, jobs, status, submit
+from .keys import keys
 from .loras import loras
 from .models import models
 from .serve import api, demo, up, worker
@@ -23,5 +24,5 @@ def main() -> None:
     """Generation jobs for latent diffusion."""
 
 
-for command in (submit, status, cancel, delete, jobs, models, loras, api, worker, callbacks, dead, up, demo, train, evaluate):
+for command in (submit, status, cancel, delete, jobs, models, loras, api, worker, callbacks, keys, dead, up, demo, train, evaluate):
     main.add_command(command)

@@ -16,6 +16,8 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from latentline.keys import Credential
+
 from .errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE, fail
 
 TIMEOUT_S = 10.0
@@ -38,7 +40,11 @@ class Api:
             usable = False
         if not usable:
             fail(f"--url: got {url!r}; allowed: http://HOST:PORT or https://HOST", EXIT_BAD_INPUT)
-        self._http = click.get_current_context().with_resource(httpx.Client(base_url=url, timeout=TIMEOUT_S))
+        key = os.environ.get("LATENTLINE_API_KEY", "").strip()
+        if key and Credential.parse(key) is None:
+            fail("LATENTLINE_API_KEY: this is no API key; allowed: ll_..., as latentline keys create shows it", EXIT_BAD_INPUT)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = click.get_current_context().with_resource(httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers))
         self.url = url
 
     def call(self, method: str, path: str, **options: Any) -> Any:

@@ -32,16 +32,19 @@ from latentline.jobs import (
     Status,
     Submission,
 )
-from latentline.scripts import CANCEL, DELETE, END_IF_OVERDUE, SUBMIT
+from latentline.keys import ApiKey
+from latentline.scripts import CANCEL, DELETE, END_IF_OVERDUE, PAGE, SUBMIT, VIEW
 
-from .driving import Call, Operation, broker_time, call_script, call_script_many, hgetall_many, pairs, unavailable, zrem
+from .driving import Operation, call_script, call_script_many, hgetall_many, pairs, unavailable
+from .keys import key_of
 
 MAX_PAGE = 200
+MAX_LOOK = 2000  # jobs that one page looks at: a tenant's list by status looks at its other jobs too
 AOF_TIMEOUT_MS = 2000
 
 
 def submit(
-    submissions: Sequence[Submission], retention_s: int, *, tenant_cap: int = 0, durable: bool = False
+    submissions: Sequence[Submission], retention_s: int, *, tenant_cap: int = 0, max_jobs: int = 0, durable: bool = False
 ) -> Operation[list[JobRecord | LatentlineError]]:
     """Write records, wake-ups, indexes and events of all submissions in one pipeline, each atomically.
 
@@ -49,6 +52,7 @@ def submit(
         submissions: from :meth:`latentline.records.Fleet.accept`.
         retention_s: how long a job with a deadline is kept if a reader ends it; a worker that ends a job uses its own setting.
         tenant_cap: rows of denoising that one tenant may have queued and running; 0 for no bound. One job always fits.
+        max_jobs: jobs that one tenant may have queued and running; 0 for no bound.
         durable: return only when the append-only file holds them (WAITAOF).
 
     Returns:
@@ -59,7 +63,8 @@ def submit(
     """
     # WAITAOF counts what its own connection has written, so it follows in the same pipeline.
     last = [("WAITAOF", 1, 0, AOF_TIMEOUT_MS)] if durable else []
-    replies = yield from call_script_many(SUBMIT, [_arguments(one, retention_s, tenant_cap) for one in submissions], last, keep_errors=True)
+    calls = [_arguments(one, retention_s, tenant_cap, max_jobs) for one in submissions]
+    replies = yield from call_script_many(SUBMIT, calls, last, keep_errors=True)
     if durable:
         _check_written(replies.pop())
     outcomes: list[JobRecord | LatentlineError] = []
@@ -96,6 +101,8 @@ def _accepted(one: Submission, reply: Any, tenant_cap: int) -> Operation[JobReco
         raise TenantQuotaExceeded(
             f"tenant {request.tenant!r} has {payload} rows queued and running: {one.cost} more exceed the {tenant_cap} allowed"
         )
+    if outcome == "busy":
+        raise TenantQuotaExceeded(f"tenant {request.tenant!r} has {payload} jobs queued and running, as many as are allowed")
     if outcome == "same":
         return (yield from get(payload))
     return record_of(pairs(payload)).model_copy(update={"queue_position": position[0]})
@@ -103,54 +110,61 @@ def _accepted(one: Submission, reply: Any, tenant_cap: int) -> Operation[JobReco
 
 def get(job_id: str) -> Operation[JobRecord]:
     """One record; raises JobNotFound. A queued one that is past its deadline is failed first: there may be no worker to do it."""
-    raw = yield lambda client: client.hgetall(routing.job_key(job_id))
-    if not raw:
-        raise _not_found(job_id)
-    (raw,) = yield from _end_overdue([raw])
+    (reply,) = yield from call_script_many(VIEW, [{"id": job_id}])
+    return (yield from _seen(job_id, reply))
+
+
+def get_with_key(job_id: str, prefix: str) -> Operation[tuple[JobRecord | JobNotFound, ApiKey | None]]:
+    """A job, and the API key with this prefix, in the one round trip that the job alone takes."""
+    reply, raw = yield from call_script_many(VIEW, [{"id": job_id}], [("HGETALL", routing.api_key_key(prefix))])
+    try:
+        return (yield from _seen(job_id, reply)), key_of(raw)
+    except JobNotFound as error:
+        return error, key_of(raw)
+
+
+def not_found(job_id: str) -> JobNotFound:
+    return JobNotFound(f"no job {job_id[:80]!r}: it never existed, or its retention time is over")
+
+
+def _seen(job_id: str, reply: Any) -> Operation[JobRecord]:
+    """The record that view.lua gave."""
+    now, flat, position = reply
+    if not flat:
+        raise not_found(job_id)
+    (raw,) = yield from _end_overdue([pairs(flat)], float(now))
     record = record_of(raw)
-    if record.status is not Status.QUEUED:
-        return record
-    position = yield lambda client: client.zrank(routing.waiting_key(record.request.model), job_id)
-    return record.model_copy(update={"queue_position": position})
+    return record.model_copy(update={"queue_position": position}) if record.status is Status.QUEUED else record
 
 
-def list_jobs(status: Status | None = None, cursor: str | None = None, limit: int = 50) -> Operation[tuple[list[JobRecord], str | None]]:
-    """A page of records, newest first, and the cursor of the next page.
+def list_jobs(
+    status: Status | None = None, cursor: str | None = None, limit: int = 50, *, tenant: str | None = None
+) -> Operation[tuple[list[JobRecord], str | None]]:
+    """A page of records, newest first, and the cursor of the next page. It takes one round trip, unless jobs are overdue.
+
+    A page may be shorter than ``limit`` although more follow, as the cursor then says: at most ``MAX_LOOK`` jobs are looked at.
+
+    Args:
+        tenant: only its jobs.
 
     Raises:
         InvalidRequest: a limit out of range, or a cursor that no page gave.
     """
     if not 1 <= limit <= MAX_PAGE:
         raise InvalidRequest("limit", limit, f"1 to {MAX_PAGE}")
-    key = routing.index_key(status)
     before, last_id = _read_cursor(cursor) if cursor else ("+inf", "")
-    records: list[JobRecord] = []
-    offset = 0
-    while len(records) <= limit:
-        page = yield _index_page(key, before, offset, limit + 1)
-        if not page:
-            break
-        offset += len(page)
-        # Equal scores come in descending order of id: skip up to and including the cursor's own.
-        wanted = [job_id for job_id, score in page if not (last_id and score == float(before) and job_id >= last_id)]
-        raws = yield hgetall_many(wanted)
-        gone = [job_id for job_id, raw in zip(wanted, raws, strict=True) if not raw]
-        if gone:  # expired records are removed from the index when it is read
-            yield zrem(key, gone)
-            offset -= len(gone)
-        found = [raw for raw in raws if raw]
-        current = yield from _end_overdue(found)
-        if status is Status.QUEUED:  # the overdue ones have left this index, so those behind them have moved up
-            offset -= sum(raw is not before for raw, before in zip(current, found, strict=True) if raw.get("status") != Status.QUEUED)
-        for raw in current:
-            with contextlib.suppress(JobNotFound):  # a record of a version that this code cannot read is left out
-                record = record_of(raw)
-                if status in (None, record.status):
-                    records.append(record)
-    following = _cursor(records[limit - 1]) if len(records) > limit else None
-    positions = yield _positions(records[:limit])
-    placed = [record.model_copy(update={"queue_position": place}) for record, place in zip(records[:limit], positions, strict=True)]
-    return placed, following
+    arguments = {"tenant": tenant or "", "status": status or "", "before": before, "last_id": last_id, "limit": limit, "most": MAX_LOOK}
+    ((now, found, following),) = yield from call_script_many(PAGE, [arguments])
+    positions = {raw["id"]: position for raw, position in ((pairs(flat), position) for flat, position in found)}
+    current = yield from _end_overdue([pairs(flat) for flat, _ in found], float(now))
+    page: list[JobRecord] = []
+    for raw in current:
+        with contextlib.suppress(JobNotFound):  # a record of a version that this code cannot read is left out
+            record = record_of(raw)
+            if status in (None, record.status):
+                place = positions[record.id] if record.status is Status.QUEUED else None
+                page.append(record.model_copy(update={"queue_position": place}))
+    return page, _cursor(following) if following else None
 
 
 def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
@@ -169,16 +183,12 @@ def delete(job_id: str) -> Operation[None]:
     """
     outcome = yield from call_script(DELETE, id=job_id)
     if outcome == "unknown":
-        raise _not_found(job_id)
+        raise not_found(job_id)
     if outcome != "deleted":
         raise JobNotEnded(f"job {job_id[:80]!r} is {outcome}: cancel it first")
 
 
-def _not_found(job_id: str) -> JobNotFound:
-    return JobNotFound(f"no job {job_id[:80]!r}: it never existed, or its retention time is over")
-
-
-def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, Any]:
+def _arguments(one: Submission, retention_s: int, tenant_cap: int, max_jobs: int) -> dict[str, Any]:
     """The arguments of submit.lua for one request."""
     request = one.request
     callback = request.callback
@@ -193,6 +203,7 @@ def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, 
         "deadline_s": request.deadline_s or 0,
         "cost": one.cost,
         "cap": tenant_cap,
+        "max_jobs": max_jobs,
         "idempotency_key": request.idempotency_key or "",
         "fingerprint": one.fingerprint if request.idempotency_key else "",
         "sized_fingerprint": one.sized_fingerprint if request.idempotency_key else "",
@@ -204,12 +215,9 @@ def _arguments(one: Submission, retention_s: int, tenant_cap: int) -> dict[str, 
     }
 
 
-def _end_overdue(raws: list[dict[str, str]]) -> Operation[list[dict[str, str]]]:
+def _end_overdue(raws: list[dict[str, str]], now: float) -> Operation[list[dict[str, str]]]:
     """The records, after those of them that are queued past their deadline were failed."""
     dated = [raw for raw in raws if raw.get("status") == Status.QUEUED and "deadline_at" in raw]
-    if not dated:
-        return raws
-    now = yield from broker_time()
     overdue = [raw["id"] for raw in dated if float(raw["deadline_at"]) <= now]
     if not overdue:
         return raws
@@ -222,22 +230,6 @@ def _end_overdue(raws: list[dict[str, str]]) -> Operation[list[dict[str, str]]]:
     again = yield hgetall_many(overdue)
     ended = {job_id: raw for job_id, raw in zip(overdue, again, strict=True) if raw}
     return [ended.get(raw["id"], raw) for raw in raws]
-
-
-def _index_page(key: str, before: str, offset: int, count: int) -> Call:
-    return lambda client: client.zrange(key, before, "-inf", desc=True, byscore=True, offset=offset, num=count, withscores=True)
-
-
-def _positions(records: Sequence[JobRecord]) -> Call:
-    """A call that gives the queue position of each record, None where it is not queued."""
-
-    def call(client: Any) -> Any:
-        pipeline = client.pipeline(transaction=False)
-        for record in records:
-            pipeline.zrank(routing.waiting_key(record.request.model), record.id)
-        return pipeline.execute()
-
-    return call
 
 
 def record_of(raw: dict[str, str]) -> JobRecord:
@@ -263,8 +255,9 @@ def record_of(raw: dict[str, str]) -> JobRecord:
         raise JobNotFound(f"job {raw.get('id')!r} has a record that this version cannot read") from error
 
 
-def _cursor(record: JobRecord) -> str:
-    return base64.urlsafe_b64encode(f"{round(record.created_at * 1000)}:{record.id}".encode()).decode()
+def _cursor(last: str) -> str:
+    """``last`` is score:id of the last job of a page."""
+    return base64.urlsafe_b64encode(last.encode()).decode()
 
 
 def _read_cursor(cursor: str) -> tuple[str, str]:

@@ -13,6 +13,8 @@ BEAT = load("beat")
 CHECKPOINT = load("checkpoint")
 CANCEL = load("cancel")
 DELETE = load("delete")
+VIEW = load("view")
+PAGE = load("page")
 RELEASE = load("release")
 SETTLE = load("settle")
 RETRY = load("retry")
@@ -36,6 +38,6 @@ REPLAY_CALLBACK = load("replay_callback")
 
 __all__ = [
     "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "DELETE", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
-    "HEARTBEAT", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT",
-    "TAKE_CALLBACK", "TAKE_TURN", "WAKE", "WAKE_CALLBACKS", "Script",
+    "HEARTBEAT", "PAGE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT",
+    "TAKE_CALLBACK", "TAKE_TURN", "VIEW", "WAKE", "WAKE_CALLBACKS", "Script",
 ]  # fmt: skip

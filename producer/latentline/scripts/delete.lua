@@ -17,5 +17,6 @@ if status == 'queued' or status == 'running' then return status end
 redis.call('ZADD', keys.expiring(), clock.now, tenant .. '/' .. id)
 redis.call('ZREM', keys.index(), id)
 redis.call('ZREM', keys.index(status), id)
+redis.call('ZREM', keys.tenant_index(tenant), id)
 redis.call('DEL', keys.job(id), keys.events(id), keys.preview(id))
 return 'deleted'

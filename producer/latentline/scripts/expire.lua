@@ -13,6 +13,7 @@ for _, member in ipairs(over) do
   local id = string.match(member, '/(.*)$')
   redis.call('DEL', keys.job(id), keys.events(id), keys.checkpoint(id), keys.preview(id))
   redis.call('ZREM', keys.index(), id)
+  redis.call('ZREM', keys.tenant_index(string.match(member, '^[^/]*')), id)
   for _, status in ipairs({'succeeded', 'failed', 'cancelled'}) do redis.call('ZREM', keys.index(status), id) end
   redis.call('ZADD', keys.expiring(), clock.after(again_s), member)
 end

@@ -9,15 +9,17 @@
 --   sets it to the record's; workers of version 0.1.0 do not, so the keys of jobs that they end stay for KEY_KEPT_S.
 -- * A job with a deadline is in `deadlines` from here until it ends.
 -- * A tenant may always have one job, however costly; more only while their sum stays within the cap.
+-- * A tenant has at most max_jobs jobs that have not ended.
 -- * All of a tenant's jobs of a model lie in one shard while it has any. A tenant without jobs gets the shard with the fewest
 --   tenants, and of those the emptiest.
 --
--- Returns {'same' | 'conflict', id of the job that has the key}, {'full', rows of the tenant}, or
+-- Returns {'same' | 'conflict', id of the job that has the key}, {'full', rows of the tenant}, {'busy', jobs of the
+-- tenant}, or
 -- {'new', the record, its queue position}.
 -- uses: clock, events, wakeups
 
 local id, request, num_steps, model, tenant, priority, priority_step, deadline_s, cost, cap, idempotency_key, fingerprint,
-  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level = unpack(ARGV)
+  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level, max_jobs = unpack(ARGV)
 
 local idempotency = keys.idempotency(tenant, idempotency_key)
 if idempotency_key ~= '' then
@@ -31,6 +33,15 @@ end
 
 local owed = tonumber(redis.call('HGET', keys.tenants(), tenant) or 0)
 if tonumber(cap) > 0 and owed > 0 and owed + cost > tonumber(cap) then return {'full', tostring(owed)} end
+
+if tonumber(max_jobs) > 0 then
+  -- Counted by model, since that is what all workers keep up; `models` holds every model that was ever served.
+  local models, open = redis.call('HGETALL', keys.models()), tonumber(redis.call('HGET', keys.open(model), tenant) or 0)
+  for i = 1, #models, 2 do
+    if models[i] ~= model then open = open + (redis.call('HGET', keys.open(models[i]), tenant) or 0) end
+  end
+  if open >= tonumber(max_jobs) then return {'busy', tostring(open)} end
+end
 
 if idempotency_key ~= '' then
   redis.call('HSET', idempotency, 'id', id, 'fingerprint', sized_fingerprint, 'sent', fingerprint)
@@ -83,6 +94,7 @@ if tonumber(deadline_s) > 0 then
 end
 if callback_url ~= '' then redis.call('HSET', key, 'callback_url', callback_url, 'callback_events', callback_events) end
 redis.call('ZADD', keys.index(), clock.ms, id)
+redis.call('ZADD', keys.tenant_index(tenant), clock.ms, id)
 redis.call('ZADD', keys.index('queued'), clock.ms, id)
 redis.call('ZADD', keys.waiting(model), order, id)
 events.add(id, 'job.queued', {status = 'queued'})

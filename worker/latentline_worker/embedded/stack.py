@@ -82,6 +82,7 @@ class Stack:
                 client.delete(workers_key())  # a worker announced in the last run would make this one ready too early
             self._store.start()
             env = self.environment | {"LATENTLINE_CALLBACK_SECRET": keys["callback_secret"], "LATENTLINE_DRAIN_S": str(DRAIN_S)}
+            env |= {"LATENTLINE_AUTH": "none"}  # on loopback alone
             # The operator's settings for callbacks, model and batching apply here too; addresses of services do not.
             given = {key: value for key, value in os.environ.items() if key.startswith("LATENTLINE_") and key not in env}
             env = clean_env(**(given | env))

@@ -1,0 +1,142 @@
+"""The one job service that every dialect calls: jobs, as far as whoever makes the request may see and change them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from latentline.client import AsyncClient
+from latentline.errors import InvalidRequest, JobNotFound, LatentlineError
+from latentline.event_reader import Listener
+from latentline.jobs import ImageRef, JobRecord, JobRequest, ModelInfo
+from latentline.keys import Credential, Scope
+from latentline.records import not_found
+
+from .auth import Access, Principal, bearer, credential_of
+from .streams import Streams
+
+
+class JobService:
+    """Jobs as one principal may see and change them: those of other tenants are as if they did not exist."""
+
+    def __init__(self, client: AsyncClient, access: Access, streams: Streams, principal: Principal) -> None:
+        self._client, self._access, self._streams, self.principal = client, access, streams, principal
+
+    async def submit(self, data: dict[str, Any]) -> JobRecord:
+        """Enqueue one job.
+
+        Raises:
+            InvalidRequest: also for another tenant than the key's, and for a priority above the key's ceiling.
+            RateExceeded: too many submissions.
+            TenantQuotaExceeded: too much of the tenant's is queued and running.
+        """
+        await self._access.count(self.principal)
+        (outcome,) = await self._client.submit_many([JobRequest.parse(self._own(data))], self.principal.limits)
+        if isinstance(outcome, LatentlineError):
+            raise outcome
+        return outcome
+
+    async def get(self, job_id: str) -> JobRecord:
+        """One job; raises JobNotFound, also for a job of another tenant."""
+        return self._seen(await self._client.get(job_id))
+
+    async def list(self, status: str | None, cursor: str | None, limit: int) -> tuple[list[JobRecord], str | None]:
+        """A page of jobs, newest first, and the cursor of the next page."""
+        return await self._client.list(status, cursor, limit, self.principal.sees)
+
+    async def cancel(self, job_id: str) -> JobRecord:
+        """Cancel a job; raises JobNotFound."""
+        await self.get(job_id)  # a job never changes its tenant
+        return await self._client.cancel(job_id)
+
+    async def delete(self, job_id: str) -> None:
+        """Forget a job that has ended; raises JobNotFound and JobNotEnded."""
+        await self.get(job_id)
+        await self._client.delete(job_id)
+
+    async def picture(self, image: ImageRef, start: int | None = None, end: int | None = None) -> bytes:
+        """The bytes of a picture of a job that :meth:`get` gave, or those from ``start`` to ``end``, both included."""
+        return await self._client.picture(image.key, start, end)
+
+    @contextlib.asynccontextmanager
+    async def listen(self, job_id: str, last_event_id: str | None) -> AsyncIterator[Listener]:
+        """Follow a job; raises JobNotFound. It ends within seconds after the key was revoked."""
+        if self.principal.key is None:
+            async with self._client.listen(job_id, last_event_id) as listener:
+                yield listener
+            return
+        await self.get(job_id)
+        async with self._client.listen(job_id, last_event_id) as listener:
+            with self._streams.watch(self.principal.key, listener):
+                yield listener
+
+    async def models(self) -> dict[str, ModelInfo]:
+        return await self._client.models()
+
+    def _seen(self, record: JobRecord) -> JobRecord:
+        return seen(record, self.principal)
+
+    def _own(self, data: dict[str, Any]) -> dict[str, Any]:
+        """A submission with the tenant of its key."""
+        key = self.principal.key
+        if key is None:
+            return data
+        if data.get("tenant") not in (None, key.tenant):
+            raise InvalidRequest("tenant", data["tenant"], f"{key.tenant!r}, which is the API key's, or left out")
+        top, priority = key.limits.top_priority, data.get("priority")
+        if priority is None and "priority" not in data and top > JobRequest.model_fields["priority"].default:
+            data = {**data, "priority": top}
+        elif isinstance(priority, int | float) and priority < top:
+            raise InvalidRequest("priority", priority, f"{top} to 9 with this API key (0 is served first)")
+        return {**data, "tenant": key.tenant}
+
+
+def seen(record: JobRecord, principal: Principal) -> JobRecord:
+    """A record that this principal may see; raises JobNotFound as for one that does not exist."""
+    if principal.sees not in (None, record.request.tenant):
+        raise not_found(record.id)
+    return record
+
+
+async def poll(request: Request, job_id: str, wait_s: float = 0) -> JobRecord:
+    """One job for the key of a request, both in one round trip: what clients ask for most.
+
+    With ``wait_s``, once it has ended or after so many seconds. The key is looked at again then: it may have been revoked.
+    """
+    record = await _poll(request, job_id)
+    if wait_s and not record.status.terminal:
+        client: AsyncClient = request.app.state.client
+        await client.ended(job_id, wait_s)
+        record = await _poll(request, job_id)
+    return record
+
+
+async def _poll(request: Request, job_id: str) -> JobRecord:
+    client: AsyncClient = request.app.state.client
+    access: Access = request.app.state.access
+    credential = credential_of(request) if access.keys else None
+    if credential is None:
+        await access.principal(None, "read")
+        return await client.get(job_id)
+    found, key = await client.get_with_key(job_id, credential.prefix)
+    principal = access.check(credential, key, "read")
+    if isinstance(found, JobNotFound):
+        raise found
+    return seen(found, principal)
+
+
+def _service(scope: Scope) -> Callable[..., Awaitable[JobService]]:
+    async def service(request: Request, _: Annotated[Any, bearer]) -> JobService:
+        state = request.app.state
+        credential: Credential | None = credential_of(request) if state.access.keys else None
+        return JobService(state.client, state.access, state.streams, await state.access.principal(credential, scope))
+
+    return service
+
+
+# What a route declares to get the service. The key is looked at before the parameters and the body are.
+Reading = Annotated[JobService, Depends(_service("read"))]
+Submitting = Annotated[JobService, Depends(_service("submit"))]

@@ -1,0 +1,43 @@
+-- A page of jobs, newest first, in one call.
+--
+-- Invariants:
+-- * The record decides, the index only finds it: workers of version 0.1.0 do not know the index of a tenant.
+-- * Ids without a record are taken out of the index. That is the only write, and the page comes without it too.
+-- * At most `most` entries are looked at, so a page may be shorter than `limit` while more follow.
+--
+-- Returns {now, {{record, queue position or nil}...}, score and id after which the next page begins, or ''}.
+-- uses: clock
+
+local tenant, status, before, last_id, limit, most = unpack(ARGV)
+limit, most = tonumber(limit), tonumber(most)
+
+local index = keys.index()
+if tenant ~= '' then index = keys.tenant_index(tenant) elseif status ~= '' then index = keys.index(status) end
+
+local function wanted(id, score)
+  if last_id ~= '' and tonumber(score) == tonumber(before) and id >= last_id then return false end -- equal scores: descending ids
+  local job = redis.call('HMGET', keys.job(id), 'status', 'tenant')
+  return (status == '' or job[1] == status) and (tenant == '' or job[2] == tenant)
+end
+
+local found, gone, offset, score, id, more = {}, {}, 0, nil, nil, false
+while not more do
+  local entries = redis.call('ZRANGE', index, before, '-inf', 'BYSCORE', 'REV', 'LIMIT', offset, limit + 1, 'WITHSCORES')
+  for i = 1, #entries, 2 do
+    if redis.call('EXISTS', keys.job(entries[i])) == 0 then
+      gone[#gone + 1] = entries[i]
+    elseif #found == limit then
+      if wanted(entries[i], entries[i + 1]) then more = true break end
+    elseif wanted(entries[i], entries[i + 1]) then
+      local job = redis.call('HMGET', keys.job(entries[i]), 'status', 'model')
+      local position = job[1] == 'queued' and redis.call('ZRANK', keys.waiting(job[2]), entries[i])
+      found[#found + 1] = {redis.call('HGETALL', keys.job(entries[i])), position}
+    end
+    id, score = entries[i], entries[i + 1]
+  end
+  offset = offset + limit + 1
+  if #entries < 2 * (limit + 1) then break end
+  if offset >= most then more = true end
+end
+if #gone > 0 then redis.pcall('ZREM', index, unpack(gone)) end
+return {clock.now, found, more and string.format('%.0f:%s', tonumber(score), id) or ''}

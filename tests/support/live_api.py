@@ -1,0 +1,74 @@
+"""The HTTP API on a loopback port: a real server over fakeredis and the fake worker."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fakeredis
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from latentline import AsyncClient, Settings
+from latentline.api.app import create_app
+from latentline.testing import FakeImages, FakeWorker
+
+
+@dataclass
+class Live:
+    """A running API and what stands behind it."""
+
+    http: httpx.Client
+    client: AsyncClient
+    redis: fakeredis.FakeServer
+    images: FakeImages
+    worker: FakeWorker
+    app: FastAPI
+
+    def submit(self, **fields: Any) -> dict[str, Any]:
+        answer = self.http.post("/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 2, **fields})
+        assert answer.status_code == 202, answer.text
+        job: dict[str, Any] = answer.json()
+        return job
+
+
+@contextlib.contextmanager
+def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) -> Iterator[Live]:
+    redis, images = fakeredis.FakeServer(), FakeImages()
+    monkeypatch.setattr("latentline.client.Images", lambda settings: images)
+    monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
+    worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
+    worker.announce()
+    client = AsyncClient(settings)
+    app = create_app(client=client)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    assert thread.is_alive()
+    with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30, trust_env=False) as http:
+        yield Live(http, client, redis, images, worker, app)
+    redis.connected = True  # whatever a test did to it
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+    listener.close()
+
+
+def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The error of an answer, in the one shape that all errors have."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
+    assert set(answer.json()) == {"error"}
+    error: dict[str, Any] = answer.json()["error"]
+    assert error["code"] == code and error["message"]
+    assert set(error) - {"field", "allowed"} == {"code", "message"}
+    return error
