@@ -6,7 +6,7 @@ from .events import START, events, follow, gone, read_streams, ring
 from .fleet import CachedFleet, Fleet, durability, fleet, models, workers
 from .held import MAX_ERRORS, Backoff, Beat, Signal, Verdict
 from .jobs import MAX_LOOK, MAX_PAGE, cancel, delete, get, get_with_key, list_jobs, not_found, submit
-from .keys import create_key, find_key, find_keys, keys, revoke_key
+from .keys import create_key, find_keys, keys, revoke_key
 from .maintenance import MAX_OVERDUE, MAX_WAKE
 from .outbox import callbacks, replay_callback
 from .worker import Records
@@ -14,7 +14,7 @@ from .worker import Records
 __all__ = [
     "MAX_ERRORS", "MAX_LOOK", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "START", "Backoff", "Beat", "CachedFleet", "Call",
     "Fleet", "Operation", "Records", "Signal", "Verdict", "arun", "callbacks", "cancel", "create_key", "dead_letter",
-    "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events", "find_key", "find_keys", "fleet",
+    "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events", "find_keys", "fleet",
     "follow", "get", "get_with_key", "gone", "keys", "list_jobs", "models", "not_found", "read_streams", "replay_callback",
     "revoke_key", "ring", "run", "submit", "workers",
 ]  # fmt: skip

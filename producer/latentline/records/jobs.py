@@ -155,8 +155,9 @@ def list_jobs(
     before, last_id = _read_cursor(cursor) if cursor else ("+inf", "")
     arguments = {"tenant": tenant or "", "status": status or "", "before": before, "last_id": last_id, "limit": limit, "most": MAX_LOOK}
     ((now, found, following),) = yield from call_script_many(PAGE, [arguments])
-    positions = {raw["id"]: position for raw, position in ((pairs(flat), position) for flat, position in found)}
-    current = yield from _end_overdue([pairs(flat) for flat, _ in found], float(now))
+    raws = [pairs(flat) for flat, _ in found]
+    positions = {raw["id"]: position for raw, (_, position) in zip(raws, found, strict=True)}
+    current = yield from _end_overdue(raws, float(now))
     page: list[JobRecord] = []
     for raw in current:
         with contextlib.suppress(JobNotFound):  # a record of a version that this code cannot read is left out

@@ -61,11 +61,6 @@ def revoke_key(prefix: str) -> Operation[None]:
         raise KeyNotFound(f"no key with the prefix {prefix[:80]!r}")
 
 
-def find_key(prefix: str) -> Operation[ApiKey | None]:
-    """The key with this prefix, if there is one."""
-    return key_of((yield lambda client: client.hgetall(routing.api_key_key(prefix))))
-
-
 def find_keys(prefixes: Iterable[str]) -> Operation[dict[str, ApiKey]]:
     """Those of these keys that are there, in one round trip."""
     raws = yield hgetall_many(list(prefixes), routing.api_key_key)

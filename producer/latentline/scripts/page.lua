@@ -14,9 +14,8 @@ limit, most = tonumber(limit), tonumber(most)
 local index = keys.index()
 if tenant ~= '' then index = keys.tenant_index(tenant) elseif status ~= '' then index = keys.index(status) end
 
-local function wanted(id, score)
+local function wanted(id, score, job)
   if last_id ~= '' and tonumber(score) == tonumber(before) and id >= last_id then return false end -- equal scores: descending ids
-  local job = redis.call('HMGET', keys.job(id), 'status', 'tenant')
   return (status == '' or job[1] == status) and (tenant == '' or job[2] == tenant)
 end
 
@@ -24,13 +23,12 @@ local found, gone, offset, score, id, more = {}, {}, 0, nil, nil, false
 while not more do
   local entries = redis.call('ZRANGE', index, before, '-inf', 'BYSCORE', 'REV', 'LIMIT', offset, limit + 1, 'WITHSCORES')
   for i = 1, #entries, 2 do
-    if redis.call('EXISTS', keys.job(entries[i])) == 0 then
+    local job = redis.call('HMGET', keys.job(entries[i]), 'status', 'tenant', 'model')
+    if not job[1] then -- every record has a status, so there is none
       gone[#gone + 1] = entries[i]
-    elseif #found == limit then
-      if wanted(entries[i], entries[i + 1]) then more = true break end
-    elseif wanted(entries[i], entries[i + 1]) then
-      local job = redis.call('HMGET', keys.job(entries[i]), 'status', 'model')
-      local position = job[1] == 'queued' and redis.call('ZRANK', keys.waiting(job[2]), entries[i])
+    elseif wanted(entries[i], entries[i + 1], job) then
+      if #found == limit then more = true break end
+      local position = job[1] == 'queued' and redis.call('ZRANK', keys.waiting(job[3]), entries[i])
       found[#found + 1] = {redis.call('HGETALL', keys.job(entries[i])), position}
     end
     id, score = entries[i], entries[i + 1]

@@ -14,8 +14,7 @@
 --   tenants, and of those the emptiest.
 --
 -- Returns {'same' | 'conflict', id of the job that has the key}, {'full', rows of the tenant}, {'busy', jobs of the
--- tenant}, or
--- {'new', the record, its queue position}.
+-- tenant}, or {'new', the record, its queue position}.
 -- uses: clock, events, wakeups
 
 local id, request, num_steps, model, tenant, priority, priority_step, deadline_s, cost, cap, idempotency_key, fingerprint,
