@@ -36,12 +36,12 @@ HTTP_CODES = {
 
 def create_app(settings: Settings | None = None, client: AsyncClient | None = None) -> FastAPI:
     """The application. ``client`` is for tests; without it, one is opened when the application starts. Either is closed at its end."""
-    auth = (settings or (client.settings if client else Settings())).auth
+    settings = settings or (client.settings if client else Settings())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.client = client or AsyncClient(settings)
-        app.state.access = Access(app.state.client, keys=auth == "keys")
+        app.state.access = Access(app.state.client, keys=settings.auth == "keys")
         app.state.streams = Streams(app.state.client)
         yield
         await app.state.streams.close()
@@ -74,7 +74,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
 
     _document_request(app)
     app.add_middleware(Methods, routes=[*app.routes, *jobs.router.routes, *pictures.router.routes])
-    origins = [origin for origin in (settings or Settings()).cors_origins.split(",") if origin]
+    origins = [origin for origin in settings.cors_origins.split(",") if origin]
     if origins:  # outside of Methods, since it answers a browser's OPTIONS itself
         app.add_middleware(
             CORSMiddleware,
@@ -84,7 +84,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
             expose_headers=["Content-Range", "ETag", "Location", "Retry-After"],
             max_age=600,
         )
-    if auth == "none":
+    if settings.auth == "none":
         message = "this API serves without keys, so the Host header must be localhost or a loopback address"
         app.add_middleware(LoopbackHosts, refusal=error_answer(403, "not_allowed", message))
     app.add_exception_handler(LatentlineError, _domain_error)
