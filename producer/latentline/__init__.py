@@ -27,7 +27,8 @@ from .errors import (
 from .jobs import Callback, ImageRef, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Output, Phase, ResolvedRequest, Status
 
 if TYPE_CHECKING:
-    from .client import AsyncClient, Client, Outcome
+    from .client import AsyncClient, Client
+    from .operations import Outcome
     from .settings import Settings
 
 __version__ = "0.1.0"
@@ -64,7 +65,7 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"Client": "client", "AsyncClient": "client", "Outcome": "client", "Settings": "settings"}
+_LAZY = {"Client": "client", "AsyncClient": "client", "Outcome": "operations", "Settings": "settings"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -17,132 +16,19 @@ from typing import Any, Self
 import redis.asyncio
 
 from . import records
-from .addresses import CallbackRule
 from .connection import connect, connect_async
-from .errors import InvalidRequest, JobFailed, JobNotFound, LatentlineError, WaitTimeout
+from .errors import JobNotFound, WaitTimeout
 from .event_reader import EventReader, Listener
-from .images import Images
-from .jobs import JobEvent, JobRecord, JobRequest, ModelInfo, ResolvedRequest, Status, Submission
+from .jobs import JobEvent, JobRecord, ModelInfo, Status
 from .keys import ApiKey, Limits
-from .records import CachedFleet, Fleet, Operation, arun, run
+from .operations import Operations, Outcome, Request, accepted_record, finished, one_request
+from .records import arun, run
 from .settings import Settings
 
 POLL_MS = 1000  # how long one read of an event stream waits; below every socket timeout
-SUBMIT_CHUNK = 500  # jobs of one pipeline
-
-Request = JobRequest | ResolvedRequest
-
-Outcome = JobRecord | LatentlineError
-"""What became of one of many submissions: the accepted record, or why there is none."""
 
 
-class _Operations:
-    """The operations of both clients."""
-
-    def __init__(self, settings: Settings | None) -> None:
-        self.settings = settings or Settings()
-        self.images = Images(self.settings)
-        self._fleet = CachedFleet()
-
-    def _write(self, chunk: Sequence[Submission], limits: Limits) -> Operation[list[Outcome]]:
-        outcomes = yield from records.submit(
-            chunk,
-            self.settings.retention_s,
-            tenant_cap=limits.max_cost or self.settings.tenant_cap,
-            max_jobs=limits.max_jobs,
-            durable=self.settings.durable,
-        )
-        return [one if isinstance(one, LatentlineError) else self._with_urls(one) for one in outcomes]
-
-    def _submit(self, requests: Sequence[Request], limits: Limits) -> Operation[list[Outcome]]:
-        accepted = yield from self._fleet.accept_many(lambda fleet: _accept(requests, fleet, self.settings.callback_rule))
-        written: list[Outcome] = []
-        failure: LatentlineError | None = None
-        for chunk in _chunks(accepted):
-            try:
-                with records.domain_errors():
-                    written += yield from self._write(chunk, limits)
-            except LatentlineError as error:
-                failure = error
-                break  # a broker that fails would take seconds to fail again for each chunk
-        return _outcomes(accepted, written, failure)
-
-    def _get(self, job_id: str) -> Operation[JobRecord]:
-        return self._with_urls((yield from records.get(job_id)))
-
-    def _cancel(self, job_id: str) -> Operation[JobRecord]:
-        return self._with_urls((yield from records.cancel(job_id, self.settings.retention_s)))
-
-    def _delete(self, job_id: str) -> Operation[None]:
-        return records.delete(job_id)
-
-    def _list(
-        self, status: Status | str | None, cursor: str | None, limit: int, tenant: str | None
-    ) -> Operation[tuple[list[JobRecord], str | None]]:
-        if status and status not in list(Status):
-            raise InvalidRequest("status", status, "one of " + ", ".join(Status))
-        page, following = yield from records.list_jobs(Status(status) if status else None, cursor, limit, tenant=tenant)
-        return [self._with_urls(record) for record in page], following
-
-    def _with_urls(self, record: JobRecord) -> JobRecord:
-        if not record.images:
-            return record
-        signed = tuple(image.model_copy(update={"url": self.images.presign(image.key)}) for image in record.images)
-        return record.model_copy(update={"images": signed})
-
-
-def _accept(requests: Sequence[Request], fleet: Fleet, rule: CallbackRule) -> list[Submission | LatentlineError]:
-    accepted: list[Submission | LatentlineError] = []
-    for request in requests:
-        try:
-            if isinstance(request, ResolvedRequest):  # of a record: checked as what any client sends
-                # Without its idempotency key, which stands for what was sent before the defaults were filled in.
-                fields = request.model_dump(mode="json", exclude={"idempotency_key"}, exclude_defaults=True)
-                request = JobRequest.parse(fields)
-            if request.callback is not None:
-                rule.check(request.callback.url)
-            accepted.append(fleet.accept(request))
-        except LatentlineError as error:
-            accepted.append(error)
-    return accepted
-
-
-def _chunks(accepted: Sequence[Submission | LatentlineError]) -> Iterator[list[Submission]]:
-    ready = [one for one in accepted if isinstance(one, Submission)]
-    for start in range(0, len(ready), SUBMIT_CHUNK):
-        yield ready[start : start + SUBMIT_CHUNK]
-
-
-def _outcomes(
-    accepted: Sequence[Submission | LatentlineError], written: Sequence[Outcome], failure: LatentlineError | None
-) -> list[Outcome]:
-    """What was refused and what was written, in the order of the requests; ``failure`` for those without an answer."""
-    rest = itertools.chain(written, itertools.repeat(failure) if failure else ())
-    return [next(rest) if isinstance(one, Submission) else one for one in accepted]
-
-
-def _record(outcome: Outcome) -> JobRecord:
-    if isinstance(outcome, LatentlineError):
-        raise outcome
-    return outcome
-
-
-def _finish(record: JobRecord, check: bool) -> JobRecord:
-    if check and record.status is not Status.SUCCEEDED:
-        reason = f"{record.error.code}: {record.error.message}" if record.error else record.status.value
-        raise JobFailed(f"job {record.id} did not succeed ({reason})")
-    return record
-
-
-def _request(request: Request | None, fields: dict[str, Any]) -> Request:
-    if request is None:
-        return JobRequest.parse(fields)
-    if fields:
-        raise InvalidRequest("request", ", ".join(fields), "a JobRequest, or its fields by name, but not both")
-    return request
-
-
-class Client(_Operations):
+class Client(Operations):
     """Blocking client. Every error that it raises on purpose is a :class:`~latentline.errors.LatentlineError`."""
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -151,7 +37,7 @@ class Client(_Operations):
 
     def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
         """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
-        return _record(self.submit_many([_request(request, fields)])[0])
+        return accepted_record(self.submit_many([one_request(request, fields)])[0])
 
     def submit_many(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Enqueue many jobs in few round trips, in order.
@@ -211,7 +97,7 @@ class Client(_Operations):
             left_ms = POLL_MS if deadline is None else int(min(POLL_MS, max(1.0, (deadline - time.monotonic()) * 1000)))
             found, ended = run(self._redis, records.follow(job_id, last, left_ms))
             if ended:
-                return _finish(self.get(job_id), check)
+                return finished(self.get(job_id), check)
             last = found[-1].id if found else last
             if deadline is not None and time.monotonic() >= deadline:
                 raise WaitTimeout(f"job {job_id} has not ended within {timeout_s:g} s; the job goes on")
@@ -226,7 +112,7 @@ class Client(_Operations):
         self.close()
 
 
-class AsyncClient(_Operations):
+class AsyncClient(Operations):
     """The same for asyncio."""
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -236,7 +122,7 @@ class AsyncClient(_Operations):
 
     async def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
         """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
-        return _record((await self.submit_many([_request(request, fields)]))[0])
+        return accepted_record((await self.submit_many([one_request(request, fields)]))[0])
 
     async def submit_many(self, requests: Sequence[Request], limits: Limits | None = None) -> Sequence[Outcome]:
         """Enqueue many jobs in few round trips, in order; returns and raises as :meth:`Client.submit_many`.
@@ -319,7 +205,7 @@ class AsyncClient(_Operations):
                     pass
         except TimeoutError:
             raise WaitTimeout(f"job {job_id} has not ended within {timeout_s:g} s; the job goes on") from None
-        return _finish(await self.get(job_id), check)
+        return finished(await self.get(job_id), check)
 
     async def close(self) -> None:
         await self._events.close()

@@ -205,7 +205,7 @@ def round_trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_what_requests_with_keys_cost_in_round_trips(
     empty_valkey: redis.Redis, store: Records, valkey_url: str, monkeypatch: pytest.MonkeyPatch, round_trips: list[int]
 ) -> None:
-    monkeypatch.setattr("latentline.client.Images", lambda settings: FakeImages())
+    monkeypatch.setattr("latentline.operations.Images", lambda settings: FakeImages())
     store.announce("one", [MODEL])
     text, _ = records.run(empty_valkey, records.create_key(NewKey.parse(tenant="default", limits={"rate": 100})))
 

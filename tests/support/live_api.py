@@ -42,7 +42,7 @@ class Live:
 @contextlib.contextmanager
 def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) -> Iterator[Live]:
     redis, images = fakeredis.FakeServer(), FakeImages()
-    monkeypatch.setattr("latentline.client.Images", lambda settings: images)
+    monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
     worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
     worker.announce()

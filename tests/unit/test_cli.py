@@ -69,7 +69,7 @@ class Service:
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     redis, images = fakeredis.FakeServer(), HttpImages()
-    monkeypatch.setattr("latentline.client.Images", lambda settings: images)
+    monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
     worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
     worker.announce()

@@ -87,7 +87,7 @@ def settings() -> Settings:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Its one element is the time by which clients judge how old the announcements are that they have read."""
     now = [1000.0]
-    monkeypatch.setattr("latentline.client.CachedFleet", lambda: CachedFleet(lambda: now[0]))
+    monkeypatch.setattr("latentline.operations.CachedFleet", lambda: CachedFleet(lambda: now[0]))
     return now
 
 
@@ -100,7 +100,7 @@ def client(
     clock: list[float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Any]:
-    monkeypatch.setattr("latentline.client.Images", lambda settings: images)
+    monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect", lambda url: fakeredis.FakeRedis(server=server, decode_responses=True))
     monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=server, decode_responses=True))
     if request.param == "sync":
@@ -230,7 +230,7 @@ def test_a_broker_that_fails_in_between_leaves_no_outcome_out(
     client: Any, worker: FakeWorker, server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was accepted before is told, what may have been accepted is an error."""
-    monkeypatch.setattr("latentline.client.SUBMIT_CHUNK", 2)
+    monkeypatch.setattr("latentline.operations.SUBMIT_CHUNK", 2)
     write, written = records.submit, 0
 
     def fails_later(*args: Any, **kwargs: Any) -> Any:
@@ -635,7 +635,7 @@ def test_models(client: Any, worker: FakeWorker) -> None:
 
 
 def test_events_arrive_while_the_job_runs(server: fakeredis.FakeServer, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentline.client.Images", lambda settings: FakeImages())
+    monkeypatch.setattr("latentline.operations.Images", lambda settings: FakeImages())
     monkeypatch.setattr("latentline.client.connect", lambda url: fakeredis.FakeRedis(server=server, decode_responses=True))
     with Client(Settings()) as client:
         job_id = client.submit(prompt="a cat", num_inference_steps=2).id

@@ -15,10 +15,11 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from latentline.client import Client, Outcome
+from latentline.client import Client
 from latentline.errors import LatentlineError
 from latentline.images import Images
 from latentline.jobs import JobRecord, JobRequest, Phase, Status
+from latentline.operations import Outcome
 
 from .stack import Stack
 
