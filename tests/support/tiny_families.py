@@ -19,44 +19,19 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
 
-from .tiny import tiny_pipeline
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,."
-WIDTH = 32  # of every text encoder
+from .tiny import LETTERS, WIDTH, clip_config, clip_tokenizer, small_vae, tiny_pipeline
 
 
 def _clip(kind: Any, *, seed: int, width: int = WIDTH) -> Any:
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        vocab_size=1000,
-        max_position_embeddings=77,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        projection_dim=width,
-    )
-    return kind(config).eval()
-
-
-def _clip_tokenizer() -> CLIPTokenizer:
-    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    for letter in LETTERS:
-        vocab[letter] = len(vocab)
-        vocab[letter + "</w>"] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    return kind(clip_config(width)).eval()
 
 
 def _t5() -> T5EncoderModel:
@@ -72,15 +47,7 @@ def _t5_tokenizer() -> T5TokenizerFast:
 
 def _vae(**options: Any) -> AutoencoderKL:
     torch.manual_seed(4)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=32,
-        **options,
-    ).eval()
+    return small_vae(**options)
 
 
 def sdxl(second_width: int = WIDTH) -> StableDiffusionXLPipeline:
@@ -108,7 +75,7 @@ def sdxl(second_width: int = WIDTH) -> StableDiffusionXLPipeline:
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     return StableDiffusionXLPipeline(
         _vae(), _clip(CLIPTextModel, seed=1), _clip(CLIPTextModelWithProjection, seed=2, width=second_width),
-        _clip_tokenizer(), _clip_tokenizer(), unet,
+        clip_tokenizer(), clip_tokenizer(), unet,
         scheduler, add_watermarker=False,
     )  # fmt: skip
 
@@ -136,9 +103,9 @@ def sd3() -> StableDiffusion3Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(CLIPTextModelWithProjection, seed=1),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_clip(CLIPTextModelWithProjection, seed=2),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=T5EncoderModel(t5).eval(),
         tokenizer_3=_t5_tokenizer(),
     )
@@ -163,7 +130,7 @@ def flux(guidance_embeds: bool = True) -> FluxPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds, shift=3.0 if guidance_embeds else 1.0),
         vae=_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(CLIPTextModel, seed=1),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=_t5(),
         tokenizer_2=_t5_tokenizer(),
         transformer=transformer,

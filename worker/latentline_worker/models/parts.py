@@ -13,8 +13,11 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
 from latentline.errors import ModelError
+from latentline.jobs import ResolvedRequest
 
 from . import folder
+from .base import Family
+from .lora import Target
 from .sources import ModelFiles
 from .transfer import to_device
 
@@ -90,6 +93,28 @@ def place(module: Any, device: torch.device, dtype: torch.dtype, *, convolutions
 def decoder_dtype(vae: Any, dtype: torch.dtype) -> torch.dtype:
     """The type in which a VAE decodes: some overflow in fp16 and say so in their configuration."""
     return torch.float32 if dtype == torch.float16 and vae.config.get("force_upcast") else dtype
+
+
+def first_noise(family: Family, request: ResolvedRequest, generator: torch.Generator, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(c, h, w) standard normal noise that an image starts from, as diffusers' ``prepare_latents`` draws it for one generator an image.
+
+    Args:
+        dtype: in which the pipeline draws it, if it is not the network's.
+    """
+    assert request.width is not None and request.height is not None
+    shape = family.latent_shape(request.width, request.height)
+    return torch.randn((1, *shape), generator=generator, dtype=dtype or family.dtype)[0]
+
+
+def lora_target(pipeline: Any, parts: Iterable[str]) -> Target:
+    """What adapters change of a pipeline: those of these parts that it has."""
+    return Target(type(pipeline), {name: getattr(pipeline, name) for name in parts if getattr(pipeline, name) is not None})
+
+
+def decoded(vae: Any, z: torch.Tensor, *, tiled: bool) -> torch.Tensor:
+    """The VAE's pictures of latents as it takes them, (n, height, width, 3) uint8."""
+    vae.use_tiling = tiled
+    return to_pixels(vae.decode(z, return_dict=False)[0])
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

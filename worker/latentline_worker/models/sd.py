@@ -19,7 +19,7 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 from . import checksums
 from .base import Encoded, Row, Text
 from .lora import Adapters, Target
-from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_pixels
+from .parts import decoded, decoder_dtype, first_noise, guidance_embedding, load_pipeline, place
 from .sources import ModelFiles
 from .transfer import to_device
 
@@ -128,8 +128,7 @@ class StableDiffusion:
         return [{**one.row, "timestep_cond": embedded} for one in encoded]
 
     def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
-        assert request.width is not None and request.height is not None
-        return torch.randn((1, *self.latent_shape(request.width, request.height)), generator=generator, dtype=self.dtype)[0]
+        return first_noise(self, request, generator)
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
         out: torch.Tensor = self.unet(
@@ -150,5 +149,4 @@ class StableDiffusion:
 
     def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
         z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        self.vae.use_tiling = tiled
-        return to_pixels(self.vae.decode(z, return_dict=False)[0])
+        return decoded(self.vae, z, tiled=tiled)

@@ -18,7 +18,7 @@ from . import checksums
 from .base import Encoded, Row, Text
 from .flow import mu_of, with_flow
 from .lora import Adapters, Target
-from .parts import decoder_dtype, load_pipeline, place, to_pixels
+from .parts import decoded, decoder_dtype, first_noise, load_pipeline, lora_target, place
 from .sources import ModelFiles
 
 PARTS = ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -71,8 +71,7 @@ class StableDiffusion3:
 
     def lora_target(self) -> Target:
         """What adapters change."""
-        parts = {name: getattr(self._pipeline, name) for name in PARTS[1:] if getattr(self._pipeline, name) is not None}
-        return Target(StableDiffusion3Pipeline, parts)
+        return lora_target(self._pipeline, PARTS[1:])
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.transformer.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -103,8 +102,7 @@ class StableDiffusion3:
         return [one.row for one in encoded]
 
     def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
-        assert request.width is not None and request.height is not None
-        return torch.randn((1, *self.latent_shape(request.width, request.height)), generator=generator, dtype=self.dtype)[0]
+        return first_noise(self, request, generator)
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
         out: torch.Tensor = self.transformer(
@@ -124,5 +122,4 @@ class StableDiffusion3:
 
     def decode(self, latents: torch.Tensor, *, tiled: bool) -> torch.Tensor:
         z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        self.vae.use_tiling = tiled
-        return to_pixels(self.vae.decode(z, return_dict=False)[0])
+        return decoded(self.vae, z, tiled=tiled)

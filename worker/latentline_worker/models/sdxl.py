@@ -17,7 +17,7 @@ from latentline_worker.samplers import SamplerTable, names_for, sampler_table
 from . import checksums
 from .base import Encoded, Row, Text
 from .lora import Adapters, Target
-from .parts import decoder_dtype, guidance_embedding, load_pipeline, place, to_pixels
+from .parts import decoded, decoder_dtype, first_noise, guidance_embedding, load_pipeline, lora_target, place
 from .sources import ModelFiles
 from .transfer import to_device
 
@@ -73,8 +73,7 @@ class StableDiffusionXL:
 
     def lora_target(self) -> Target:
         """What adapters change."""
-        parts = {name: getattr(self._pipeline, name) for name in PARTS[1:] if getattr(self._pipeline, name) is not None}
-        return Target(StableDiffusionXLPipeline, parts)
+        return lora_target(self._pipeline, PARTS[1:])
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -109,8 +108,7 @@ class StableDiffusionXL:
         return [{**one.row, **more} for one in encoded]
 
     def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
-        assert request.width is not None and request.height is not None
-        return torch.randn((1, *self.latent_shape(request.width, request.height)), generator=generator, dtype=self.dtype)[0]
+        return first_noise(self, request, generator)
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
         out: torch.Tensor = self.unet(
@@ -136,8 +134,7 @@ class StableDiffusionXL:
             z = z * std / config.scaling_factor + mean
         else:
             z = z / config.scaling_factor
-        self.vae.use_tiling = tiled
-        return to_pixels(self.vae.decode(z, return_dict=False)[0])
+        return decoded(self.vae, z, tiled=tiled)
 
 
 def _zeros(row: Row) -> dict[str, torch.Tensor]:
