@@ -6,19 +6,17 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.event_reader import Listener
-from latentline.jobs import JobError, JobRecord, ModelInfo, Phase, Status
 from latentline.records import MAX_PAGE
 
+from .answers import JobAnswer, JobPage, LoraAnswer, LoraList, ModelList, answer, errors
 from .auth import bearer
 from .body import json_object
 from .methods import IS_HEAD
@@ -26,69 +24,6 @@ from .service import Reading, Submitting, poll
 
 MAX_WAIT_S = 60.0  # of a long poll; proxies often cut a request after a minute
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
-
-
-class ErrorBody(BaseModel):
-    code: str
-    message: str
-    field: str | None = None
-    allowed: str | None = None
-
-
-class ErrorAnswer(BaseModel):
-    error: ErrorBody
-
-
-class ImageAnswer(BaseModel):
-    url: str
-    seed: int
-    width: int
-    height: int
-    content_type: str
-    sha256: str
-
-
-class JobAnswer(BaseModel):
-    """A job as clients see it. ``request`` shows the values that were used, also where the client left them to the model."""
-
-    id: str
-    status: Status
-    phase: Phase | None
-    step: int
-    num_steps: int
-    queue_position: int | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    cancel_requested: bool
-    images: list[ImageAnswer]
-    error: JobError | None
-    timings: dict[str, float]
-    request: dict[str, Any]
-
-
-class JobPage(BaseModel):
-    jobs: list[JobAnswer]
-    next_cursor: str | None
-
-
-class ModelList(BaseModel):
-    models: list[ModelInfo]
-
-
-class LoraAnswer(BaseModel):
-    model: str
-    name: str
-
-
-class LoraList(BaseModel):
-    loras: list[LoraAnswer]
-
-
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route, for the OpenAPI document."""
-    # Every route declares 422, since FastAPI documents a shape of its own for it otherwise.
-    return {status: {"model": ErrorAnswer} for status in (*statuses, 401, 403, 422, 500, 503)}
 
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -204,30 +139,6 @@ async def list_loras(jobs: Reading) -> LoraList:
     """The LoRA adapters that a request may name, by the model that they belong to."""
     served = (await jobs.models()).values()
     return LoraList(loras=[LoraAnswer(model=model.id, name=name) for model in served for name in model.loras])
-
-
-def answer(record: JobRecord) -> JobAnswer:
-    """A record as the API shows it."""
-
-    def moment(seconds: float | None) -> datetime | None:
-        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
-
-    return JobAnswer(
-        id=record.id,
-        status=record.status,
-        phase=record.phase,
-        step=record.step,
-        num_steps=record.num_steps,
-        queue_position=record.queue_position,
-        created_at=datetime.fromtimestamp(record.created_at, UTC),
-        started_at=moment(record.started_at),
-        finished_at=moment(record.finished_at),
-        cancel_requested=record.cancel_requested,
-        images=[ImageAnswer.model_validate(image.model_dump(), extra="ignore") for image in record.images],
-        error=record.error,
-        timings=record.timings,
-        request=record.request.model_dump(mode="json", exclude={"idempotency_key"}),
-    )
 
 
 def _idempotency_key(request: Request, data: dict[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from latentline.errors import PictureNotFound
 
-from .jobs import errors
+from .answers import errors
 from .methods import IS_HEAD
 from .service import Reading
 
