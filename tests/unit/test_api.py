@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from support.live_api import Live, live_api, problem
 
 from latentline import AsyncClient, Settings, routing
-from latentline.api import jobs as api_jobs
+from latentline.api import events as api_events
 from latentline.api.app import create_app
 from latentline.jobs import MAX_BODY_BYTES, JobError, Phase
 from latentline.testing import MODEL
@@ -394,14 +394,14 @@ def test_events_arrive_while_the_job_runs(live: Live) -> None:
 
 
 def test_a_quiet_stream_is_kept_alive(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_jobs, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(api_events, "KEEP_ALIVE_S", 0.01)
     job_id = live.submit()["id"]
     with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
         assert any(line.startswith(":") for line in answer.iter_lines())
 
 
 def test_a_stream_whose_client_goes_away_leaves_nothing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_jobs, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(api_events, "KEEP_ALIVE_S", 0.05)
     job_id = live.submit()["id"]
     with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
         lines = answer.iter_lines()  # kept: the connection closes with it

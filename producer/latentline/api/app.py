@@ -21,7 +21,7 @@ from latentline.jobs import JobRequest
 from latentline.requests import allowed_by
 from latentline.settings import Settings
 
-from . import jobs, pictures
+from . import events, jobs, pictures
 from .auth import Access, LoopbackHosts
 from .methods import Methods
 from .streams import Streams
@@ -50,6 +50,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
     app = FastAPIOffline(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.include_router(jobs.router)
+    app.include_router(events.router)
     app.include_router(pictures.router)
 
     @app.get("/healthz", tags=["health"], summary="Whether this process is alive")
@@ -73,7 +74,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
 
     _document_request(app)
-    app.add_middleware(Methods, routes=[*app.routes, *jobs.router.routes, *pictures.router.routes])
+    app.add_middleware(Methods, routes=[*app.routes, *jobs.router.routes, *events.router.routes, *pictures.router.routes])
     origins = [origin for origin in settings.cors_origins.split(",") if origin]
     if origins:  # outside of Methods, since it answers a browser's OPTIONS itself
         app.add_middleware(
