@@ -187,6 +187,7 @@ class _Host:
 
 def plant(fault: str, family: Any) -> contextlib.AbstractContextManager[Any]:
     """Make the engine do what it must not do."""
+    from latentline_worker.engine import lane as lane_module
     from latentline_worker.engine.lane import Lane
 
     denoise, gather = family.denoise, Lane._gather
@@ -205,7 +206,7 @@ def plant(fault: str, family: Any) -> contextlib.AbstractContextManager[Any]:
         "synchronisation": mock.patch.object(family, "denoise", asks_for_a_number),
         "list": mock.patch.object(Lane, "_gather", indexed),
         "index": mock.patch.object(Lane, "_gather", indexed),
-        "pageable": mock.patch.object(Lane, "_to_device", lambda _, tensor: tensor.to(DEVICE)),
+        "pageable": mock.patch.object(lane_module, "to_device", lambda tensor, _: tensor.to(DEVICE)),
     }
     return faults[fault]  # type: ignore[no-any-return]
 

@@ -76,7 +76,10 @@ class Engine:
         pool = torch.cuda.graph_pool_handle() if graphs and self.device.type == "cuda" else None
         self.networks = {model: Network(family, fixed_rows, Graphs(pool) if pool else None) for model, family in self.families.items()}
         self.decoder = Decoder(1 if fixed_rows else decode_batch, not fixed_rows, lambda model, size: self.lanes.num_decodes(model, size))
-        self.lanes = Lanes(self.families, self.networks, self.memory, self.clock, self.decoder, fixed_rows or max_rows, self._opened)
+        self.lanes = Lanes(
+            self.families, self.networks, self.memory, self.clock, self.decoder, fixed_rows or max_rows,
+            opened=lambda key, rows: self.planner.cost.cap(key, rows),
+        )  # fmt: skip
         self.conditioner = Conditioner(micro_batch, self.memory.text_bytes)
         self.publisher = Publisher(self.families, self.checkpoint_schedule)
         self._admission = Admission(self.families, self.conditioner, self.lanes, self.publisher, self.memory.text_bytes)
@@ -173,9 +176,6 @@ class Engine:
             elif request.broken:
                 self._finish(request, request.broken)
         self._admission.admit(self._joined, self._finish)
-
-    def _opened(self, key: LaneKey, rows: int) -> None:
-        self.planner.cost.cap(key, rows)
 
     def _adapter_bytes(self) -> int:
         """What the banks of all models take."""

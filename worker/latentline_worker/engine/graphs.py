@@ -47,8 +47,10 @@ class Graphs:
         self._graphs: dict[tuple[Kind, int], Graph] = {}
         self._static: dict[Kind, Flat] = {}  # inputs of the largest graph of a kind; smaller ones read their first rows
 
-    def capture(self, forward: Forward, names: tuple[str, ...], one: Flat, sizes: Sequence[int]) -> list[int]:
+    def capture(self, forward: Forward, names: tuple[str, ...], one: Flat, sizes: Sequence[int]) -> None:
         """Capture a forward for several row counts, the largest first, so that the others find room in its memory.
+
+        Without memory, or with a forward that cannot be captured, there are graphs for fewer of them.
 
         Args:
             forward: over flat inputs.
@@ -56,25 +58,20 @@ class Graphs:
             one: an example row.
             sizes: row counts.
 
-        Returns:
-            The row counts for which it worked. Without memory, or with a forward that cannot be captured, there are fewer.
-
         Raises:
             torch.AcceleratorError: the device is lost.
         """
-        kind, captured = kind_of(names, one), []
+        kind = kind_of(names, one)
         for size in sorted(sizes, reverse=True):
             try:
                 if kind not in self._static:
                     self._static[kind] = tuple(tensor.expand(size, *tensor.shape[1:]).clone() for tensor in one)
                 self._graphs[kind, size] = Graph(forward, tuple(tensor[:size] for tensor in self._static[kind]), self._pool)
-                captured.append(size)
             except Exception as error:
                 raise_if_lost(error)
                 log.warning("no CUDA graph for %d rows (%s): they run without one", size, type(error).__name__)
-                if not captured:
+                if not any(captured == kind for captured, _ in self._graphs):
                     self._static.pop(kind, None)
-        return captured
 
     def forget(self, name: str) -> None:
         """Drop the graphs of rows that have a tensor of this name."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from latentline_worker.models.base import Family, Row
+from latentline_worker.models.transfer import to_device
 from latentline_worker.samplers import MAX_ORDER
 
 from .checkpoint import Checkpoint
@@ -100,12 +101,12 @@ class Lane:
             noise = self._noises[slot] = Noise(seed, self.shape, self.family.dtype)
             first = self.family.start(work.request, i, noise.generator).float().flatten()
             self._history[slot].zero_()  # zero coefficients do not cancel what an earlier job left: 0 * NaN is NaN
-            self._history[slot, 0] = self._to_device(first) * work.table.init[1]
+            self._history[slot, 0] = to_device(first, self.family.device) * work.table.init[1]
             self._adapters[slot] = request.adapter_slot or 0
             for branch, row in enumerate(rows):
                 for name, tensor in row.items():
                     self._rows[name][slot, branch] = tensor
-        self._slots[request] = self._to_device(torch.tensor(request.slots))
+        self._slots[request] = to_device(torch.tensor(request.slots), self.family.device)
         if work.resume is not None:
             self._restore(request, work.resume)
 
@@ -129,7 +130,7 @@ class Lane:
 
     def _restore(self, request: Request, checkpoint: Checkpoint) -> None:
         table = request.work.table
-        history = self._to_device(torch.from_numpy(checkpoint.history))
+        history = to_device(torch.from_numpy(checkpoint.history), self.family.device)
         for slot, past in zip(request.slots, history, strict=True):
             self._history[slot, : table.order] = past[: table.order]
             self._history[slot, OUTPUTS : OUTPUTS + table.order] = past[table.order :]
@@ -178,8 +179,8 @@ class Lane:
             table = r.work.table
             numbers[i, :3] = table.input_scale[r.step], table.timesteps[r.step], r.work.request.guidance_scale
             numbers[i, 3:] = table.coefficients[r.step]
-        sent = self._to_device(torch.from_numpy(numbers))
-        places = self._to_device(torch.tensor([slot for _, slot in images] + guided + noisy))
+        sent = to_device(torch.from_numpy(numbers), self.family.device)
+        places = to_device(torch.tensor([slot for _, slot in images] + guided + noisy), self.family.device)
         slots, guided_at, noisy_at = places.split([count, len(guided), len(noisy)])
         scale, timesteps, guidance = sent[:, 0], sent[:, 1], sent[guided_at, 2].view(-1, 1, 1, 1)
         history = self._history[slots]
@@ -216,7 +217,7 @@ class Lane:
         history[:, OUTPUTS + 1 : NOISE] = history[:, OUTPUTS : NOISE - 1].clone()
         history[:, OUTPUTS] = m.flatten(1)
         if step.noises:
-            history[step.noisy, NOISE] = self._to_device(torch.stack([noise.draw() for noise in step.noises]))
+            history[step.noisy, NOISE] = to_device(torch.stack([noise.draw() for noise in step.noises]), self.family.device)
         # Term by term over those that any sampler uses: a batched matrix product may sum in another order for
         # another batch size, and then a picture would depend on the jobs beside it.
         x_next = torch.zeros_like(history[:, 0])
@@ -228,11 +229,6 @@ class Lane:
     def _commit(self, step: _Step) -> None:
         """Write the new history into the lane: the one write of a step, so it happens as a whole or not at all."""
         self._history[step.slots] = step.history
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.family.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.family.device, non_blocking=True)
 
     def _empty_rows(self, count: int) -> dict[str, torch.Tensor]:
         return zeros(self._signature, (count, MAX_BRANCHES), self.family.device)

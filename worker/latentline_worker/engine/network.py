@@ -76,8 +76,7 @@ class Network:
             return
         names, flat = _flat(x, timesteps, rows)
         forward = over_flat_inputs(self.family, names)
-        if ADAPTER in names and self.family.adapters:
-            self._bank_layers = self.family.adapters.bank.num_layers
+        self._note_bank(names)
         with warnings.catch_warnings():
             # torch.jit.trace is deprecated in favour of torch.compile, which needs a C++ compiler and a minute per shape.
             # torch is pinned; with a later version that has no torch.jit.trace, the forward is not recorded.
@@ -107,16 +106,21 @@ class Network:
         if self._graphs is None:
             return
         names, flat = _flat(x, timesteps, rows)
-        if ADAPTER in names and self.family.adapters:
-            self._bank_layers = self.family.adapters.bank.num_layers
+        self._note_bank(names)
         sizes = [size for size in ((self.fixed_rows,) if self.fixed_rows else BUCKETS) if size <= most]
         self._graphs.capture(over_flat_inputs(self.family, names), names, flat, sizes)
 
+    def _note_bank(self, names: tuple[str, ...]) -> bool:
+        """Keep in mind which layers with updates a recording of these rows knows; whether there are others than before."""
+        adapters = self.family.adapters
+        if ADAPTER not in names or adapters is None or adapters.bank.num_layers == self._bank_layers:
+            return False
+        self._bank_layers = adapters.bank.num_layers
+        return True
+
     def _renew(self, names: tuple[str, ...], flat: Flat) -> None:
         """Drop what was recorded and captured with adapters once more layers have updates than it knows. On a CPU, record anew."""
-        adapters = self.family.adapters
-        if adapters and adapters.bank.num_layers != self._bank_layers:
-            self._bank_layers = adapters.bank.num_layers
+        if self._note_bank(names):
             self._traced = {kind: forward for kind, forward in self._traced.items() if ADAPTER not in kind[0]}
             if self._graphs:
                 self._graphs.forget(ADAPTER)
@@ -130,8 +134,7 @@ class Network:
         return torch.cat(parts)
 
     def _call(self, names: tuple[str, ...], flat: Flat) -> torch.Tensor:
-        if ADAPTER in names:
-            self._renew(names, flat)
+        self._renew(names, flat)
         if self._graphs is not None and (out := self._graphs(names, flat)) is not None:
             return out
         forward = self._traced.get(kind_of(names, flat[1:]))
