@@ -98,7 +98,7 @@ def test_dead_letters_are_listed_newest_first(client: redis.Redis, store: Record
     store.bury("message-1", "message", "no task message", message="garbage")
     lines = latentline("dead", "list").stdout.splitlines()
     assert lines == ["message-1  message  no task message", f"{job_id}  job  the object store is down"]
-    found = json.loads(latentline("dead", "list", "--json").stdout)
+    found = json.loads(latentline("dead", "list", "--json").stdout)["dead_letters"]
     assert [letter["id"] for letter in found] == ["message-1", job_id]
     assert found[1]["errors"] == MAX_ERRORS
 
@@ -106,7 +106,7 @@ def test_dead_letters_are_listed_newest_first(client: redis.Redis, store: Record
 def test_no_dead_letters_is_an_empty_list(client: redis.Redis, latentline: Command) -> None:
     result = latentline("dead", "list")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert json.loads(latentline("dead", "list", "--json").stdout) == []
+    assert json.loads(latentline("dead", "list", "--json").stdout)["dead_letters"] == []
 
 
 def test_a_dead_letter_is_shown_whole(client: redis.Redis, store: Records, latentline: Command) -> None:
@@ -206,7 +206,7 @@ def test_callbacks_as_json_hold_the_log_and_no_prompt(client: redis.Redis, store
     callback_id = end(client, store)
     Deliverer(store, [], rule=CallbackRule()).deliver(callback_id)
     result = latentline("callbacks", "list", "--json")
-    (found,) = json.loads(result.stdout)
+    (found,) = json.loads(result.stdout)["callbacks"]
     assert (found["id"], found["status"], found["url"], found["tries"]) == (callback_id, "failed", HOOK, 1)
     assert callback_id == f"msg_{found['job_id']}_succeeded" and found["record"] == found["job_id"]
     assert [entry["try"] for entry in found["log"]] == [1]

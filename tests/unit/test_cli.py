@@ -10,137 +10,27 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click.testing
-import fakeredis
 import httpx
 import pytest
-import uvicorn
-from fastapi import Response
+from support.commands import Service, call, refused, served
 
-from latentline import AsyncClient, records
-from latentline.api.app import create_app
+from latentline import records
 from latentline.cli import main
 from latentline.connection import connect
 from latentline.jobs import JobError, JobRequest, resolve
-from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
-
-
-class HttpImages(FakeImages):
-    """A store whose URLs can be fetched: the test's server serves them."""
-
-    base = ""
-    damaged = False
-
-    def presign(self, key: str) -> str:
-        return f"{self.base}/store/{key}"
-
-
-class Service:
-    """An API, its store and a worker that takes jobs while ``working``."""
-
-    def __init__(self, url: str, images: HttpImages, worker: FakeWorker) -> None:
-        self.url, self.images, self.worker = url, images, worker
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._work)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._end.set()
-        if self._thread.ident is not None:
-            self._thread.join(30)
-
-    def _work(self) -> None:
-        while not self._end.wait(0.01):
-            self.worker.run_all()
-
-    def submit(self, **fields: Any) -> str:
-        request = JobRequest.parse({"prompt": "a cat", "num_inference_steps": 2, **fields})
-        return records.run(self.worker.redis, records.submit([resolve(request)], 600))[0].id
+from latentline.testing import MODEL, TINY_PNG
 
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    redis, images = fakeredis.FakeServer(), HttpImages()
-    monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
-    monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
-    worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
-    worker.announce()
-    app = create_app(client=AsyncClient())
-
-    @app.get("/store/{key:path}")
-    async def store(key: str) -> Response:
-        data = images.objects.get(key)
-        return Response(status_code=404) if data is None else Response(data + b"!" * images.damaged, media_type="image/png")
-
-    @app.api_route("/other/v1/{path:path}", methods=["GET", "POST"])
-    async def other_json(path: str) -> Any:
-        return {"status": "ok"}
-
-    @app.get("/wrong/v1/jobs/x")
-    async def other_error() -> Response:
-        return Response('{"error": "text"}', status_code=418, media_type="application/json")
-
-    @app.get("/html/v1/models")
-    async def something_else() -> Response:
-        return Response("<html>", media_type="text/html")
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    images.base = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    monkeypatch.setenv("LATENTLINE_URL", images.base)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
-    service = Service(images.base, images, worker)
-    yield service
-    service.stop()
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
-    listener.close()
-
-
-@pytest.fixture(autouse=True)
-def closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command leaves its connection to the end of its process; here the process goes on."""
-    opened: list[httpx.Client] = []
-    start = httpx.Client.__init__
-
-    def keep(self: httpx.Client, *args: Any, **kwargs: Any) -> None:
-        start(self, *args, **kwargs)
-        opened.append(self)
-
-    monkeypatch.setattr(httpx.Client, "__init__", keep)
-    yield
-    for client in opened:
-        client.close()
-
-
-def call(*args: str, code: int = 0) -> click.testing.Result:
-    """Run the command; its exit status has to be ``code``, and never is there a traceback."""
-    result = click.testing.CliRunner().invoke(main, list(args))
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def refused(*args: str, code: int = 2) -> str:
-    """The one line on stderr of a command that fails."""
-    result = call(*args, code=code)
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("latentline: ")
-    return line
+    with served(monkeypatch) as running:
+        yield running
 
 
 # Jobs
@@ -220,6 +110,24 @@ def test_wait_gives_up_and_the_job_goes_on(service: Service) -> None:
     result = call("submit", "a cat", "--wait", "--timeout", "0.05", code=1)
     job_id = service.worker.take()
     assert job_id is not None and f"{job_id} has not ended within 0.05 s" in result.stderr
+    assert "queued" in call("status", job_id).stdout
+
+
+def test_ctrl_c_leaves_the_job_and_names_it(service: Service) -> None:
+    command = [sys.executable, "-m", "latentline.cli", "submit", "a cat", "--wait"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        job_id = process.stderr.readline().split()[0]  # the job is named as soon as it is accepted
+        while ("GET", f"/v1/jobs/{job_id}/events") not in service.asked and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert f"job {job_id} goes on" in err.strip() and "Traceback" not in err and len(err.splitlines()) == 1
     assert "queued" in call("status", job_id).stdout
 
 
@@ -420,10 +328,12 @@ def test_the_api_waits_for_the_append_only_file_when_asked_to(monkeypatch: pytes
 @pytest.mark.parametrize("command", [["status", "x"], ["cancel", "x"], ["jobs"], ["models"], ["submit", "a cat"]])
 def test_json_of_something_else_is_one_line(service: Service, command: list[str], as_json: bool) -> None:
     url = f"{service.url}/other"
-    assert (
-        refused(*command, "--url", url, *["--json"] * as_json, code=3)
-        == f"latentline: {url} is not a latentline API (its answer has another form)"
-    )
+    message = f"{url} is not a latentline API (its answer has another form)"
+    if as_json:
+        result = call(*command, "--url", url, "--json", code=3)
+        assert (result.stdout, json.loads(result.stderr)) == ("", {"error": {"code": "unavailable", "message": message}})
+    else:
+        assert refused(*command, "--url", url, code=3) == f"latentline: {message}"
 
 
 def test_an_error_of_something_else_is_one_line(service: Service) -> None:

@@ -397,10 +397,10 @@ def test_keys_are_made_listed_and_revoked_by_commands(monkeypatch: pytest.Monkey
     assert Credential.parse(text) and Credential.parse(made["key"]) and made["scopes"] == ["submit", "read"]
     (line,) = call("list", "--tenant", "ann").splitlines()
     assert line.startswith(prefix) and "rate=5" in line and "a phone" in line and text not in line
-    listed = json.loads(call("list", "--json"))
+    listed = json.loads(call("list", "--json"))["keys"]
     assert [one["tenant"] for one in listed] == ["ann", "bob"] and not [one for one in listed if "digest" in one or "key" in one]
     call("revoke", prefix)
-    assert [one["tenant"] for one in json.loads(call("list", "--json"))] == ["bob"]
+    assert [one["tenant"] for one in json.loads(call("list", "--json"))["keys"]] == ["bob"]
     assert "no key" in call("revoke", prefix, code=2)
     assert "tenant" in call("create", "--tenant", "a b", code=2)
     with pytest.raises(KeyNotFound):

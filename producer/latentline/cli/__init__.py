@@ -9,6 +9,7 @@ import click
 
 from .callbacks import callbacks
 from .dead import dead
+from .errors import Commands
 from .evaluate import evaluate
 from .jobs import cancel, delete, jobs, status, submit
 from .keys import keys
@@ -18,10 +19,14 @@ from .serve import api, demo, up, worker
 from .train import train
 
 
-@click.group()
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="latentline")
 def main() -> None:
-    """Generation jobs for latent diffusion."""
+    """Generation jobs for latent diffusion.
+
+    Exit statuses: 0 done; 1 done, with a bad end; 2 wrong input, the same again fails again; 3 a service does not answer or takes
+    nothing now; 130 interrupted. Errors are one line on stderr, a JSON object with --json.
+    """
 
 
 for command in (submit, status, cancel, delete, jobs, models, loras, api, worker, callbacks, keys, dead, up, demo, train, evaluate):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 
@@ -12,9 +11,10 @@ from latentline import records
 from latentline.errors import JobNotFound
 
 from .broker import run
-from .errors import check_settings, clear_errors
+from .errors import check_settings
 from .extras import load
 from .options import json_option
+from .terminal import say, say_json
 
 
 @click.group()
@@ -23,7 +23,6 @@ def callbacks() -> None:
 
 
 @callbacks.command("serve")
-@clear_errors
 def serve_callbacks() -> None:
     """Deliver callbacks until told to stop."""
     module = load("latentline_worker.callbacks.worker", "latentline callbacks serve", "callbacks")
@@ -36,23 +35,25 @@ def serve_callbacks() -> None:
 @click.option("--job", "job_id", help="Of this job only.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 @json_option
-@clear_errors
 def list_callbacks(job_id: str | None, limit: int, as_json: bool) -> None:
     """Callbacks with what came of each try, newest first."""
     found = run(records.callbacks(job_id, limit))
     if as_json:
-        click.echo(json.dumps([{**one, "record": one["job_id"]} for one in found], indent=2))
+        say_json({"callbacks": [{**one, "record": one["job_id"]} for one in found]})
         return
     for one in found:
         last = one["log"][-1]["result"] if one["log"] else "not tried yet"
-        click.echo(f"{one['id']}  {one['status']}  tries {one['tries']}  {last}")
+        say(f"{one['id']}  {one['status']}  tries {one['tries']}  {last}")
 
 
 @callbacks.command("replay")
 @click.argument("callback_id")
-@clear_errors
-def replay_callback(callback_id: str) -> None:
+@json_option
+def replay_callback(callback_id: str, as_json: bool) -> None:
     """Send a callback once more, under the same id."""
     if not run(records.replay_callback(callback_id)):
         raise JobNotFound(f"no callback {callback_id!r}")
-    click.echo(f"{callback_id} is sent again")
+    if as_json:
+        say_json({"id": callback_id, "replayed": True})
+    else:
+        say(f"{callback_id} is sent again")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from latentline import records
@@ -13,8 +11,8 @@ from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
 from .broker import run
-from .errors import clear_errors
 from .options import json_option
+from .terminal import say, say_json
 
 
 @click.group()
@@ -24,29 +22,28 @@ def dead() -> None:
 
 @dead.command("list")
 @json_option
-@clear_errors
 def list_dead(as_json: bool) -> None:
     """Dead letters, newest first."""
     found = run(records.dead_letters())
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        say_json({"dead_letters": found})
         return
     for letter in found:
-        click.echo(f"{letter['id']}  {letter['kind']}  {letter['reason']}")
+        say(f"{letter['id']}  {letter['kind']}  {letter['reason']}")
 
 
 @dead.command("show")
 @click.argument("dead_id")
-@clear_errors
-def show_dead(dead_id: str) -> None:
-    """A dead letter, whole."""
-    click.echo(json.dumps(run(records.dead_letter(dead_id)), indent=2))
+@json_option
+def show_dead(dead_id: str, as_json: bool) -> None:
+    """A dead letter, whole, as JSON."""
+    say_json(run(records.dead_letter(dead_id)))
 
 
 @dead.command("replay")
 @click.argument("dead_id")
-@clear_errors
-def replay_dead(dead_id: str) -> None:
+@json_option
+def replay_dead(dead_id: str, as_json: bool) -> None:
     """Submit the request of a permanently failed job again, as a new job, and drop the dead letter."""
     letter = run(records.dead_letter(dead_id))
     if letter["kind"] != "job":
@@ -58,12 +55,17 @@ def replay_dead(dead_id: str) -> None:
     with Client(Settings()) as client:
         record = client.submit(request)
     run(records.drop_dead_letter(dead_id))
-    click.echo(record.id)
+    if as_json:
+        say_json({"id": dead_id, "job_id": record.id})
+    else:
+        say(record.id)
 
 
 @dead.command("drop")
 @click.argument("dead_id")
-@clear_errors
-def drop_dead(dead_id: str) -> None:
+@json_option
+def drop_dead(dead_id: str, as_json: bool) -> None:
     """Forget a dead letter."""
     run(records.drop_dead_letter(dead_id))
+    if as_json:
+        say_json({"id": dead_id, "dropped": True})

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from .errors import clear_errors
 from .extras import load
+from .terminal import note
 
 folder = click.Path(path_type=Path, file_okay=False)
 
@@ -23,9 +23,8 @@ folder = click.Path(path_type=Path, file_okay=False)
 @click.option("--prompts", "limit", type=click.IntRange(4), help="So many prompts of each split: a trial, not a result.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
 @click.option("--device", help="Device of torch; default: a GPU where there is one.")
-@clear_errors
 def evaluate(model: str, data: Path, out: Path, limit: int | None, threads: int | None, device: str | None, **settings: Any) -> None:
     """Measure MODEL, a diffusers folder or the bundled model's id, on held-out prompts; Markdown with pictures, and JSON."""
     commands = load("latentline_worker.evaluation.commands", "latentline evaluate", "worker,evaluation")
     given = {name: value for name, value in settings.items() if value is not None}
-    commands.evaluate(model, data, out, commands.Options(given, limit, threads, device), lambda line: click.echo(line, err=True))
+    commands.evaluate(model, data, out, commands.Options(given, limit, threads, device), note)

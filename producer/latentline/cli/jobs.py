@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,15 +11,21 @@ import click
 
 from latentline.jobs import JobRequest
 
-from .errors import EXIT_BAD_INPUT, EXIT_FAILED, clear_errors, fail
+from .errors import EXIT_BAD_INPUT, EXIT_FAILED, fail
+from .following import follow
 from .options import json_option, url_option
-from .remote import JOB_FIELDS, Api, check_output, save_images, show
+from .pictures import check_output, format_for, save
+from .remote import JOB_FIELDS, Api, job_path
+from .terminal import note, say, say_json, short
+
+PROMPT_CHARS = 60  # of a prompt in a list
 
 
 def _job_id(_: click.Context, __: click.Parameter, value: str) -> str:
     """An id as it is. Anything else could be another path of the API."""
     if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", value):
-        fail(f"JOB_ID: got {value[:80]!r}; allowed: an id that `latentline submit` or `latentline jobs` has printed", EXIT_BAD_INPUT)
+        allowed = "an id that `latentline submit` or `latentline jobs` has printed"
+        fail(f"JOB_ID: got {value[:80]!r}; allowed: {allowed}", EXIT_BAD_INPUT, field="JOB_ID", allowed=allowed)
     return value
 
 
@@ -42,17 +47,19 @@ def _job_id(_: click.Context, __: click.Parameter, value: str) -> str:
 @click.option("--deadline", "deadline_s", type=float, help="Seconds.")
 @click.option("--tenant")
 @click.option("--callback-url")
-@click.option("--wait", is_flag=True, help="Follow the job to its end.")
-@click.option("--timeout", "timeout_s", type=float, help="Seconds to wait at most.")
-@click.option("-o", "output", type=click.Path(path_type=Path), help="File or folder for the images; implies --wait.")
+@click.option("--wait", is_flag=True, help="Follow the job to its end; Ctrl-C leaves it running.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), help="Seconds to wait at most.")
+@click.option(
+    "-o", "output", type=click.Path(path_type=Path), help="File or folder for the images; implies --wait. A file's name says the format."
+)
 @url_option
 @json_option
-@clear_errors
 def submit(
     url: str, as_json: bool, wait: bool, timeout_s: float | None, output: Path | None, callback_url: str | None,
     format_: str | None, quality: int | None, loras: tuple[str, ...], **fields: Any,
 ) -> None:  # fmt: skip
     """Submit a job."""
+    format_ = format_for(output, format_)
     body = {name: value for name, value in fields.items() if value is not None}
     if chosen := {name: value for name, value in (("format", format_), ("quality", quality)) if value is not None}:
         body["output"] = chosen
@@ -66,10 +73,10 @@ def submit(
     api = Api(url)
     job = api.job("POST", "/v1/jobs", json=body)
     if wait or output:
-        job = api.follow(job, timeout_s)
+        job = follow(api, job, timeout_s)
     if output and job["status"] == "succeeded":
-        for path in save_images(job, output):
-            click.echo(f"wrote {path}", err=True)
+        for path in save(job, output):
+            note(f"wrote {path}")
     show(job, as_json)
     if job["status"] in ("failed", "cancelled"):
         sys.exit(EXIT_FAILED)
@@ -81,7 +88,7 @@ def submit(
 @json_option
 def status(job_id: str, url: str, as_json: bool) -> None:
     """Show a job."""
-    show(Api(url).job("GET", f"/v1/jobs/{job_id}"), as_json)
+    show(Api(url).job("GET", job_path(job_id)), as_json)
 
 
 @click.command()
@@ -90,16 +97,20 @@ def status(job_id: str, url: str, as_json: bool) -> None:
 @json_option
 def cancel(job_id: str, url: str, as_json: bool) -> None:
     """Cancel a job."""
-    show(Api(url).job("POST", f"/v1/jobs/{job_id}/cancel"), as_json)
+    show(Api(url).job("POST", job_path(job_id, "/cancel")), as_json)
 
 
 @click.command()
 @click.argument("job_id", callback=_job_id)
 @url_option
-def delete(job_id: str, url: str) -> None:
+@json_option
+def delete(job_id: str, url: str, as_json: bool) -> None:
     """Delete a job that has ended, and its pictures."""
-    Api(url).call("DELETE", f"/v1/jobs/{job_id}")
-    click.echo(f"{job_id}  deleted")
+    Api(url).call("DELETE", job_path(job_id))
+    if as_json:
+        say_json({"id": job_id, "deleted": True})
+    else:
+        say(f"{job_id}  deleted")
 
 
 @click.command()
@@ -112,10 +123,25 @@ def jobs(status_: str | None, limit: int, url: str, as_json: bool) -> None:
     params: dict[str, Any] = {"limit": limit} | ({"status": status_} if status_ else {})
     page = Api(url).page("/v1/jobs", "jobs", JOB_FIELDS, params=params)
     if as_json:
-        click.echo(json.dumps(page, indent=2))
+        say_json(page)
         return
     for job in page["jobs"]:
         show(job | {"images": []}, False)
+
+
+def show(job: dict[str, Any], as_json: bool) -> None:
+    """A job on stdout: a line, one for why it failed, one for each image."""
+    if as_json:
+        say_json(job)
+        return
+    where = f" {job['phase']}" if job["phase"] and job["status"] == "running" else ""
+    place = f" (position {job['queue_position']})" if job["queue_position"] is not None else ""
+    prompt = short(job["request"]["prompt"], PROMPT_CHARS)
+    say(f"{job['id']}  {job['status']}{where}{place}  step {job['step']}/{job['num_steps']}  {prompt}")
+    if job["error"]:
+        say(f"  {job['error']['code']}: {job['error']['message']}")
+    for image in job["images"]:
+        say(f"  seed {image['seed']}  {image['width']}x{image['height']}  {image['url']}")
 
 
 def _lora(text: str) -> dict[str, Any]:
@@ -123,4 +149,4 @@ def _lora(text: str) -> dict[str, Any]:
     try:
         return {"name": name, "scale": float(scale)} if scale else {"name": name}
     except ValueError:
-        fail(f"--lora: got {text!r}; allowed: NAME or NAME:SCALE, such as pixelart:0.8", EXIT_BAD_INPUT)
+        fail(f"--lora: got {text!r}; allowed: NAME or NAME:SCALE, such as pixelart:0.8", EXIT_BAD_INPUT, field="--lora")

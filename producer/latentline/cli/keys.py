@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 
 import click
@@ -11,8 +10,8 @@ from latentline import records
 from latentline.keys import SCOPES, ApiKey, NewKey
 
 from .broker import run
-from .errors import clear_errors
 from .options import json_option
+from .terminal import say, say_json
 
 
 @click.group()
@@ -29,38 +28,42 @@ def keys() -> None:
 @click.option("--top-priority", type=int, default=0, show_default=True, help="The most urgent priority: 0 is served first, 9 last.")
 @click.option("--note", default="", help="What the key is for.")
 @json_option
-@clear_errors
 def create_key(
     tenant: str, scopes: tuple[str, ...], rate: int, max_jobs: int, max_cost: int, top_priority: int, note: str, as_json: bool
 ) -> None:
     """Make a key. It is shown once: only its hash is stored."""
     limits = {"rate": rate, "max_jobs": max_jobs, "max_cost": max_cost, "top_priority": top_priority}
     text, key = run(records.create_key(NewKey.parse(tenant=tenant, scopes=scopes, limits=limits, note=note)))
-    click.echo(json.dumps({"key": text, **_shown(key)}, indent=2) if as_json else text)
+    if as_json:
+        say_json({"key": text, **_shown(key)})
+    else:
+        say(text)
 
 
 @keys.command("list")
 @click.option("--tenant", help="Of this tenant only.")
 @json_option
-@clear_errors
 def list_keys(tenant: str | None, as_json: bool) -> None:
     """All keys, oldest first, by their prefixes."""
     found = run(records.keys(tenant))
     if as_json:
-        click.echo(json.dumps([_shown(key) for key in found], indent=2))
+        say_json({"keys": [_shown(key) for key in found]})
         return
     for key in found:
         limits = [f"{name}={value}" for name, value in key.limits.model_dump().items() if value]
-        click.echo("  ".join(filter(None, (key.prefix, _made(key), key.tenant, ",".join(key.scopes), *limits, key.note))))
+        say("  ".join(filter(None, (key.prefix, _made(key), key.tenant, ",".join(key.scopes), *limits, key.note))))
 
 
 @keys.command("revoke")
 @click.argument("prefix")
-@clear_errors
-def revoke_key(prefix: str) -> None:
+@json_option
+def revoke_key(prefix: str, as_json: bool) -> None:
     """Delete a key by its prefix: requests with it are refused from now on, its open event streams end within seconds."""
     run(records.revoke_key(prefix))
-    click.echo(f"{prefix} is revoked")
+    if as_json:
+        say_json({"prefix": prefix, "revoked": True})
+    else:
+        say(f"{prefix} is revoked")
 
 
 def _shown(key: ApiKey) -> dict[str, object]:

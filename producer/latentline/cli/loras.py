@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from .errors import EXIT_FAILED, clear_errors
+from .errors import EXIT_FAILED
 from .extras import load
 from .options import json_option, url_option
 from .remote import LORA_FIELDS, Api
+from .terminal import say, say_json
 
 
 @click.group()
@@ -22,15 +22,14 @@ def loras() -> None:
 @loras.command("list")
 @url_option
 @json_option
-@clear_errors
 def list_(url: str, as_json: bool) -> None:
     """List the adapters that a request may name."""
     answer = Api(url).page("/v1/loras", "loras", LORA_FIELDS)
     if as_json:
-        click.echo(json.dumps(answer, indent=2))
+        say_json(answer)
         return
     for lora in answer["loras"]:
-        click.echo(f"{lora['model']}  {lora['name']}")
+        say(f"{lora['model']}  {lora['name']}")
 
 
 @loras.command()
@@ -38,13 +37,12 @@ def list_(url: str, as_json: bool) -> None:
 @click.option("--model", required=True, help="The bundled model's id, a diffusers folder, or a hub id.")
 @click.option("--rank", type=click.IntRange(1, 1024), default=64, show_default=True, help="LATENTLINE_LORA_RANK of the worker.")
 @json_option
-@clear_errors
 def check(folder: Path, model: str, rank: int, as_json: bool) -> None:
     """Say of every file in a folder whether a worker of MODEL can use it, and if not, why."""
     found = load("latentline_worker.models.registry", "latentline loras check", "worker").check_adapters(model, folder, rank)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        say_json(found)
     else:
         for name, problem in found.items():
-            click.echo(f"{name}: {problem or 'fine'}")
+            say(f"{name}: {problem or 'fine'}")
     sys.exit(EXIT_FAILED if any(found.values()) else 0)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .errors import EXIT_FAILED, clear_errors
+from .errors import EXIT_FAILED
 from .extras import load
 from .options import json_option, url_option
 from .remote import MODEL_FIELDS, Api
+from .terminal import say, say_json, say_json_line
 
 
 @click.group(invoke_without_command=True)
@@ -25,10 +25,10 @@ def models(context: click.Context, url: str, as_json: bool) -> None:
         return
     answer = Api(url).page("/v1/models", "models", MODEL_FIELDS)
     if as_json:
-        click.echo(json.dumps(answer, indent=2))
+        say_json(answer)
         return
     for model in answer["models"]:
-        click.echo(f"{model['id']}  {model['family']}  {model['default_width']}x{model['default_height']}")
+        say(f"{model['id']}  {model['family']}  {model['default_width']}x{model['default_height']}")
 
 
 file_option = click.option(
@@ -40,24 +40,30 @@ file_option = click.option(
 @models.command("list")
 @file_option
 @json_option
-@clear_errors
 def list_entries(path: Path, as_json: bool) -> None:
     """List the models of a worker's file; nothing is loaded."""
     entries = list(_commands("list").describe(path))
     if as_json:
-        click.echo(json.dumps({"models": entries}, indent=2))
+        say_json({"models": entries})
         return
     for entry in entries:
         defaults = "".join(f"  {name}={value}" for name, value in entry["defaults"].items())
-        click.echo(f"{entry['id']}  {entry['source']}{defaults}")
+        say(f"{entry['id']}  {entry['source']}{defaults}")
 
 
 @models.command()
 @file_option
-@clear_errors
-def check(path: Path) -> None:
+@json_option
+def check(path: Path, as_json: bool) -> None:
     """Load the files of every model of a worker's file, without a GPU, and say what is wrong."""
-    if not _commands("check").check(path, click.echo):
+    fine = True
+    for found in _commands("check").check(path):
+        fine = fine and found["fine"]
+        if as_json:
+            say_json_line(found)
+        else:
+            say(f"{found['id']}: {'fine: ' if found['fine'] else ''}{found['says']}")
+    if not fine:
         sys.exit(EXIT_FAILED)
 
 
@@ -74,8 +80,8 @@ def check(path: Path) -> None:
 @click.option("--guidance-scale", type=float)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
-@clear_errors
-def add(source: str, path: Path, **given: Any) -> None:
+@json_option
+def add(source: str, path: Path, as_json: bool, **given: Any) -> None:
     """Append a model to a worker's file, once its files were loaded without error.
 
     SOURCE is a folder in diffusers' format, a .safetensors file or a hub id.
@@ -83,7 +89,11 @@ def add(source: str, path: Path, **given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     names = ("scheduler", "num_inference_steps", "guidance_scale", "width", "height")
     defaults = {name: given.pop(name) for name in names if name in given}
-    click.echo(_commands("add").add(path, {"source": source, **given, "defaults": defaults}))
+    added = _commands("add").add(path, {"source": source, **given, "defaults": defaults})
+    if as_json:
+        say_json(added)
+    else:
+        say(f"{added['id']}: added to {path}: {added['says']}")
 
 
 def _commands(name: str) -> Any:
@@ -92,8 +102,11 @@ def _commands(name: str) -> Any:
 
 @models.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@clear_errors
-def export(folder: Path) -> None:
+@json_option
+def export(folder: Path, as_json: bool) -> None:
     """Write the bundled model as a complete diffusers folder."""
     load("latentline_worker.models.bundled_model", "latentline models export", "worker").export(folder)
-    click.echo(f"wrote {folder}")
+    if as_json:
+        say_json({"folder": str(folder)})
+    else:
+        say(f"wrote {folder}")

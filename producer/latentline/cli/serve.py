@@ -12,7 +12,7 @@ import click
 from latentline.errors import MissingExtra
 from latentline.settings import Settings
 
-from .errors import check_settings, clear_errors
+from .errors import check_settings
 from .extras import has_distribution, load
 
 SHUTDOWN_S = 3  # event streams may be open for hours: they are closed after this, and their clients resume elsewhere
@@ -23,7 +23,6 @@ SHUTDOWN_S = 3  # event streams may be open for hours: they are closed after thi
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--fd", type=click.IntRange(0), help="A listening socket that was inherited, instead of host and port.")
 @click.option("--durable", is_flag=True, help="Answer a submission only once the broker's append-only file holds the job.")
-@clear_errors
 def api(host: str, port: int, fd: int | None, durable: bool) -> None:
     """Serve the HTTP API (settings from LATENTLINE_* variables)."""
     server = load("latentline.api.server", "latentline api", "api")
@@ -36,7 +35,6 @@ def api(host: str, port: int, fd: int | None, durable: bool) -> None:
 @click.option("--model", help="The bundled model's id, a diffusers folder, a .safetensors file, or a hub id.")
 @click.option("--models", type=click.Path(), help="A TOML file that names several models.")
 @click.option("--concurrency", type=int, help="Jobs in flight per process.")
-@clear_errors
 def worker(model: str | None, models: str | None, concurrency: int | None) -> None:
     """Run one worker process per visible GPU, or one on the CPU."""
     for module in ("celery", "torch"):  # checked here, since the launcher imports neither
@@ -51,7 +49,6 @@ def worker(model: str | None, models: str | None, concurrency: int | None) -> No
 @click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Kept between runs; default: a temporary folder.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
 @click.option("--model", help="The bundled model's id, a diffusers folder, a .safetensors file, or a hub id.")
-@clear_errors
 def up(data_dir: Path | None, port: int, model: str | None) -> None:
     """Run broker, object store, worker and API in the foreground."""
     sys.exit(_stack_module("latentline up", "latentline_worker.embedded.stack").up(data_dir, port, model))
@@ -60,7 +57,6 @@ def up(data_dir: Path | None, port: int, model: str | None) -> None:
 @click.command()
 @click.option("--prompt", "prompts", multiple=True, help="Your own words; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True)
-@clear_errors
 def demo(prompts: tuple[str, ...], out: Path) -> None:
     """Make pictures on embedded services, from nothing to files in a folder."""
     sys.exit(_stack_module("latentline demo", "latentline_worker.embedded.demo").run(list(prompts) or None, out))

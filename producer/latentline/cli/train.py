@@ -9,8 +9,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from .errors import EXIT_FAILED, clear_errors
+from .errors import EXIT_FAILED
 from .extras import load
+from .terminal import note
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,37 +43,30 @@ def _training(name: str) -> Any:
     return load("latentline_worker.training.commands", f"latentline train {name}", "worker,training")
 
 
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
 @train.command("data")
 @click.argument("folder", type=folder_type)
 @click.option("--packages", type=folder_type, help="Keep the fetched packages here.")
-@clear_errors
 def train_data(folder: Path, packages: Path | None) -> None:
     """Build the bundled model's data set from the npm registry and check it for leaks."""
-    _training("data").data(folder, packages, _say)
+    _training("data").data(folder, packages, note)
 
 
 @train.command("check")
 @click.argument("folder", type=folder_type)
 @click.option("--compositions", type=click.IntRange(1), default=24, show_default=True, help="Cached pictures per sprite.")
-@clear_errors
 def train_check(folder: Path, compositions: int) -> None:
     """Check that nothing that is held out is trained on."""
-    _training("check").check(folder, compositions, _say)
+    _training("check").check(folder, compositions, note)
 
 
 @train.command("autoencoder")
 @click.argument("recipe")
 @init_option
 @run_options
-@clear_errors
 def train_autoencoder(recipe: str, folder: Path, **run: Any) -> None:
     """Train an autoencoder from a RECIPE: a TOML file, or the name of one that comes with latentline."""
     commands = _training("autoencoder")
-    sys.exit(0 if commands.autoencoder(recipe, folder, commands.Run(**run), _say) else EXIT_FAILED)
+    sys.exit(0 if commands.autoencoder(recipe, folder, commands.Run(**run), note) else EXIT_FAILED)
 
 
 @train.command("denoiser")
@@ -80,11 +74,10 @@ def train_autoencoder(recipe: str, folder: Path, **run: Any) -> None:
 @autoencoder_option
 @init_option
 @run_options
-@clear_errors
 def train_denoiser(recipe: str, folder: Path, autoencoder: Path, **run: Any) -> None:
     """Train a denoiser on the latents of an autoencoder, from a RECIPE as above."""
     commands = _training("denoiser")
-    sys.exit(0 if commands.denoiser(recipe, folder, autoencoder, commands.Run(**run), _say) else EXIT_FAILED)
+    sys.exit(0 if commands.denoiser(recipe, folder, autoencoder, commands.Run(**run), note) else EXIT_FAILED)
 
 
 @train.command("distill")
@@ -92,11 +85,10 @@ def train_denoiser(recipe: str, folder: Path, autoencoder: Path, **run: Any) -> 
 @denoiser_option
 @autoencoder_option
 @run_options
-@clear_errors
 def train_distill(recipe: str, folder: Path, autoencoder: Path, denoiser: Path, **run: Any) -> None:
     """Distil a denoiser into a few steps without guidance, from a RECIPE as above."""
     commands = _training("distill")
-    sys.exit(0 if commands.distill(recipe, folder, autoencoder, denoiser, commands.Run(**run), _say) else EXIT_FAILED)
+    sys.exit(0 if commands.distill(recipe, folder, autoencoder, denoiser, commands.Run(**run), note) else EXIT_FAILED)
 
 
 @train.command("lora")
@@ -104,37 +96,33 @@ def train_distill(recipe: str, folder: Path, autoencoder: Path, denoiser: Path, 
 @denoiser_option
 @autoencoder_option
 @run_options
-@clear_errors
 def train_lora(recipe: str, folder: Path, autoencoder: Path, denoiser: Path, **run: Any) -> None:
     """Train an adapter for a denoiser on a folder of pictures, from a RECIPE as above."""
     commands = _training("lora")
-    sys.exit(0 if commands.lora(recipe, folder, autoencoder, denoiser, commands.Run(**run), _say) else EXIT_FAILED)
+    sys.exit(0 if commands.lora(recipe, folder, autoencoder, denoiser, commands.Run(**run), note) else EXIT_FAILED)
 
 
 @train.command("style")
 @click.argument("data", type=folder_type)
 @click.argument("target", type=folder_type)
 @click.option("--count", type=click.IntRange(2), default=40, show_default=True, help="Pictures.")
-@clear_errors
 def train_style(data: Path, target: Path, count: int) -> None:
     """Write pictures of the data set's held-back style, with captions, to train an adapter on."""
-    _training("style").style(data, target, count, _say)
+    _training("style").style(data, target, count, note)
 
 
 @train.command("package")
 @click.argument("target", type=folder_type)
 @denoiser_option
 @autoencoder_option
-@clear_errors
 def train_package(target: Path, autoencoder: Path, denoiser: Path) -> None:
     """Put autoencoder, denoiser and text encoder into one folder in diffusers format."""
-    _training("package").package(autoencoder, denoiser, target, _say)
+    _training("package").package(autoencoder, denoiser, target, note)
 
 
 @train.command("export")
 @click.argument("run_folder", type=folder_type)
 @click.argument("target", type=folder_type)
-@clear_errors
 def train_export(run_folder: Path, target: Path) -> None:
     """Write a training's weights in half precision: to keep, to use, or to go on from with --init."""
-    _training("export").export(run_folder, target, _say)
+    _training("export").export(run_folder, target, note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,24 @@ def describe(path: Path) -> Iterable[dict[str, Any]]:
     return [{"id": entry.name, **entry.model_dump(mode="json", exclude_none=True)} for entry in catalog.read(path)]
 
 
-def check(path: Path, say: Callable[[str], None]) -> bool:
-    """Load the files of each model into host memory, one model after the other, and say of each that it is fine or what is wrong.
+def check(path: Path) -> Iterator[dict[str, Any]]:
+    """Load the files of each model into host memory, one model after the other.
 
-    Returns:
-        Whether all are fine.
+    Yields:
+        of each model: its id, whether it is ``fine``, and what it is or what is wrong with it (``says``).
 
     Raises:
         ConfigurationError: the file itself cannot be read, or says something that has no meaning.
     """
-    fine = True
     for entry in catalog.read(path):
         try:
-            say(f"{entry.name}: fine: {_summary(_load(entry))}")
+            yield {"id": entry.name, "fine": True, "says": _summary(_load(entry))}
         except ModelError as error:
-            fine = False
-            say(f"{entry.name}: {error.message}")
-    return fine
+            yield {"id": entry.name, "fine": False, "says": error.message}
 
 
-def add(path: Path, fields: Mapping[str, Any]) -> str:
-    """Append a model to a file once its own files were loaded; what was added, in a line.
+def add(path: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+    """Append a model to a file once its own files were loaded; its id, and what it is (``says``).
 
     Args:
         path: is made if it does not exist.
@@ -65,7 +62,7 @@ def add(path: Path, fields: Mapping[str, Any]) -> str:
     catalog.with_entry(path, entry)  # before its files are loaded: that may take minutes
     info = _load(entry)
     catalog.append(path, entry)
-    return f"{entry.name}: added to {path}: {_summary(info)}"
+    return {"id": entry.name, "says": _summary(info)}
 
 
 def _exists(text: str) -> bool:
