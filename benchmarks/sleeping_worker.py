@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,6 +46,9 @@ class SleepingEngine:
     """Advances all of its requests by one network call every ``STEP_S`` seconds."""
 
     checkpoint_schedule = pace = None  # it takes no checkpoints; version 0.1.0 calls the schedule pace
+    device = torch.device("cpu")
+    families: ClassVar[dict[str, object]] = {}
+    num_steps = num_rows = 0
 
     def __init__(self) -> None:
         self._requests: list[Request] = []

@@ -104,6 +104,22 @@ class Announcement(Message):
     models: tuple[ModelInfo, ...]
 
 
+class Working(Message):
+    """What one worker does now, as its heartbeats tell: averages since the heartbeat before."""
+
+    device: str = ""
+    """As torch names it, such as ``cuda`` or ``cpu``, with the card's name where there is one."""
+    jobs: int = 0
+    """Jobs that it holds, from claim to settled record."""
+    capacity: int = 0
+    """Jobs that it may hold."""
+    steps_per_s: float = 0.0
+    """Forwards of the network each second; each advances every job of its batch by one step."""
+    rows_per_step: float = 0.0
+    warm: tuple[str, ...] = ()
+    """Ids of the models that are in memory."""
+
+
 def common(infos: Sequence[ModelInfo]) -> ModelInfo:
     """What every one of these announcements of one model allows, with the defaults of the first.
 

@@ -153,11 +153,6 @@ def idempotency_key(tenant: str, key: str) -> str:
     return f"{PREFIX}:idempotency:{tenant}:{key}"
 
 
-def unanswered_key(digest: str) -> str:
-    """Sorted set of job ids by creation time in ms: jobs of one API key and body whose answer the client may not have received."""
-    return f"{PREFIX}:jobs:unanswered:{digest}"
-
-
 def messages_key() -> str:
     """Integer: the number of the newest wake-up; it also numbers jobs in the order of their submission."""
     return f"{PREFIX}:messages"
@@ -214,6 +209,11 @@ def announced_at_key() -> str:
 def workers_key() -> str:
     """Sorted set of worker names by the time of their last heartbeat."""
     return f"{PREFIX}:workers"
+
+
+def working_key(worker: str) -> str:
+    """String: what a worker does now (:class:`latentline.models.Working`); it expires with the worker."""
+    return f"{PREFIX}:working:{worker}"
 
 
 def signals_key(worker: str) -> str:

@@ -27,6 +27,7 @@ from latentline.connection import connect
 from latentline.errors import BrokerUnavailable, RateExceeded, TenantQuotaExceeded
 from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Status, resolve
 from latentline.keys import Credential, NewKey
+from latentline.models import Working
 from latentline.records import Backoff, Beat, Records, Verdict
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, GENERATE_TASK, queue_names
 from latentline.testing import MODEL, FakeImages, FakeWorker
@@ -185,7 +186,7 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     store = Records(client, 600)
     store.announce("one", [MODEL])
     assert records.run(client, records.models()) and records.run(client, records.workers()) == ["one"]
-    assert store.heartbeat("one") and not store.heartbeat("unknown")
+    assert store.heartbeat("one", Working(jobs=1)) and not store.heartbeat("unknown", Working())
     store.worker_gone("one")
     assert store.take_turn(MODEL.id, "one", 1) and not store.take_turn(MODEL.id, "two", 1) and store.begin_turn(10) == 0
     bound = broker.admin.config_get("maxmemory")["maxmemory"]

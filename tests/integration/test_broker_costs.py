@@ -159,7 +159,7 @@ def workers(client: redis.Redis, url: str, number: int, log: Path) -> Iterator[N
     broker: Any = importlib.import_module("benchmarks.broker")
     path = os.pathsep.join(str(ROOT / part) for part in ("worker", "producer"))
     with broker.sleeping_workers(number, clean_env(PYTHONPATH=path, **broker.without_store(url)), log):
-        for _ in range(10 * PATIENCE_S):
+        for _ in range(30 * PATIENCE_S):  # a start imports torch, which takes long beside other work
             if client.zcard(routing.workers_key()) == number:
                 break
             time.sleep(0.1)

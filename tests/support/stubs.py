@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import DDIMScheduler
@@ -47,6 +47,9 @@ class StubEngine:
     """Hands each submitted request to the test; with ``at_once`` every request succeeds immediately."""
 
     checkpoint_schedule = None
+    device = torch.device("cpu")
+    families: ClassVar = {MODEL.id: FAMILY}
+    num_steps = num_rows = 0
 
     def __init__(self, at_once: bool = False) -> None:
         self.submitted: queue.Queue[Request] = queue.Queue()

@@ -14,6 +14,7 @@ from support.jobs import submit
 from latentline import records, routing
 from latentline.errors import BrokerUnavailable
 from latentline.jobs import Status
+from latentline.models import Working
 from latentline.records import MAX_OVERDUE, MAX_WAKE, Records
 from latentline.testing import MODEL
 from latentline_worker.maintenance import reaper as reaper_module
@@ -346,7 +347,7 @@ def test_at_the_memory_bound_turns_are_taken_and_lost_jobs_taken_back(client: re
             client.set("latentline:any", "x")
         assert first.take_turn() and not second.take_turn()
         assert 0 < client.pttl(routing.turn_key(MODEL.id)) <= TURN_S * 1000
-        store.heartbeat("a")
+        store.heartbeat("a", Working())
         first._deadlines.end_overdue()
         first._reaper.reclaim()
     finally:

@@ -15,6 +15,7 @@ from support.stubs import FAMILY, MemoryStore, StubEngine
 from latentline import records, routing
 from latentline.errors import BrokerUnavailable
 from latentline.jobs import LEVEL
+from latentline.models import Working
 from latentline.records import Records
 from latentline.records.fleet import WORKER_ALIVE_S
 from latentline.testing import MODEL
@@ -161,7 +162,7 @@ class Away:
 
 
 def test_a_broker_that_is_away_neither_stops_the_announcer_nor_fails_its_end() -> None:
-    announcer = Announcer(cast(Any, Away()), NAME, [MODEL])
+    announcer = Announcer(cast(Any, Away()), NAME, [MODEL], Working)
     announcer.start()
     announcer.stop()
 
@@ -177,15 +178,15 @@ class Told:
         self.calls.append("announce")
         self._records.announce(worker, models)
 
-    def heartbeat(self, worker: str) -> bool:
+    def heartbeat(self, worker: str, working: Working) -> bool:
         self.calls.append("heartbeat")
-        return self._records.heartbeat(worker)
+        return self._records.heartbeat(worker, working)
 
 
 def test_a_worker_announces_itself_once_and_then_sends_heartbeats(client: fakeredis.FakeRedis) -> None:
     Records(client).announce(NAME, [MODEL.model_copy(update={"max_pixels": 4096})])  # by the process before, under the same name
     told = Told(client)
-    announcer = Announcer(cast(Any, told), NAME, [MODEL])
+    announcer = Announcer(cast(Any, told), NAME, [MODEL], Working)
     for _ in range(3):
         announcer.run_once()
     assert told.calls == ["announce", "heartbeat", "heartbeat"]
@@ -193,7 +194,7 @@ def test_a_worker_announces_itself_once_and_then_sends_heartbeats(client: fakere
 
 
 def test_a_heartbeat_keeps_worker_and_announcement_alive(client: fakeredis.FakeRedis) -> None:
-    announcer = Announcer(Records(client), NAME, [MODEL])
+    announcer = Announcer(Records(client), NAME, [MODEL], Working)
     announcer.run_once()
     for key in (routing.workers_key(), routing.announced_at_key()):
         client.zincrby(key, -50, NAME)
@@ -205,7 +206,7 @@ def test_a_heartbeat_keeps_worker_and_announcement_alive(client: fakeredis.FakeR
 @pytest.mark.parametrize("lost", [None, routing.announced_key(), routing.announced_at_key()])
 def test_a_broker_that_lost_the_announcement_is_told_again(client: fakeredis.FakeRedis, lost: str | None) -> None:
     told = Told(client)
-    announcer = Announcer(cast(Any, told), NAME, [MODEL])
+    announcer = Announcer(cast(Any, told), NAME, [MODEL], Working)
     announcer.run_once()
     if lost:
         client.delete(lost)

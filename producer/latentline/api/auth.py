@@ -24,6 +24,8 @@ from latentline.keys import ApiKey, Credential, Limits
 from latentline.keys import Scope as KeyScope
 from latentline.settings import Settings
 
+from .cookies import credential_in_cookie
+
 # Only so that the OpenAPI document names the scheme: the header is read below, where every way to get it wrong is one error.
 bearer = Depends(HTTPBearer(auto_error=False, scheme_name="API key", description="ll_..., made by `latentline keys create`"))
 
@@ -88,10 +90,15 @@ class Access:
 
 
 def credential_of(request: Request) -> Credential | None:
-    """The key that a request presents; None where there is none. Raises NotAuthenticated for what cannot be one."""
+    """The key that a request presents, in its header or else in its session's cookie; None where there is none.
+
+    Raises:
+        NotAuthenticated: what is presented cannot be a key.
+        NotAllowed: a cookie that another site's page makes use of.
+    """
     given = request.headers.getlist("authorization")
     if not given:
-        return None
+        return credential_in_cookie(request)
     scheme, _, text = given[0].partition(" ")
     credential = Credential.parse(text.strip()) if len(given) == 1 and scheme.lower() == "bearer" else None
     if credential is None:

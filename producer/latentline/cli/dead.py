@@ -6,8 +6,6 @@ import click
 
 from latentline import records
 from latentline.client import Client
-from latentline.errors import InvalidRequest, JobNotFound
-from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
 from .broker import run
@@ -46,12 +44,7 @@ def show_dead(dead_id: str, as_json: bool) -> None:
 def replay_dead(dead_id: str, as_json: bool) -> None:
     """Submit the request of a permanently failed job again, as a new job, and drop the dead letter."""
     letter = run(records.dead_letter(dead_id))
-    if letter["kind"] != "job":
-        raise InvalidRequest("dead_id", dead_id, "the dead letter of a job: an unreadable message cannot be replayed")
-    try:
-        request = JobRequest.model_validate_json(letter["request"]).model_copy(update={"idempotency_key": None})
-    except ValueError:
-        raise JobNotFound(f"the dead letter {dead_id!r} holds a request that this version cannot read") from None
+    request = records.request_of_letter(letter)
     with Client(Settings()) as client:
         record = client.submit(request)
     run(records.drop_dead_letter(dead_id))

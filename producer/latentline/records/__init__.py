@@ -1,6 +1,6 @@
 """Job records in Redis: every transition is one atomic Lua script on the server's clock (:mod:`latentline.scripts`)."""
 
-from .dead import dead_letter, dead_letters, drop_dead_letter
+from .dead import dead_letter, dead_letters, drop_dead_letter, request_of_letter
 from .driving import Call, Operation, arun, domain_errors, run
 from .events import START, events, follow, gone, read_streams, ring
 from .fleet import CachedFleet, Fleet, durability, fleet, models, workers
@@ -9,13 +9,13 @@ from .jobs import MAX_LOOK, MAX_PAGE, cancel, delete, get, get_with_key, list_jo
 from .keys import create_key, find_keys, keys, revoke_key
 from .maintenance import MAX_OVERDUE, MAX_WAKE
 from .outbox import callbacks, replay_callback
-from .unanswered import ENDED_S, WRITTEN_S, AnswerOutcome, note_answer, take_unanswered
+from .overview import Overview, overview
 from .worker import Records
 
 __all__ = [
-    "ENDED_S", "MAX_ERRORS", "MAX_LOOK", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "START", "WRITTEN_S", "AnswerOutcome",
-    "Backoff", "Beat", "CachedFleet", "Call", "Fleet", "Operation", "Records", "Signal", "Verdict", "arun", "callbacks",
-    "cancel", "create_key", "dead_letter", "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability",
-    "events", "find_keys", "fleet", "follow", "get", "get_with_key", "gone", "keys", "list_jobs", "models", "not_found",
-    "note_answer", "read_streams", "replay_callback", "revoke_key", "ring", "run", "submit", "take_unanswered", "workers",
+    "MAX_ERRORS", "MAX_LOOK", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "START", "Backoff", "Beat", "CachedFleet", "Call",
+    "Fleet", "Operation", "Overview", "Records", "Signal", "Verdict", "arun", "callbacks", "cancel", "create_key", "dead_letter",
+    "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events", "find_keys", "fleet",
+    "follow", "get", "get_with_key", "gone", "keys", "list_jobs", "models", "not_found", "overview", "read_streams", "replay_callback",
+    "request_of_letter", "revoke_key", "ring", "run", "submit", "workers",
 ]  # fmt: skip

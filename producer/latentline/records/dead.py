@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from latentline import routing
-from latentline.errors import JobNotFound
+from latentline.errors import InvalidRequest, JobNotFound
+from latentline.jobs import JobRequest
 from latentline.scripts import BURY
 
 from .driving import Operation, call_script
@@ -25,6 +26,21 @@ def dead_letter(dead_id: str) -> Operation[dict[str, Any]]:
         raise JobNotFound(f"no dead letter {dead_id!r}")
     letter: dict[str, Any] = json.loads(raw)
     return letter
+
+
+def request_of_letter(letter: dict[str, Any]) -> JobRequest:
+    """The request of a job that failed permanently, to be submitted again as a new job.
+
+    Raises:
+        InvalidRequest: the letter is of an unreadable message.
+        JobNotFound: this version cannot read the request.
+    """
+    if letter["kind"] != "job":
+        raise InvalidRequest("dead_id", letter["id"], "the dead letter of a job: an unreadable message cannot be replayed")
+    try:
+        return JobRequest.model_validate_json(letter["request"]).model_copy(update={"idempotency_key": None})
+    except (KeyError, ValueError):
+        raise JobNotFound(f"the dead letter {letter['id']!r} holds a request that this version cannot read") from None
 
 
 def drop_dead_letter(dead_id: str) -> Operation[None]:

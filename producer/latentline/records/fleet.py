@@ -94,13 +94,13 @@ def fleet() -> Operation[Fleet]:
     (seconds, _), announced_at, announced, first, beats = yield call
     offers: dict[str, list[tuple[int, ModelInfo]]] = {}
     for name, at in announced_at:
-        if at > seconds - ANNOUNCED_S and (announcement := _read(Announcement, f"worker {name}", announced.get(name))):
+        if at > seconds - ANNOUNCED_S and (announcement := read_announced(Announcement, f"worker {name}", announced.get(name))):
             for info in announcement.models:
                 offers.setdefault(info.id, []).append((announcement.level, info))
     # Workers of version 0.1.0 announce into one hash without names. Its models are served while one of them is alive.
     if any(at > seconds - WORKER_ALIVE_S and name not in announced for name, at in beats):
         for model_id, text in first.items():
-            if model_id not in offers and (old := _read(ModelInfo, f"model {model_id}", text)):
+            if model_id not in offers and (old := read_announced(ModelInfo, f"model {model_id}", text)):
                 offers[model_id] = [(1, old)]
     # In an order that does not depend on who announced last: the defaults must not change while nothing changes.
     ordered = {
@@ -134,7 +134,7 @@ class CachedFleet:
         return accept(read)
 
 
-def _read(kind: type[M], whose: str, text: str | None) -> M | None:
+def read_announced(kind: type[M], whose: str, text: str | None) -> M | None:
     """An announcement; None for one that cannot be read, which must not break the submissions for other models."""
     if not text:
         return None

@@ -8,11 +8,12 @@ from typing import Any
 
 from latentline import routing
 from latentline.jobs import Announcement, ModelInfo
+from latentline.models import Working
 from latentline.scripts import ANNOUNCE, HEARTBEAT
 
 from .dead import bury
 from .driving import Operation, call_script, driven
-from .fleet import ANNOUNCED_S, FORGOTTEN_S, durability, up_s
+from .fleet import ANNOUNCED_S, FORGOTTEN_S, WORKER_ALIVE_S, durability, up_s
 from .held import HeldJobs
 from .maintenance import Maintenance
 from .outbox import Outbox
@@ -44,9 +45,10 @@ class Records(HeldJobs, Maintenance, Outbox):
         )
 
     @driven
-    def heartbeat(self, worker: str) -> Operation[bool]:
-        """Say that a worker is alive; False when the broker does not know its announcement, for example after its data was wiped."""
-        return bool((yield from call_script(HEARTBEAT, worker=worker)))
+    def heartbeat(self, worker: str, working: Working) -> Operation[bool]:
+        """Say that a worker is alive, and what it does; False when the broker does not know its announcement, for example after its data
+        was wiped."""
+        return bool((yield from call_script(HEARTBEAT, worker=worker, working=working.model_dump_json(), working_s=WORKER_ALIVE_S)))
 
     @driven
     def worker_gone(self, name: str) -> Operation[None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from latentline.errors import LatentlineError
 from latentline.jobs import ModelInfo
+from latentline.models import Working
 from latentline.records import Records
 from latentline_worker.maintenance.service import JITTER, Service
 
@@ -18,11 +19,14 @@ class Announcer(Service):
 
     At the end the worker is taken off the list of live workers. Its announcement holds for another minute
     (``latentline.records.fleet.ANNOUNCED_S``), so that submissions are accepted while it restarts.
+
+    Args:
+        working: what the worker does now; it goes with each heartbeat.
     """
 
-    def __init__(self, records: Records, worker: str, models: Sequence[ModelInfo]) -> None:
+    def __init__(self, records: Records, worker: str, models: Sequence[ModelInfo], working: Callable[[], Working]) -> None:
         super().__init__("announcer", HEARTBEAT_S, JITTER)
-        self._records, self._worker, self._models = records, worker, models
+        self._records, self._worker, self._models, self._working = records, worker, models, working
         self._announced = False  # since this process started: an announcement under this name may be that of an earlier process
 
     def start(self) -> None:
@@ -31,7 +35,7 @@ class Announcer(Service):
         super().start()
 
     def run_once(self) -> None:
-        if not (self._announced and self._records.heartbeat(self._worker)):
+        if not (self._announced and self._records.heartbeat(self._worker, self._working())):
             self._records.announce(self._worker, self._models)
             self._announced = True
 

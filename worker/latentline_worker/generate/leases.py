@@ -87,6 +87,11 @@ class Leases:
         for job in jobs:
             job.stop(signal.verdict.value)
 
+    def num_held(self) -> int:
+        """Jobs that this worker holds now."""
+        with self._lock:
+            return len(self._jobs)
+
     def uploads_left(self) -> bool:
         """Whether a job is being uploaded."""
         with self._lock:

@@ -31,6 +31,7 @@ from .leases import Leases
 from .runner import JobRunner
 from .signals import Signals
 from .watchdog import Watchdog
+from .working import WorkingNow
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class GenerateWorker:
         )
         self._signals = Signals(records, name, self._leases)
         self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
-        self._announcer = Announcer(records, name, [family.info for family in families])
+        working = WorkingNow(engine, self._leases.num_held, settings.concurrency)
+        self._announcer = Announcer(records, name, [family.info for family in families], working)
         self._upkeep = Upkeep(records, name, self._models, self._reaper, Deadlines(records))
         self._expiry = Expiry(records, name, store)
         self._runner = JobRunner(
