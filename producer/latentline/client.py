@@ -19,10 +19,10 @@ from . import records
 from .connection import connect, connect_async
 from .errors import JobNotFound, WaitTimeout
 from .event_reader import EventReader, Listener
-from .jobs import JobEvent, JobRecord, ModelInfo, Status
+from .jobs import JobEvent, JobRecord, ModelInfo, Sending, Status
 from .keys import ApiKey, Limits
 from .operations import Operations, Outcome, Request, accepted_record, finished, one_request
-from .records import Overview, arun, run
+from .records import AnswerOutcome, Overview, arun, run
 from .settings import Settings
 
 POLL_MS = 1000  # how long one read of an event stream waits; below every socket timeout
@@ -124,14 +124,26 @@ class AsyncClient(Operations):
         """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
         return accepted_record((await self.submit_many([one_request(request, fields)]))[0])
 
-    async def submit_many(self, requests: Sequence[Request], limits: Limits | None = None) -> Sequence[Outcome]:
+    async def submit_many(
+        self, requests: Sequence[Request], limits: Limits | None = None, sending: Sending | None = None
+    ) -> Sequence[Outcome]:
         """Enqueue many jobs in few round trips, in order; returns and raises as :meth:`Client.submit_many`.
 
         Args:
             limits: of the API key with which the jobs came: its bounds on what their tenant has queued and running.
+            sending: of the request that asks for the jobs, where it may be sent again for the same ones.
         """
         await self.check_store()
-        return await arun(self._redis, self._submit(requests, limits or Limits()))
+        return await arun(self._redis, self._submit(requests, limits or Limits(), sending))
+
+    async def take_unanswered(self, sending: Sending) -> JobRecord | None:
+        """The job that an earlier sending of this request has made; None when there is none."""
+        found = await arun(self._redis, records.take_unanswered(sending))
+        return self._with_urls(found) if found else None
+
+    async def note_answer(self, job_id: str, sending: Sending, outcome: AnswerOutcome) -> bool:
+        """Note what became of a request's answer; see :func:`latentline.records.note_answer`."""
+        return await arun(self._redis, records.note_answer(job_id, sending, outcome))
 
     async def check_store(self) -> None:
         """Raise StoreUnavailable when the object store does not answer (boto3 blocks, hence the thread)."""

@@ -41,7 +41,7 @@ __all__ = [
     "DEFAULT_RETENTION_S", "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES",
     "MAX_PROMPT_CHARS", "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX",
     "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo",
-    "Output", "Phase", "ResolvedRequest", "Status", "StoredCallback", "StoredLora", "StoredOutput", "Submission", "resolve",
+    "Output", "Phase", "ResolvedRequest", "Sending", "Status", "StoredCallback", "StoredLora", "StoredOutput", "Submission", "resolve",
 ]  # fmt: skip
 
 
@@ -211,6 +211,16 @@ class Claim(Message):
 
 
 @dataclass(frozen=True)
+class Sending:
+    """One sending of a request by a client that waits for its answer, and sends the request again when it gets none."""
+
+    digest: str
+    """Of the API key and the body: the same for every sending of a request, and for equal requests."""
+    count: int
+    """How often the client has sent it before."""
+
+
+@dataclass(frozen=True)
 class Submission:
     """A request as it is written to the broker, with what the broker needs to know of it."""
 
@@ -225,6 +235,8 @@ class Submission:
     """What the client sent (:meth:`JobRequest.fingerprint`)."""
     sized_fingerprint: str
     """The same with the size resolved: what version 0.1.0 compares."""
+    sending: Sending | None = None
+    """Of a client that may send the same request again for the same job."""
 
 
 def resolve(request: JobRequest, info: ModelInfo | None = None) -> Submission:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from . import records
 from .addresses import CallbackRule
 from .errors import InvalidRequest, JobFailed, LatentlineError
 from .images import Images
-from .jobs import JobRecord, JobRequest, ResolvedRequest, Status, Submission
+from .jobs import JobRecord, JobRequest, ResolvedRequest, Sending, Status, Submission
 from .keys import Limits
 from .records import CachedFleet, Fleet, Operation
 from .settings import Settings
@@ -41,8 +42,10 @@ class Operations:
         )
         return [one if isinstance(one, LatentlineError) else self._with_urls(one) for one in outcomes]
 
-    def _submit(self, requests: Sequence[Request], limits: Limits) -> Operation[list[Outcome]]:
+    def _submit(self, requests: Sequence[Request], limits: Limits, sending: Sending | None = None) -> Operation[list[Outcome]]:
         accepted = yield from self._fleet.accept_many(lambda fleet: _accept(requests, fleet, self.settings.callback_rule))
+        if sending:
+            accepted = [one if isinstance(one, LatentlineError) else dataclasses.replace(one, sending=sending) for one in accepted]
         written: list[Outcome] = []
         failure: LatentlineError | None = None
         for chunk in _chunks(accepted):

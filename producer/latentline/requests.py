@@ -28,6 +28,7 @@ MAX_GUIDANCE = 30.0
 MAX_IMAGES = 8
 MAX_LORAS = 8
 MAX_LORA_SCALE = 10.0
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_SEED = 2**32 - 1  # the last image's seed is seed + num_images - 1, and stays below 2**32
 MAX_METADATA_BYTES = 4096
@@ -107,7 +108,7 @@ class JobRequest(Submitted):
     """
 
     version: Literal[1] = SCHEMA_VERSION
-    model: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] = "latentline-emoji"
+    model: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS, pattern=MODEL_NAME)] = "latentline-emoji"
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""
     width: Side | None = None

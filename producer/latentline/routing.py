@@ -153,6 +153,11 @@ def idempotency_key(tenant: str, key: str) -> str:
     return f"{PREFIX}:idempotency:{tenant}:{key}"
 
 
+def unanswered_key(digest: str) -> str:
+    """Sorted set of job ids by creation time in ms: jobs of one API key and body whose answer the client may not have received."""
+    return f"{PREFIX}:jobs:unanswered:{digest}"
+
+
 def messages_key() -> str:
     """Integer: the number of the newest wake-up; it also numbers jobs in the order of their submission."""
     return f"{PREFIX}:messages"

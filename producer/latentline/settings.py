@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .addresses import DEFAULT_PORTS, CallbackRule, parse_networks, parse_ports
-from .requests import DEFAULT_RETENTION_S
+from .requests import DEFAULT_RETENTION_S, MODEL_NAME
 
 
 class Settings(BaseSettings):
@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     durable: bool = False  # accept a job only once the broker's append-only file holds it
     tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
     cors_origins: str = ""  # of pages that may call the API from a browser: https://a.example,https://b.example
+    model_aliases: str = ""  # what clients of other services may call a model: gpt-image-2=latentline-emoji,sdxl=base/sdxl
     # whsec_..., or several separated by commas during a rotation: each callback is signed with all of them. Needed for callbacks.
     callback_secret: SecretStr | None = None
     # Callbacks go to global addresses only, and to these networks: 10.1.0.0/16,192.168.7.5
@@ -69,6 +70,17 @@ class Settings(BaseSettings):
                 raise ValueError("origins separated by commas, such as https://app.example; not *, which would open the API to any page")
         return text
 
+    @field_validator("model_aliases")
+    @classmethod
+    def _model_aliases(cls, text: str) -> str:
+        _aliases(text)
+        return text
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Model names of other services -> the models that they stand for here."""
+        return _aliases(self.model_aliases)
+
     @cached_property
     def callback_rule(self) -> CallbackRule:
         """Where callbacks may go: the same for those who submit and for the process that delivers."""
@@ -79,3 +91,14 @@ class Settings(BaseSettings):
         """Settings from a mapping of ``LATENTLINE_*`` variables."""
         fields: dict[str, Any] = {key.removeprefix("LATENTLINE_").lower(): value for key, value in variables.items()}
         return cls(**fields)
+
+
+def _aliases(text: str) -> dict[str, str]:
+    """Raises ValueError for what is no list of ``NAME=MODEL``, and for a name that stands twice."""
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, model = (side.strip() for side in part.partition("="))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}", name) or not re.fullmatch(MODEL_NAME, model) or name in found:
+            raise ValueError("names and the models that they stand for, each name once: gpt-image-2=latentline-emoji,sdxl=base/sdxl")
+        found[name] = model
+    return found

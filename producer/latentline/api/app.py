@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from latentline import __version__
 from latentline.client import AsyncClient
-from latentline.errors import InvalidRequest, LatentlineError
+from latentline.errors import LatentlineError
 from latentline.jobs import JobRequest
-from latentline.requests import allowed_by
 from latentline.settings import Settings
 
 from . import events, fleet, jobs, pictures, session
 from .auth import Access, LoopbackHosts
+from .dialects import mount_dialects
+from .leavers import Leavers
 from .methods import Methods
+from .problems import Problem, handle_problems
 from .streams import Streams
-
-log = logging.getLogger(__name__)
-
-HTTP_CODES = {
-    404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large", 415: "unsupported_media_type",
-    416: "range_not_satisfiable",
-}  # fmt: skip
 
 
 def create_app(settings: Settings | None = None, client: AsyncClient | None = None) -> FastAPI:
@@ -43,7 +35,9 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         app.state.client = client or AsyncClient(settings)
         app.state.access = Access(app.state.client, keys=settings.auth == "keys")
         app.state.streams = Streams(app.state.client)
+        app.state.leavers = Leavers(app.state.client)
         yield
+        await app.state.leavers.close()
         await app.state.streams.close()
         await app.state.client.close()
 
@@ -74,6 +68,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
 
     _document_request(app)
+    mount_dialects(app, settings)
     app.add_middleware(Methods, routes=[*app.routes, *(route for router in routers for route in router.routes)])
     origins = [origin for origin in settings.cors_origins.split(",") if origin]
     if origins:  # outside of Methods, since it answers a browser's OPTIONS itself
@@ -88,10 +83,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     if settings.auth == "none":
         message = "this API serves without keys, so the Host header must be localhost or a loopback address"
         app.add_middleware(LoopbackHosts, refusal=error_answer(403, "not_allowed", message))
-    app.add_exception_handler(LatentlineError, _domain_error)
-    app.add_exception_handler(RequestValidationError, _bad_parameter)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _internal_error)
+    handle_problems(app, _render)
     return app
 
 
@@ -114,34 +106,7 @@ def error_answer(status: int, code: str, message: str, headers: dict[str, str] |
     return JSONResponse({"error": {"code": code, "message": message, **more}}, status, headers=headers)
 
 
-async def _domain_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, LatentlineError)  # what it is registered for
-    if isinstance(error, InvalidRequest):
-        return error_answer(error.http_status, error.code, error.message, field=error.field, allowed=error.allowed)
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
-    if error.http_status == 401:
-        headers["WWW-Authenticate"] = 'Bearer realm="latentline"'
-    return error_answer(error.http_status, error.code, error.message, headers)
-
-
-async def _bad_parameter(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    problem = InvalidRequest(str(first["loc"][-1]), first.get("input"), allowed_by(first))
-    return await _domain_error(_, problem)
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    code = HTTP_CODES.get(error.status_code, "http_error")
-    headers = dict(error.headers or {})
-    if error.status_code == 405 and request.scope["latentline.allow"]:  # the router names the methods of one of the path's routes only
-        headers["Allow"] = request.scope["latentline.allow"]
-    path = request.url.path
-    shown = path if len(path) <= 100 else path[:97] + "..."
-    return error_answer(error.status_code, code, f"{request.method} {shown}: {error.detail}", headers)
-
-
-async def _internal_error(request: Request, error: Exception) -> JSONResponse:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_answer(500, "internal_error", "the server failed on this request; its log has the details")
+def _render(problem: Problem) -> JSONResponse:
+    invalid = problem.invalid
+    blamed = {"field": invalid.field, "allowed": invalid.allowed} if invalid else {}
+    return error_answer(problem.status, problem.code, problem.message, problem.headers, **blamed)

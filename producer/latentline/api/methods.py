@@ -20,7 +20,8 @@ class Methods:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            allow = self._allow(scope["path"])
+            # Of a mounted application: its routes are written without the prefix at which it stands.
+            allow = self._allow(scope["path"].removeprefix(scope.get("root_path", "")))
             scope["latentline.allow"] = allow
             if scope["method"] == "HEAD":
                 scope = {**scope, "method": "GET", IS_HEAD: True}

@@ -7,34 +7,45 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from starlette.datastructures import State
 
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, JobNotFound, LatentlineError
 from latentline.event_reader import Listener
-from latentline.jobs import ImageRef, JobRecord, JobRequest, ModelInfo
+from latentline.jobs import ImageRef, JobRecord, JobRequest, ModelInfo, Sending
 from latentline.keys import Credential, Scope
 from latentline.records import Overview, not_found
 
 from .auth import Access, Principal, bearer, credential_of
+from .leavers import Leavers
 from .streams import Streams
 
 
 class JobService:
     """Jobs as one principal may see and change them: those of other tenants are as if they did not exist."""
 
-    def __init__(self, client: AsyncClient, access: Access, streams: Streams, principal: Principal) -> None:
-        self._client, self._access, self._streams, self.principal = client, access, streams, principal
+    def __init__(self, state: State, principal: Principal) -> None:
+        self._client: AsyncClient = state.client
+        self._access: Access = state.access
+        self._streams: Streams = state.streams
+        self._leavers: Leavers = state.leavers
+        self.principal = principal
 
-    async def submit(self, data: dict[str, Any]) -> JobRecord:
-        """Enqueue one job.
+    async def submit(self, data: dict[str, Any], sending: Sending | None = None) -> JobRecord:
+        """Enqueue one job, or get the one that an earlier sending of the same request has made.
+
+        Args:
+            sending: where the client may send the request again, in this or another process of the API.
 
         Raises:
             InvalidRequest: also for another tenant than the key's, and for a priority above the key's ceiling.
             RateExceeded: too many submissions.
             TenantQuotaExceeded: too much of the tenant's is queued and running.
         """
+        if sending and sending.count and (found := await self._client.take_unanswered(sending)):
+            return found
         await self._access.count(self.principal)
-        (outcome,) = await self._client.submit_many([JobRequest.parse(self._own(data))], self.principal.limits)
+        (outcome,) = await self._client.submit_many([JobRequest.parse(self._own(data))], self.principal.limits, sending)
         if isinstance(outcome, LatentlineError):
             raise outcome
         return outcome
@@ -46,6 +57,20 @@ class JobService:
     async def list(self, status: str | None, cursor: str | None, limit: int) -> tuple[list[JobRecord], str | None]:
         """A page of jobs, newest first, and the cursor of the next page."""
         return await self._client.list(status, cursor, limit, self.principal.sees)
+
+    async def ended(self, job_id: str, wait_s: float) -> JobRecord:
+        """The record when the job has ended, or after so many seconds; raises JobNotFound."""
+        await self.get(job_id)
+        return await self._client.ended(job_id, wait_s)
+
+    def client_gone(self, job_id: str, sending: Sending) -> None:
+        """Whoever asked for this job has closed the connection: it is cancelled after a grace unless they come back for it."""
+        self._leavers.expect(job_id, sending)
+
+    async def answer_written(self, job_id: str, sending: Sending) -> None:
+        """The answer with this job went out."""
+        with contextlib.suppress(LatentlineError):  # the answer is out; at worst the same request gets this job again
+            await self._client.note_answer(job_id, sending, "written")
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Cancel a job; raises JobNotFound."""
@@ -140,16 +165,25 @@ async def _poll(request: Request, job_id: str) -> JobRecord:
     return seen(found, principal)
 
 
-def _service(scope: Scope) -> Callable[..., Awaitable[JobService]]:
-    async def service(request: Request, _: Annotated[Any, bearer]) -> JobService:
+def opened(
+    scope: Scope, scheme: Any = bearer, credential_of: Callable[[Request], Credential | None] = credential_of
+) -> Callable[..., Awaitable[JobService]]:
+    """A dependency that gives the service to whoever may do this.
+
+    Args:
+        scheme: names the way to present a key in the OpenAPI document.
+        credential_of: reads the key of a request.
+    """
+
+    async def service(request: Request, _: Any = scheme) -> JobService:
         state = request.app.state
-        credential: Credential | None = credential_of(request) if state.access.keys else None
-        return JobService(state.client, state.access, state.streams, await state.access.principal(credential, scope))
+        credential = credential_of(request) if state.access.keys else None
+        return JobService(state, await state.access.principal(credential, scope))
 
     return service
 
 
 # What a route declares to get the service. The key is looked at before the parameters and the body are.
-Reading = Annotated[JobService, Depends(_service("read"))]
-Submitting = Annotated[JobService, Depends(_service("submit"))]
-Administering = Annotated[JobService, Depends(_service("admin"))]
+Reading = Annotated[JobService, Depends(opened("read"))]
+Submitting = Annotated[JobService, Depends(opened("submit"))]
+Administering = Annotated[JobService, Depends(opened("admin"))]

@@ -10,12 +10,14 @@ from .keys import create_key, find_keys, keys, revoke_key
 from .maintenance import MAX_OVERDUE, MAX_WAKE
 from .outbox import callbacks, replay_callback
 from .overview import Overview, overview
+from .unanswered import ENDED_S, WRITTEN_S, AnswerOutcome, note_answer, take_unanswered
 from .worker import Records
 
 __all__ = [
-    "MAX_ERRORS", "MAX_LOOK", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "START", "Backoff", "Beat", "CachedFleet", "Call",
-    "Fleet", "Operation", "Overview", "Records", "Signal", "Verdict", "arun", "callbacks", "cancel", "create_key", "dead_letter",
-    "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events", "find_keys", "fleet",
-    "follow", "get", "get_with_key", "gone", "keys", "list_jobs", "models", "not_found", "overview", "read_streams", "replay_callback",
-    "request_of_letter", "revoke_key", "ring", "run", "submit", "workers",
+    "ENDED_S", "MAX_ERRORS", "MAX_LOOK", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "START", "WRITTEN_S", "AnswerOutcome", "Backoff",
+    "Beat", "CachedFleet", "Call", "Fleet", "Operation", "Overview", "Records", "Signal", "Verdict", "arun", "callbacks",
+    "cancel", "create_key", "dead_letter", "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events",
+    "find_keys", "fleet", "follow", "get", "get_with_key", "gone", "keys", "list_jobs", "models", "not_found", "note_answer",
+    "overview", "read_streams", "replay_callback", "request_of_letter", "revoke_key", "ring", "run", "submit", "take_unanswered",
+    "workers",
 ]  # fmt: skip

@@ -213,6 +213,8 @@ def _arguments(one: Submission, retention_s: int, tenant_cap: int, max_jobs: int
         "callback_events": json.dumps(callback.events) if callback else "",
         "queue_prefix": routing.queue_prefix(request.model, one.level),
         "level": one.level,
+        "digest": one.sending.digest if one.sending else "",
+        "sending": one.sending.count if one.sending else 0,
     }
 
 

@@ -18,6 +18,8 @@ PAGE = load("page")
 RELEASE = load("release")
 SETTLE = load("settle")
 RETRY = load("retry")
+TAKE_UNANSWERED = load("take_unanswered")
+NOTE_ANSWER = load("note_answer")
 
 TAKE_TURN = load("take_turn")
 BEGIN_TURN = load("begin_turn")
@@ -38,6 +40,6 @@ REPLAY_CALLBACK = load("replay_callback")
 
 __all__ = [
     "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "DELETE", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
-    "HEARTBEAT", "PAGE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE", "SETTLE_CALLBACK", "SUBMIT",
-    "TAKE_CALLBACK", "TAKE_TURN", "VIEW", "WAKE", "WAKE_CALLBACKS", "Script",
+    "HEARTBEAT", "NOTE_ANSWER", "PAGE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE",
+    "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS", "Script",
 ]  # fmt: skip

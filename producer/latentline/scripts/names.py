@@ -18,6 +18,8 @@ KEY_KEPT_S = 30 * 86400
 # A preview is deleted when its job ends or a newer one replaces it, and after this time in any case: workers of version 0.1.0
 # do not delete it.
 PREVIEW_KEPT_S = 3600
+# From here on no client sends its request again: three tries of ten minutes each, and the pauses between them.
+UNANSWERED_KEPT_S = 3600
 SIGNAL_KEPT_S = 60  # a worker reads its signals at once; what it has not read after this time, a renewal has told it
 
 
@@ -35,6 +37,7 @@ def constants() -> str:
         "KEY_KEPT_S": str(KEY_KEPT_S),
         "PREVIEW_KEPT_S": str(PREVIEW_KEPT_S),
         "SIGNAL_KEPT_S": str(SIGNAL_KEPT_S),
+        "UNANSWERED_KEPT_S": str(UNANSWERED_KEPT_S),
         "CALLBACK_GRACE_S": str(CALLBACK_GRACE_S),
         "CALLBACK_KEPT_S": str(CALLBACK_KEPT_S),
         "CALLBACK_QUEUE": _text(routing.CALLBACK_QUEUE),

@@ -18,7 +18,7 @@
 -- uses: clock, events, wakeups
 
 local id, request, num_steps, model, tenant, priority, priority_step, deadline_s, cost, cap, idempotency_key, fingerprint,
-  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level, max_jobs = unpack(ARGV)
+  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level, max_jobs, digest, sending = unpack(ARGV)
 
 local idempotency = keys.idempotency(tenant, idempotency_key)
 if idempotency_key ~= '' then
@@ -90,6 +90,11 @@ if idempotency_key ~= '' then redis.call('HSET', key, 'idempotency_key', idempot
 if tonumber(deadline_s) > 0 then
   redis.call('HSET', key, 'deadline_at', clock.after(deadline_s), 'retention_s', retention_s)
   redis.call('ZADD', keys.deadlines(), clock.after(deadline_s), id)
+end
+if digest ~= '' then -- see take_unanswered.lua
+  redis.call('HSET', key, 'sending', sending, 'answer', 'awaited')
+  redis.call('ZADD', keys.unanswered(digest), clock.ms, id)
+  redis.call('EXPIRE', keys.unanswered(digest), const.UNANSWERED_KEPT_S)
 end
 if callback_url ~= '' then redis.call('HSET', key, 'callback_url', callback_url, 'callback_events', callback_events) end
 redis.call('ZADD', keys.index(), clock.ms, id)

@@ -1,0 +1,18 @@
+"""Dialects that other services' clients speak, each an application of its own under its prefix, over the one job service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from latentline.settings import Settings
+
+DIALECTS: dict[str, Callable[[State, Settings], FastAPI]] = {}
+"""Where each dialect stands, and what makes its application: it gets the state that all of them share, and the settings."""
+
+
+def mount_dialects(app: FastAPI, settings: Settings) -> None:
+    for prefix, create in DIALECTS.items():
+        app.mount(prefix, create(app.state, settings))
