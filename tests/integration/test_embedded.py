@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import re
 import secrets
@@ -128,7 +129,7 @@ class Up:
     """``latentline up`` as a user runs it, in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
-        code = "import pathlib, sys; from latentline_worker.embedded.stack import up; sys.exit(up(pathlib.Path(sys.argv[1]), 0, None))"
+        code = "import pathlib, sys; from latentline_worker.embedded.up import up; sys.exit(up(pathlib.Path(sys.argv[1]), 0, None))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(folder)],
             stdin=subprocess.DEVNULL,
@@ -181,7 +182,13 @@ def test_up_serves_refuses_a_second_and_leaves_nothing(up: Up, tmp_path: Path) -
     assert len(up.children) >= 4
     with pytest.raises(ConfigurationError, match="in use by another"):
         Stack(tmp_path / "data").start()
+    env_file = tmp_path / "data" / "latentline.env"
+    assert env_file.stat().st_mode & 0o777 == 0o600
+    listing = f". {env_file}; exec {sys.executable} -m latentline.cli dead list --json"
+    asked = subprocess.run(["sh", "-c", listing], capture_output=True, text=True, env=clean_env(), timeout=PATIENCE_S)
+    assert asked.returncode == 0 and json.loads(asked.stdout) == {"dead_letters": []}, asked.stderr
     code, rest = up.end(signal.SIGTERM)
+    assert not env_file.exists()
     assert (code, rest) == (0, "")  # one line on stdout, and no more
     assert not any(alive(process) for process in up.children)
     assert not any(listens(port) for port in up.ports | {up.port})

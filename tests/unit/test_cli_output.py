@@ -18,8 +18,8 @@ from support.commands import Service, call, refused, served
 from latentline.cli import following, main, remote
 from latentline.cli.errors import Failed
 from latentline.cli.following import follow
-from latentline.cli.terminal import clean, say
 from latentline.errors import BrokerUnavailable
+from latentline.terminal import clean, say
 
 ATTACK = "a\x1b[2Jb\rc\nd\x07e\x9b31mf\x7fg\u202eh\u2066i\u2028j\x00k"
 SHOWN = r"a\x1b[2Jb\rc\nd\x07e\x9b31mf\x7fg\u202eh\u2066i\u2028j\x00k"
@@ -53,9 +53,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 ALL = dict(commands(main))
 # They serve until they are stopped, or write files and say on stderr how far they are.
-WITHOUT_JSON = {("api",), ("worker",), ("up",), ("demo",), ("callbacks", "serve"), ("evaluate",)} | {
-    path for path in ALL if path[0] == "train"
-}
+WITHOUT_JSON = {("api",), ("worker",), ("callbacks", "serve"), ("evaluate",)} | {path for path in ALL if path[0] == "train"}
 GROUPS = {path for path, command in ALL.items() if isinstance(command, click.Group)}
 
 

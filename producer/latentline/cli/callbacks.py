@@ -9,12 +9,12 @@ import click
 
 from latentline import records
 from latentline.errors import JobNotFound
+from latentline.terminal import say, say_json
 
 from .broker import run
 from .errors import check_settings
 from .extras import load
 from .options import json_option
-from .terminal import say, say_json
 
 
 @click.group()

@@ -7,10 +7,10 @@ import click
 from latentline import records
 from latentline.client import Client
 from latentline.settings import Settings
+from latentline.terminal import say, say_json
 
 from .broker import run
 from .options import json_option
-from .terminal import say, say_json
 
 
 @click.group()

@@ -16,8 +16,7 @@ import click
 
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.settings import Settings
-
-from .terminal import note, note_json
+from latentline.terminal import note, note_json
 
 log = logging.getLogger(__name__)
 

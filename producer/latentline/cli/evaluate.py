@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from latentline.terminal import note
+
 from .extras import load
-from .terminal import note
 
 folder = click.Path(path_type=Path, file_okay=False)
 

@@ -15,9 +15,10 @@ from httpx_sse import ServerSentEvent, SSEError, aconnect_sse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from latentline.terminal import clean, note
+
 from .errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, fail
 from .remote import TIMEOUT_S, Api, check_answer
-from .terminal import clean, note
 
 TERMINAL = frozenset(("succeeded", "failed", "cancelled"))
 QUIET_S = 45.0  # a stream says something at least every 15 s: one that is silent for so long is dead

@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from latentline.jobs import JobRequest
+from latentline.terminal import note, say, say_json, short
 
 from .errors import EXIT_BAD_INPUT, EXIT_FAILED, fail
 from .following import follow
 from .options import json_option, url_option
 from .pictures import check_output, format_for, save
 from .remote import JOB_FIELDS, Api, job_path
-from .terminal import note, say, say_json, short
 
 PROMPT_CHARS = 60  # of a prompt in a list
 

@@ -8,10 +8,10 @@ import click
 
 from latentline import records
 from latentline.keys import SCOPES, ApiKey, NewKey
+from latentline.terminal import say, say_json
 
 from .broker import run
 from .options import json_option
-from .terminal import say, say_json
 
 
 @click.group()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from latentline.terminal import say, say_json
+
 from .errors import EXIT_FAILED
 from .extras import load
 from .options import json_option, url_option
 from .remote import LORA_FIELDS, Api
-from .terminal import say, say_json
 
 
 @click.group()

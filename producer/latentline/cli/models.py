@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from latentline.terminal import say, say_json, say_json_line
+
 from .errors import EXIT_FAILED
 from .extras import load
 from .options import json_option, url_option
 from .remote import MODEL_FIELDS, Api
-from .terminal import say, say_json, say_json_line
 
 
 @click.group(invoke_without_command=True)

@@ -14,6 +14,7 @@ from latentline.settings import Settings
 
 from .errors import check_settings
 from .extras import has_distribution, load
+from .options import json_option
 
 SHUTDOWN_S = 3  # event streams may be open for hours: they are closed after this, and their clients resume elsewhere
 
@@ -49,17 +50,19 @@ def worker(model: str | None, models: str | None, concurrency: int | None) -> No
 @click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Kept between runs; default: a temporary folder.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
 @click.option("--model", help="The bundled model's id, a diffusers folder, a .safetensors file, or a hub id.")
-def up(data_dir: Path | None, port: int, model: str | None) -> None:
+@json_option
+def up(data_dir: Path | None, port: int, model: str | None, as_json: bool) -> None:
     """Run broker, object store, worker and API in the foreground."""
-    sys.exit(_stack_module("latentline up", "latentline_worker.embedded.stack").up(data_dir, port, model))
+    sys.exit(_stack_module("latentline up", "latentline_worker.embedded.up").up(data_dir, port, model, as_json))
 
 
 @click.command()
 @click.option("--prompt", "prompts", multiple=True, help="Your own words; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True)
-def demo(prompts: tuple[str, ...], out: Path) -> None:
+@json_option
+def demo(prompts: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Make pictures on embedded services, from nothing to files in a folder."""
-    sys.exit(_stack_module("latentline demo", "latentline_worker.embedded.demo").run(list(prompts) or None, out))
+    sys.exit(_stack_module("latentline demo", "latentline_worker.embedded.demo").run(list(prompts) or None, out, as_json))
 
 
 def _stack_module(what: str, module: str) -> Any:

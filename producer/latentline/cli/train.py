@@ -9,9 +9,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from latentline.terminal import note
+
 from .errors import EXIT_FAILED
 from .extras import load
-from .terminal import note
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Broker, object store, API and worker on this machine: ``latentline up``."""
+"""Broker, object store, API and worker on this machine, as one thing that starts and stops."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import fcntl
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
-import tempfile
-import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Self
 
 import httpx
 
 from latentline.connection import connect
-from latentline.errors import ConfigurationError, LatentlineError
+from latentline.errors import ConfigurationError
 from latentline.routing import workers_key
 from latentline.settings import Settings
 
@@ -30,6 +28,9 @@ from .store import Store
 READY_TIMEOUT_S = 180.0  # a cold start imports torch and loads a model
 DRAIN_S = 5.0  # how long jobs that upload at the end may take
 
+Tell = Callable[[str, str, float | None], None]
+"""What is told while a stack starts: the part, what it does now, and the seconds that it took once it is done."""
+
 
 class Stack:
     """All of latentline on embedded services. Stopped in data-flow order: worker, API, store, broker.
@@ -38,15 +39,17 @@ class Stack:
         data_dir: where broker and store keep their data, credentials and logs; kept between runs.
         port: of the API on 127.0.0.1; 0 for any free one.
         model: what the worker serves; None for the bundled model.
+        tell: is called as the parts start.
 
     Raises:
         ConfigurationError: on entry, when a part does not start; the message ends with its log's last lines.
     """
 
-    def __init__(self, data_dir: Path, port: int = 0, model: str | None = None) -> None:
+    def __init__(self, data_dir: Path, port: int = 0, model: str | None = None, tell: Tell = lambda *_: None) -> None:
         self._folder = data_dir.resolve()
         self._port = port
         self._model = model
+        self._tell = tell
         self._lock: IO[str] | None = None
         self._socket: socket.socket | None = None
         self._broker: Broker | None = None
@@ -77,15 +80,13 @@ class Stack:
             keys = self._credentials()
             self._broker = Broker(self._folder / "broker", keys["password"])
             self._store = Store(self._folder / "store", keys["access_key"], keys["secret_key"])
-            self._broker.start()
-            with contextlib.closing(connect(self._broker.url)) as client:
-                client.delete(workers_key())  # a worker announced in the last run would make this one ready too early
-            self._store.start()
-            env = self.environment | {"LATENTLINE_CALLBACK_SECRET": keys["callback_secret"], "LATENTLINE_DRAIN_S": str(DRAIN_S)}
-            env |= {"LATENTLINE_AUTH": "none"}  # on loopback alone
-            # The operator's settings for callbacks, model and batching apply here too; addresses of services do not.
-            given = {key: value for key, value in os.environ.items() if key.startswith("LATENTLINE_") and key not in env}
-            env = clean_env(**(given | env))
+            with self._starting("broker", "starts"):
+                self._broker.start()
+                with contextlib.closing(connect(self._broker.url)) as client:
+                    client.delete(workers_key())  # a worker announced in the last run would make this one ready too early
+            with self._starting("object store", "starts"):
+                self._store.start()
+            env = self._processes_environment(keys["callback_secret"])
             worker = [sys.executable, "-m", "latentline_worker.generate.launch", *(["--model", self._model] if self._model else [])]
             self._worker = Child("the worker", worker, self._folder / "worker.log", env)
             assert self._socket is not None  # _take_port made it
@@ -94,7 +95,11 @@ class Stack:
             self._callbacks = Child("the callback deliverer", command, self._folder / "callbacks.log", env)
             api = [sys.executable, "-m", "latentline.cli", "api", "--fd", str(fd)]
             self._api = Child("the API", api, self._folder / "api.log", env, pass_fds=[fd])
-            self._worker.wait_until(self._ready, READY_TIMEOUT_S)
+            with self._starting("API", f"starts on {self.url}"):
+                self._api.wait_until(lambda: self._answers("/healthz"), READY_TIMEOUT_S)
+            model = self._model or env.get("LATENTLINE_MODELS") or env.get("LATENTLINE_MODEL") or "the bundled model"
+            with self._starting("worker", f"loads {model}"):
+                self._worker.wait_until(self._ready, READY_TIMEOUT_S)
         except BaseException:
             self.stop()
             raise
@@ -121,11 +126,29 @@ class Stack:
         parts = (self._worker, self._callbacks, self._api, self._store and self._store.child, self._broker and self._broker.child)
         return next((part for part in parts if part and not part.alive), None)
 
+    def _processes_environment(self, callback_secret: str) -> dict[str, str]:
+        """The whole environment of worker, API and deliverer."""
+        env = self.environment | {"LATENTLINE_CALLBACK_SECRET": callback_secret, "LATENTLINE_DRAIN_S": str(DRAIN_S)}
+        env |= {"LATENTLINE_AUTH": "none"}  # on loopback alone
+        # The operator's settings for callbacks, model and batching apply here too; addresses of services do not.
+        given = {key: value for key, value in os.environ.items() if key.startswith("LATENTLINE_") and key not in env}
+        return clean_env(**(given | env))
+
+    @contextlib.contextmanager
+    def _starting(self, part: str, does: str) -> Iterator[None]:
+        started = time.monotonic()
+        self._tell(part, does, None)
+        yield
+        self._tell(part, "ready", time.monotonic() - started)
+
     def _ready(self) -> bool:
         if self._api and not self._api.alive:
             raise ConfigurationError(f"the API ended with status {self._api.process.returncode}:\n{self._api.tail()}")
+        return self._answers("/readyz")
+
+    def _answers(self, path: str) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}{path}", timeout=5, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -171,31 +194,3 @@ class Stack:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def up(data_dir: Path | None, port: int, model: str | None) -> int:
-    """Run a stack in the foreground until SIGINT, SIGTERM or SIGHUP; 1 when a part fails."""
-    ending = threading.Event()
-
-    def interrupt(*_: object) -> None:
-        if ending.is_set():
-            return  # already stopping: let it finish in order
-        ending.set()
-        raise KeyboardInterrupt  # also out of a start that is under way
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    with tempfile.TemporaryDirectory(prefix="latentline-") as scratch:
-        stack = Stack(data_dir or Path(scratch), port, model)
-        try:
-            with stack:
-                print(f"ready {stack.url}", flush=True)
-                print(f"Ctrl-C stops everything; try: latentline submit --url {stack.url} 'a red apple' -o apple.png", file=sys.stderr)
-                while (dead := stack.dead()) is None:
-                    time.sleep(0.5)
-                raise ConfigurationError(f"{dead.name} ended with status {dead.process.returncode}:\n{dead.tail()}")
-        except KeyboardInterrupt:
-            return 0
-        except LatentlineError as error:
-            print(f"latentline up: {error.message}", file=sys.stderr)
-            return 1

@@ -1,4 +1,4 @@
-"""What the command line prints. All text passes through here, since much of it is somebody else's: prompts, errors, names."""
+"""What goes to a terminal. All text of the command line passes through here: much of it is a stranger's prompt, error or name."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def say(line: object) -> None:
 def note(line: object) -> None:
     """A line on stderr: what happens meanwhile, and what went wrong."""
     _write(clean(line), sys.stderr)
+
+
+def note_lines(text: object) -> None:
+    """Several lines on stderr, such as the end of a log."""
+    _write(clean_lines(text), sys.stderr)
 
 
 def say_json(data: Any) -> None:
