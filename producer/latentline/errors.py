@@ -59,6 +59,7 @@ class InvalidRequest(LatentlineError):
     http_status = 422
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
+        field = field if len(field) <= 100 else field[:97] + "..."  # a client may have made the name up
         self.field, self.value, self.allowed = field, value, allowed
         shown = repr(value)
         if len(shown) > 80:

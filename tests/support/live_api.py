@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from latentline import AsyncClient, Settings
 from latentline.api.app import create_app
+from latentline.api.protocol import PatientProtocol
 from latentline.testing import FakeImages, FakeWorker
 
 
@@ -31,6 +32,7 @@ class Live:
     images: FakeImages
     worker: FakeWorker
     app: FastAPI
+    server: uvicorn.Server
 
     def submit(self, **fields: Any) -> dict[str, Any]:
         answer = self.http.post("/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 2, **fields})
@@ -48,7 +50,7 @@ def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) 
     worker.announce()
     client = AsyncClient(settings)
     app = create_app(client=client)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", http=PatientProtocol))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -56,7 +58,7 @@ def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) 
         time.sleep(0.01)
     assert thread.is_alive()
     with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30, trust_env=False) as http:
-        yield Live(http, client, redis, images, worker, app)
+        yield Live(http, client, redis, images, worker, app, server)
     redis.connected = True  # whatever a test did to it
     server.should_exit = True
     thread.join(30)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from latentline.errors import InvalidRequest
 from latentline.jobs import MAX_BODY_BYTES
@@ -25,16 +26,22 @@ async def json_object(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, f"content type {kind[:80] or '(none)'!r}; allowed: application/json")
+    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].strip(' "')
+    if charset not in ("", "utf-8", "utf8"):
+        raise HTTPException(415, f"charset {charset[:80]!r}; allowed: utf-8")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise HTTPException(415, f"content encoding {encoding[:80]!r}; allowed: none")
+    _check_length(request)
     try:
         async with asyncio.timeout(BODY_S):
             body = await _read(request)
+    except ClientDisconnect:  # nobody reads this answer
+        raise HTTPException(400, "the connection was closed before the body was there") from None
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {BODY_S:g} s", {"Connection": "close"}) from None
     try:
-        data = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        data = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("body", bytes(body[:60]), f"a JSON object ({str(error)[:100]})") from None
     if not isinstance(data, dict):
@@ -42,12 +49,23 @@ async def json_object(request: Request) -> dict[str, Any]:
     return data
 
 
+def _check_length(request: Request) -> None:
+    """Refuse a body whose declared length is over the limit before it is waited for."""
+    declared = request.headers.get("content-length", "0")
+    if len(declared) > 18 or int(declared) > MAX_BODY_BYTES:  # digits: the server has checked that
+        raise _too_large()
+
+
+def _too_large() -> HTTPException:
+    return HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
+
+
 async def _read(request: Request) -> bytearray:
     body = bytearray()
     async for chunk in request.stream():  # counted as it arrives: a chunked body declares no length
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
+            raise _too_large()
     return body
 
 

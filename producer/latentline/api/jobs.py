@@ -78,8 +78,8 @@ async def get_job(
     body = answer(await poll(request, job_id, wait)).model_dump_json().encode()
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
-    known = {one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")}
-    if known & {etag, "*"}:
+    given = [one.strip() for one in (if_none_match or "").split(",")]
+    if given == ["*"] or etag in (one.removeprefix("W/") for one in given):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
 

@@ -57,7 +57,7 @@ def problem_of(request: Request, error: Exception) -> Problem:
         return _domain_problem(InvalidRequest(str(first["loc"][-1]), first.get("input"), allowed_by(first)))
     if isinstance(error, HTTPException):
         return _http_problem(request, error)
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)  # quoted: a path may hold line ends
     return Problem(500, "internal_error", "the server failed on this request; its log has the details")
 
 
