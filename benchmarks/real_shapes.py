@@ -177,7 +177,7 @@ def one_by_one(family: Family, images: int, steps: int) -> float:
 
 def together(family: Family, images: int, steps: int, graphs: bool) -> tuple[float, Engine]:
     """Images a second through the engine, decoded, and the engine with its clock."""
-    engine = Engine([family], graphs=graphs)
+    engine = Engine([family], record=graphs)
     engine.warm_up()
     engine.clock.step_s = engine.clock.forward_s = 0.0
     side = family.info.default_width

@@ -1,6 +1,7 @@
 """A real worker process with a clock in place of the device and no object store: what it costs the broker is real.
 
-Run as a script, with a worker's environment. ``STEP_S`` is the time of one network call, which all jobs share.
+Run as a script, with a worker's environment. ``STEP_S`` is the time of one network call, which all jobs share; ``NUM_MODELS`` is
+how many models it serves, of which ``NUM_WARM`` are in memory.
 :mod:`benchmarks.broker` runs it on version 0.1.0 as well, where modules have other names.
 """
 
@@ -22,6 +23,8 @@ from latentline_worker.samplers import sampler_table
 
 MODEL = "sleeping"
 STEP_S = float(os.environ.get("STEP_S", "0.05"))
+NUM_MODELS = int(os.environ.get("NUM_MODELS", "1"))
+NUM_WARM = int(os.environ.get("NUM_WARM", str(NUM_MODELS)))
 PIXELS = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -31,15 +34,20 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-FAMILY = SimpleNamespace(
-    info=ModelInfo(id=MODEL, family="sd", default_width=64, default_height=64, max_pixels=64 * 64),
-    revision="none",
-    dtype=torch.float32,
-    latent_shape=lambda width, height: (4, height // 8, width // 8),
-    table=lambda request: sampler_table(request.scheduler, SCHEDULER, request.num_inference_steps),
-    texts=lambda request: (),
-    scheduler_config=SCHEDULER,  # version 0.1.0 makes the table itself
-)
+
+
+def family_of(model: str) -> Any:
+    """What the worker asks of a model."""
+    return SimpleNamespace(
+        info=ModelInfo(id=model, family="sd", default_width=64, default_height=64, max_pixels=64 * 64),
+        revision="none",
+        dtype=torch.float32,
+        adapters=None,
+        latent_shape=lambda width, height: (4, height // 8, width // 8),
+        table=lambda request: sampler_table(request.scheduler, SCHEDULER, request.num_inference_steps),
+        texts=lambda request: (),
+        scheduler_config=SCHEDULER,  # version 0.1.0 makes the table itself
+    )
 
 
 class SleepingEngine:
@@ -106,6 +114,16 @@ def upload(_: object, claim: Claim, images: Sequence[Any]) -> tuple[ImageRef, ..
     return tuple(ImageRef(key=f"{name}/{i}.png", seed=record.request.seed + i, **size) for i in range(len(images)))
 
 
+def roster() -> Any:
+    """The models, one of them a byte large, with a budget for those that are warm."""
+    module = importlib.import_module("latentline_worker.generate.roster")
+    families = [family_of(MODEL if i == 0 else f"{MODEL}-{i}") for i in range(NUM_MODELS)]
+    members = {
+        family.info.id: module.Member(family.info, 1, family if i < NUM_WARM else None, 0.0, 0.0) for i, family in enumerate(families)
+    }
+    return module.Roster(members, NUM_WARM)
+
+
 def main() -> int:
     """Run the worker until SIGTERM; its exit status."""
     try:
@@ -115,8 +133,9 @@ def main() -> int:
         room, uploader, store = "latentline_worker", ("delivery", "Delivery"), "storage"
         launch = importlib.import_module(f"{room}.launch")
     loading = importlib.import_module(f"{room}.loading")
-    loading.load_models = lambda _: [FAMILY]
-    loading.load_model = lambda _: FAMILY  # of earlier versions
+    loading.start = lambda _: (roster(), SleepingEngine(), SimpleNamespace())
+    loading.load_models = lambda _: [family_of(MODEL)]  # this and what follows: of earlier versions
+    loading.load_model = lambda _: family_of(MODEL)
     loading.make_engine = lambda *_: SleepingEngine()
     no_store = SimpleNamespace(ensure_bucket=lambda: None, delete_all=lambda _: True)
     importlib.import_module(f"latentline_worker.{store}").ImageStore = lambda _: no_store

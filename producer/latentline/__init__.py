@@ -25,6 +25,7 @@ from .errors import (
     WaitTimeout,
 )
 from .jobs import Callback, ImageRef, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Output, Phase, ResolvedRequest, Status
+from .models import ServedModel
 
 if TYPE_CHECKING:
     from .client import AsyncClient, Client
@@ -56,6 +57,7 @@ __all__ = [
     "Output",
     "Phase",
     "ResolvedRequest",
+    "ServedModel",
     "ServiceUnavailable",
     "Settings",
     "Status",

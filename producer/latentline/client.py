@@ -19,8 +19,9 @@ from . import records
 from .connection import connect, connect_async
 from .errors import JobNotFound, WaitTimeout
 from .event_reader import EventReader, Listener
-from .jobs import JobEvent, JobRecord, ModelInfo, Sending, Status
+from .jobs import JobEvent, JobRecord, Sending, Status
 from .keys import ApiKey, Limits
+from .models import ServedModel
 from .operations import Operations, Outcome, Request, accepted_record, finished, one_request
 from .records import AnswerOutcome, Overview, arun, run
 from .settings import Settings
@@ -68,8 +69,9 @@ class Client(Operations):
         """Forget an ended job: its record at once, its pictures within seconds, by any worker."""
         run(self._redis, self._delete(job_id))
 
-    def models(self) -> dict[str, ModelInfo]:
-        return run(self._redis, records.models())
+    def models(self) -> dict[str, ServedModel]:
+        """The models that are served now, and how many workers serve each and have it in memory."""
+        return run(self._redis, records.served())
 
     def workers(self) -> Sequence[str]:
         """Names of the workers that are alive."""
@@ -211,8 +213,9 @@ class AsyncClient(Operations):
         """A picture's bytes, or those from ``start`` to ``end``, both included."""
         return await asyncio.to_thread(self.images.download, key, start, end)
 
-    async def models(self) -> dict[str, ModelInfo]:
-        return await arun(self._redis, records.models())
+    async def models(self) -> dict[str, ServedModel]:
+        """The models that are served now, and how many workers serve each and have it in memory."""
+        return await arun(self._redis, records.served())
 
     async def workers(self) -> Sequence[str]:
         """Names of the workers that are alive."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, PositiveInt
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 
 from .errors import InvalidRequest
 from .requests import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_MULTIPLE_PX, Guidance, JobRequest, Message, Scheduler, Steps
@@ -97,11 +97,26 @@ UNANNOUNCED = ModelInfo(id="unannounced", family="", default_width=MIN_SIZE_PX, 
 """Stands in for a model of which nothing is announced: only the defaults of the contract."""
 
 
+class ServedModel(ModelInfo):
+    """A model as the workers of its highest level serve it together."""
+
+    workers: NonNegativeInt = 0
+    """That serve it, of every level."""
+    warm: NonNegativeInt = 0
+    """Of those, how many have it in memory now. The others load it once a job has waited for it for a while."""
+    swaps: NonNegativeInt = 0
+    """How often these workers have loaded it in the place of other models, since each one's start."""
+
+
 class Announcement(Message):
     """What one worker says of itself."""
 
     level: PositiveInt
     models: tuple[ModelInfo, ...]
+    cold: tuple[str, ...] = ()
+    """The ids of those that are not in its memory now."""
+    swaps: Mapping[str, NonNegativeInt] = {}
+    """How often it has loaded a model in the place of others, by the model's id."""
 
 
 class Working(Message):

@@ -17,7 +17,7 @@ from support.tiny_families import TINY, sdxl
 from latentline.cli import main
 from latentline.errors import ConfigurationError, ModelError
 from latentline.jobs import JobRequest, resolve
-from latentline_worker.generate.loading import load_models
+from latentline_worker.generate.loading import start
 from latentline_worker.models import catalog, registry
 from latentline_worker.models.catalog import Defaults, ModelEntry
 from latentline_worker.settings import WorkerSettings
@@ -104,7 +104,9 @@ def test_a_worker_loads_the_models_of_its_file_each_in_its_type(folders: Path, t
     path = tmp_path / "models.toml"
     catalog.append(path, ModelEntry(source=str(folders / "sd"), lora_dir=tmp_path))
     catalog.append(path, ModelEntry(source=str(folders / "sd3"), dtype="bfloat16", id="three"))
-    one, other = load_models(WorkerSettings(models=path))
+    roster, _, _ = start(WorkerSettings(models=path))
+    with roster.use("sd") as one, roster.use("three") as other:
+        pass
     assert [(family.info.id, family.dtype) for family in (one, other)] == [("sd", torch.float32), ("three", torch.bfloat16)]
     assert one.adapters is not None and other.adapters is None
 
@@ -140,4 +142,4 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("[[models]]\nsource = 1")
     assert "models.0.source: got 1; allowed: a string" in run("check", "--models", path, status=2)
     with pytest.raises(ConfigurationError, match=r"models\.0\.source: got 1"):
-        load_models(WorkerSettings(models=path))
+        start(WorkerSettings(models=path))

@@ -186,7 +186,7 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     store = Records(client, 600)
     store.announce("one", [MODEL])
     assert records.run(client, records.models()) and records.run(client, records.workers()) == ["one"]
-    assert store.heartbeat("one", Working(jobs=1)) and not store.heartbeat("unknown", Working())
+    assert store.heartbeat("one", Working(jobs=1), [MODEL.id]) is not None and store.heartbeat("unknown", Working(), [MODEL.id]) is None
     store.worker_gone("one")
     assert store.take_turn(MODEL.id, "one", 1) and not store.take_turn(MODEL.id, "two", 1) and store.begin_turn(10) == 0
     bound = broker.admin.config_get("maxmemory")["maxmemory"]

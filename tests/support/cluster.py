@@ -86,7 +86,7 @@ class Cluster:
                 "LATENTLINE_REDIS_URL": url.replace(f":{self.broker.port}/", f":{self.redis_proxy.port}/"),
                 **self.store.environment,
                 "LATENTLINE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self.s3_proxy.port}",
-                "LATENTLINE_MODEL": str(self.model),
+                **({} if "LATENTLINE_MODELS" in extra else {"LATENTLINE_MODEL": str(self.model)}),
                 "LATENTLINE_LEASE_S": str(LEASE_S),
                 "LATENTLINE_CHECKPOINT_S": "0.2",
                 "LATENTLINE_DRAIN_S": "5",

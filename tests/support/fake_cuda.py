@@ -163,7 +163,7 @@ def engine_on(family: Any) -> Any:
 
             super().copy(tensors, with_values)
 
-    engine = Engine([family], graphs=False, checkpoint_s=0.0)
+    engine = Engine([family], record=False, checkpoint_s=0.0)
     engine.publisher._copies = Copies(DEVICE)
     engine.publisher._rgb[family.info.id] = LatentToRgb(torch.zeros(5, 3, device=DEVICE))
     return engine

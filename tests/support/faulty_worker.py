@@ -2,7 +2,8 @@
 
 A prompt with ``[oom@T]``, ``[nan@T]``, ``[error@T]``, ``[kill@T]`` or ``[wedge@T]`` does that in network calls at timestep T
 and below, so always at the same step however often the job is taken up again; wedged, the call never returns.
-``FAULT_STEP_S`` is added to every call, as time on a device would be; ``FAULT_SKEW_S`` moves this process's clock.
+``FAULT_STEP_S`` is added to every call, as time on a device would be, and ``FAULT_LOAD_S`` to every loading of a model;
+``FAULT_SKEW_S`` moves this process's clock.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 STEP_S = float(os.environ.get("FAULT_STEP_S", "0"))
+LOAD_S = float(os.environ.get("FAULT_LOAD_S", "0"))
 SKEW_S = float(os.environ.get("FAULT_SKEW_S", "0"))
 
 
@@ -27,9 +30,17 @@ def main() -> int:
 
     from latentline_worker.engine.network import Network
     from latentline_worker.generate import launch
+    from latentline_worker.models import registry
     from latentline_worker.models.base import Encoded, Row, Text
     from latentline_worker.models.sd import StableDiffusion
 
+    real_load = registry.load_entry
+
+    def load_entry(*args: Any) -> Any:
+        time.sleep(LOAD_S)
+        return real_load(*args)
+
+    registry.load_entry = load_entry
     real_encode, real_denoise = StableDiffusion.encode, StableDiffusion.denoise
     poison: dict[str, tuple[torch.Tensor, str, int]] = {}
 

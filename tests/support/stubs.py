@@ -13,6 +13,7 @@ from latentline.records import Records
 from latentline.testing import MODEL
 from latentline_worker.engine.request import Cancelled, Request, Work
 from latentline_worker.generate.leases import Leases
+from latentline_worker.generate.roster import Roster
 from latentline_worker.generate.runner import JobRunner
 from latentline_worker.images.upload import Uploader
 from latentline_worker.models.base import Text
@@ -111,5 +112,5 @@ class RunnerBench:
         self.records, self.engine, self.store = records, StubEngine(at_once), MemoryStore()
         self.leases = Leases(records, lease_s=30)
         self.runner = JobRunner(
-            "cpu@test", {FAMILY.info.id: FAMILY}, records, cast(Any, self.engine), Uploader(cast(Any, self.store)), self.leases, lease_s=30
+            "cpu@test", Roster.of([FAMILY]), records, cast(Any, self.engine), Uploader(cast(Any, self.store)), self.leases, lease_s=30
         )

@@ -166,7 +166,7 @@ def test_list_pages_and_filters(live: Live) -> None:
 
 
 def test_models(live: Live) -> None:
-    assert live.http.get("/v1/models").json() == {"models": [MODEL.model_dump(mode="json")]}
+    assert live.http.get("/v1/models").json() == {"models": [{**MODEL.model_dump(mode="json"), "workers": 1, "warm": 1, "swaps": 0}]}
 
 
 # Bad input

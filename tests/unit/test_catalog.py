@@ -41,7 +41,7 @@ def refusal(text: str, tmp_path: Path) -> str:
 def test_a_file_says_where_models_are_and_how_they_are_served(tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
     path.write_text(FULL)
-    first, second = catalog.read(path)
+    first, second = catalog.read(path).models
     assert first == ModelEntry(
         source="owner/name",
         id="portraits",
@@ -79,7 +79,9 @@ ONE = '[[models]]\nsource = "a/b"\n'
             ONE + "[models.defaults]\nsteps = 4",
             "models.0.defaults.steps: got 4; allowed: only the known keys: scheduler, num_inference_steps, guidance_scale, width, height",
         ),
-        (ONE + "[workers]", "workers: got {}; allowed: only the known keys: models"),
+        (ONE + "[workers]", "workers: got {}; allowed: only the known keys: models, weights_mb, cold_wait_s"),
+        ("weights_mb = 0\n" + ONE, "weights_mb: got 0; allowed: more than 0.0"),
+        ("cold_wait_s = 0.01\n" + ONE, "cold_wait_s: got 0.01; allowed: at least 0.1"),
         (ONE + 'dtype = "int8"', "models.0.dtype: got 'int8'; allowed: one of 'auto', 'float32', 'float16' or 'bfloat16'"),
         (ONE + "[models.defaults]\nwidth = 100", "models.0.defaults.width: got 100; allowed: a multiple of 8"),
         (ONE + "[models.defaults]\nnum_inference_steps = 0", "models.0.defaults.num_inference_steps: got 0; allowed: at least 1"),
@@ -110,8 +112,8 @@ def test_an_entry_is_appended_and_read_back(tmp_path: Path) -> None:
     odd = ModelEntry(source='/models/a "b" \\ \u00e4 \U0001f600\t', id="odd", defaults=Defaults(guidance_scale=0.0, width=64))
     for entry in (ModelEntry(source="a/b"), odd, ModelEntry(source="c/d", lora_dir=Path("/loras"))):
         catalog.append(path, entry)
-    assert [entry.name for entry in catalog.read(path)] == ["a/b", "odd", "c/d"]
-    assert catalog.read(path)[1] == odd and catalog.read(path)[2].lora_dir == Path("/loras")
+    assert [entry.name for entry in catalog.read(path).models] == ["a/b", "odd", "c/d"]
+    assert catalog.read(path).models[1] == odd and catalog.read(path).models[2].lora_dir == Path("/loras")
 
 
 def test_an_entry_that_the_file_cannot_take_leaves_it_as_it_was(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from latentline.errors import (
     WaitTimeout,
 )
 from latentline.jobs import ImageRef, JobError, JobEvent, JobRecord, JobRequest, Phase, Status, StoredOutput, resolve
+from latentline.models import ModelInfo, ServedModel
 from latentline.records import CachedFleet
 from latentline.records.fleet import CACHED_S
 from latentline.settings import Settings
@@ -412,7 +413,7 @@ def test_a_worker_of_version_0_1_0_is_seen_while_it_lives(client: Any, worker: F
     own = MODEL.model_copy(update={"default_num_inference_steps": 4})
     worker.records.announce(worker.name, [own])
     assert set(client.models()) == {"old", MODEL.id}
-    assert client.models()[MODEL.id] == own, "what it announces counts, and not what it writes for the older ones"
+    assert client.models()[MODEL.id] == served(own), "what it announces counts, and not what it writes for the older ones"
     age(worker, 11, routing.workers_key())
     clock[0] += CACHED_S
     worker.announce()
@@ -630,8 +631,22 @@ def test_list_pages_and_filters(client: Any, worker: FakeWorker) -> None:
         client.list(status="done")
 
 
+def served(info: ModelInfo, **here: int) -> ServedModel:
+    return ServedModel(**dict(info), **{"workers": 1, "warm": 1, **here})
+
+
+def test_a_model_that_no_worker_has_in_memory_is_served_all_the_same(client: Any, worker: FakeWorker) -> None:
+    other = MODEL.model_copy(update={"id": "other"})
+    worker.records.announce(worker.name, [MODEL, other], cold=["other"], swaps={"other": 3})
+    worker.records.announce("second", [other], swaps={"other": 2})
+    assert client.models() == {MODEL.id: served(MODEL), "other": served(other, workers=2, warm=1, swaps=5)}
+    worker.records.announce("second", [other], cold=["other"])
+    assert client.models()["other"].warm == 0
+    assert client.submit(prompt="a cat", model="other").status is Status.QUEUED
+
+
 def test_models(client: Any, worker: FakeWorker) -> None:
-    assert client.models() == {MODEL.id: MODEL}
+    assert client.models() == {MODEL.id: served(MODEL)}
 
 
 def test_events_arrive_while_the_job_runs(server: fakeredis.FakeServer, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import fakeredis
 import numpy as np
 import pytest
 import torch
-from support.stubs import PATIENCE_S, RunnerBench
+from support.stubs import FAMILY, PATIENCE_S, RunnerBench
 
 from latentline import records, routing
 from latentline.errors import ConfigurationError, JobNotFound, StoreUnavailable
@@ -24,6 +24,7 @@ from latentline.records.held import SUSPECT_CRASHES
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.request import Request
 from latentline_worker.generate import runner as runner_module
+from latentline_worker.generate.runner import prepare
 
 SECRET = "/srv/weights/secret.safetensors: connection to 10.0.0.7 refused"
 INTERNAL = JobError(code="internal_error", message="the worker failed on this job; its log has the details")
@@ -95,7 +96,7 @@ def test_what_is_left_of_the_deadline_counts_from_the_start_of_the_attempt(bench
     record = bench.get(bench.submit(deadline_s=60))
     assert (left_s(record, 110.0), left_s(record, 170.0)) == (50.0, -10.0), "the second has passed"
     assert left_s(bench.get(bench.submit()), 110.0) is None
-    assert bench.runner.prepare(record, 5050.0).deadline == 5050.0
+    assert prepare(FAMILY, record, 5050.0).deadline == 5050.0
 
 
 def test_a_job_that_is_cancelled_while_it_is_decoded_uploads_nothing(bench: Bench) -> None:

@@ -82,6 +82,7 @@ from latentline import records
 from latentline.jobs import JobRequest, resolve
 from latentline.records import Records
 from latentline_worker.engine.request import Request, Work
+from latentline_worker.generate.roster import Roster
 from latentline_worker.generate.worker import GenerateWorker
 from latentline_worker.settings import WorkerSettings
 
@@ -114,7 +115,7 @@ client = fakeredis.FakeRedis(decode_responses=True)
 store = Records(client)
 (job,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat", "scheduler": "ddim"}))], 600))
 settings = WorkerSettings(stall_s=5, ready_file=Path(sys.argv[1]))
-worker = GenerateWorker("cpu@test", settings, [FAMILY], WedgedEngine(), store, MemoryStore())
+worker = GenerateWorker("cpu@test", settings, Roster.of([FAMILY]), WedgedEngine(), store, MemoryStore())
 worker.start()
 worker._runner.run(job.id)
 """

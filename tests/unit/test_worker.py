@@ -20,11 +20,13 @@ from latentline.records import Records
 from latentline.records.fleet import WORKER_ALIVE_S
 from latentline.testing import MODEL
 from latentline_worker.generate.announcer import HEARTBEAT_S, Announcer
+from latentline_worker.generate.roster import Roster
 from latentline_worker.generate.worker import GenerateWorker
 from latentline_worker.maintenance.service import JITTER
 from latentline_worker.settings import WorkerSettings
 
 NAME = "cpu@test"
+ROSTER = Roster.of([FAMILY])
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def client() -> fakeredis.FakeRedis:
 
 
 def make_worker(client: fakeredis.FakeRedis, engine: StubEngine, **settings: Any) -> GenerateWorker:
-    return GenerateWorker(NAME, WorkerSettings(**settings), [FAMILY], cast(Any, engine), Records(client), cast(Any, MemoryStore()))
+    return GenerateWorker(
+        NAME, WorkerSettings(**settings), Roster.of([FAMILY]), cast(Any, engine), Records(client), cast(Any, MemoryStore())
+    )
 
 
 def test_a_worker_is_announced_from_start_to_stop(client: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,7 +166,7 @@ class Away:
 
 
 def test_a_broker_that_is_away_neither_stops_the_announcer_nor_fails_its_end() -> None:
-    announcer = Announcer(cast(Any, Away()), NAME, [MODEL], Working)
+    announcer = Announcer(cast(Any, Away()), NAME, ROSTER, Working)
     announcer.start()
     announcer.stop()
 
@@ -174,19 +178,19 @@ class Told:
         self._records = Records(client)
         self.calls: list[str] = []
 
-    def announce(self, worker: str, models: Any) -> None:
+    def announce(self, worker: str, *said: Any) -> None:
         self.calls.append("announce")
-        self._records.announce(worker, models)
+        self._records.announce(worker, *said)
 
-    def heartbeat(self, worker: str, working: Working) -> bool:
+    def heartbeat(self, worker: str, *asked: Any) -> Any:
         self.calls.append("heartbeat")
-        return self._records.heartbeat(worker, working)
+        return self._records.heartbeat(worker, *asked)
 
 
 def test_a_worker_announces_itself_once_and_then_sends_heartbeats(client: fakeredis.FakeRedis) -> None:
     Records(client).announce(NAME, [MODEL.model_copy(update={"max_pixels": 4096})])  # by the process before, under the same name
     told = Told(client)
-    announcer = Announcer(cast(Any, told), NAME, [MODEL], Working)
+    announcer = Announcer(cast(Any, told), NAME, ROSTER, Working)
     for _ in range(3):
         announcer.run_once()
     assert told.calls == ["announce", "heartbeat", "heartbeat"]
@@ -194,7 +198,7 @@ def test_a_worker_announces_itself_once_and_then_sends_heartbeats(client: fakere
 
 
 def test_a_heartbeat_keeps_worker_and_announcement_alive(client: fakeredis.FakeRedis) -> None:
-    announcer = Announcer(Records(client), NAME, [MODEL], Working)
+    announcer = Announcer(Records(client), NAME, ROSTER, Working)
     announcer.run_once()
     for key in (routing.workers_key(), routing.announced_at_key()):
         client.zincrby(key, -50, NAME)
@@ -206,7 +210,7 @@ def test_a_heartbeat_keeps_worker_and_announcement_alive(client: fakeredis.FakeR
 @pytest.mark.parametrize("lost", [None, routing.announced_key(), routing.announced_at_key()])
 def test_a_broker_that_lost_the_announcement_is_told_again(client: fakeredis.FakeRedis, lost: str | None) -> None:
     told = Told(client)
-    announcer = Announcer(cast(Any, told), NAME, [MODEL], Working)
+    announcer = Announcer(cast(Any, told), NAME, ROSTER, Working)
     announcer.run_once()
     if lost:
         client.delete(lost)
@@ -222,7 +226,8 @@ def test_three_heartbeats_fit_into_the_time_in_which_a_worker_counts_as_alive() 
 
 def test_a_worker_of_several_models_announces_all_of_them_and_reads_their_queues(client: fakeredis.FakeRedis) -> None:
     other = OddFamily("other/one")
-    worker = GenerateWorker(NAME, WorkerSettings(), [FAMILY, other], cast(Any, StubEngine()), Records(client), cast(Any, MemoryStore()))
+    roster = Roster.of([FAMILY, other])
+    worker = GenerateWorker(NAME, WorkerSettings(), roster, cast(Any, StubEngine()), Records(client), cast(Any, MemoryStore()))
     worker.start()
     worker.stop()
     assert records.run(client, records.models()) == {MODEL.id: FAMILY.info, "other/one": other.info}

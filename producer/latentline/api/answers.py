@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from latentline.jobs import JobError, JobRecord, ModelInfo, Phase, Status
+from latentline.jobs import JobError, JobRecord, Phase, Status
+from latentline.models import ServedModel
 
 
 class ErrorBody(BaseModel):
@@ -55,7 +56,7 @@ class JobPage(BaseModel):
 
 
 class ModelList(BaseModel):
-    models: list[ModelInfo]
+    models: list[ServedModel]
 
 
 class LoraAnswer(BaseModel):

@@ -99,7 +99,10 @@ async def cancel_job(jobs: Submitting, job_id: str) -> JobAnswer:
 
 @router.get("/models", response_model=ModelList, tags=["models"], responses=errors())
 async def list_models(jobs: Reading) -> ModelList:
-    """The models that are served now, with their limits and defaults: what a request that leaves a field out gets."""
+    """The models that are served now, with their limits and defaults: what a request that leaves a field out gets.
+
+    Of each model `warm` tells how many of its `workers` have it in memory; where it is 0, a job waits until one of them loads it.
+    """
     return ModelList(models=list((await jobs.models()).values()))
 
 

@@ -12,8 +12,9 @@ from starlette.datastructures import State
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, JobNotFound, LatentlineError
 from latentline.event_reader import Listener
-from latentline.jobs import ImageRef, JobRecord, JobRequest, ModelInfo, Sending
+from latentline.jobs import ImageRef, JobRecord, JobRequest, Sending
 from latentline.keys import Credential, Scope
+from latentline.models import ServedModel
 from latentline.records import Overview, not_found
 
 from .auth import Access, Principal, bearer, credential_of
@@ -110,7 +111,7 @@ class JobService:
         """Forget a dead letter; raises JobNotFound. For administrators."""
         await self._client.drop_dead_letter(dead_id)
 
-    async def models(self) -> dict[str, ModelInfo]:
+    async def models(self) -> dict[str, ServedModel]:
         return await self._client.models()
 
     def _seen(self, record: JobRecord) -> JobRecord:

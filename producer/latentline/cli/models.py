@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from .extras import load
 from .options import json_option, url_option
 from .remote import MODEL_FIELDS, Api
 
+Command = Callable[..., None]
+
 
 @click.group(invoke_without_command=True)
 @url_option
@@ -22,27 +25,37 @@ from .remote import MODEL_FIELDS, Api
 @click.pass_context
 def models(context: click.Context, url: str, as_json: bool) -> None:
     """List the models that workers serve; the commands are about the file that names those of a worker."""
-    if context.invoked_subcommand:
-        return
+    if not context.invoked_subcommand:
+        list_served(url, as_json)
+
+
+def list_served(url: str, as_json: bool) -> None:
+    """Write the models that workers serve, those too that no worker has in memory."""
     answer = Api(url).page("/v1/models", "models", MODEL_FIELDS)
     if as_json:
         say_json(answer)
         return
     for model in answer["models"]:
-        say(f"{model['id']}  {model['family']}  {model['default_width']}x{model['default_height']}")
+        where = f"  in memory of {model['warm']} of {model['workers']} workers, {model['swaps']} swaps" if "warm" in model else ""
+        say(f"{model['id']}  {model['family']}  {model['default_width']}x{model['default_height']}{where}")
 
 
-file_option = click.option(
-    "--models", "path", envvar="LATENTLINE_MODELS", required=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="The TOML file that names a worker's models.",
-)  # fmt: skip
+def file_option(*, required: bool = True) -> Callable[[Command], Command]:
+    return click.option(
+        "--models", "path", envvar="LATENTLINE_MODELS", required=required, type=click.Path(path_type=Path, dir_okay=False),
+        help="The TOML file that names a worker's models.",
+    )  # fmt: skip
 
 
 @models.command("list")
-@file_option
+@file_option(required=False)
+@url_option
 @json_option
-def list_entries(path: Path, as_json: bool) -> None:
-    """List the models of a worker's file; nothing is loaded."""
+def list_(path: Path | None, url: str, as_json: bool) -> None:
+    """List the models of a worker's file; nothing is loaded. Without a file, those that workers serve."""
+    if path is None:
+        list_served(url, as_json)
+        return
     entries = list(_commands("list").describe(path))
     if as_json:
         say_json({"models": entries})
@@ -53,7 +66,7 @@ def list_entries(path: Path, as_json: bool) -> None:
 
 
 @models.command()
-@file_option
+@file_option()
 @json_option
 def check(path: Path, as_json: bool) -> None:
     """Load the files of every model of a worker's file, without a GPU, and say what is wrong."""
@@ -70,7 +83,7 @@ def check(path: Path, as_json: bool) -> None:
 
 @models.command()
 @click.argument("source")
-@file_option
+@file_option()
 @click.option("--id", help="Under which jobs request it.")
 @click.option("--config", help="Of a .safetensors file: folder or hub id of its configurations and tokenizers.")
 @click.option("--revision", help="Of a hub id: a commit, tag or branch.")

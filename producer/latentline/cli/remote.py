@@ -18,7 +18,7 @@ TIMEOUT_S = 10.0
 
 # The fields of the API's answers that the commands read.
 JOB_FIELDS = frozenset({"id", "status", "phase", "step", "num_steps", "queue_position", "images", "error", "request"})
-MODEL_FIELDS = frozenset({"id", "family", "default_width", "default_height"})
+MODEL_FIELDS = frozenset({"id", "family", "default_width", "default_height"})  # an API of an earlier version has no others
 LORA_FIELDS = frozenset({"model", "name"})
 
 

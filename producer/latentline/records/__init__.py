@@ -3,7 +3,7 @@
 from .dead import dead_letter, dead_letters, drop_dead_letter, request_of_letter
 from .driving import Call, Operation, arun, domain_errors, run
 from .events import START, events, follow, gone, read_streams, ring
-from .fleet import CachedFleet, Fleet, durability, fleet, models, workers
+from .fleet import CachedFleet, Fleet, durability, fleet, models, served, workers
 from .held import MAX_ERRORS, Backoff, Beat, Signal, Verdict
 from .jobs import MAX_LOOK, MAX_PAGE, cancel, delete, get, get_with_key, list_jobs, not_found, submit
 from .keys import create_key, find_keys, keys, revoke_key
@@ -18,6 +18,6 @@ __all__ = [
     "Beat", "CachedFleet", "Call", "Fleet", "Operation", "Overview", "Records", "Signal", "Verdict", "arun", "callbacks",
     "cancel", "create_key", "dead_letter", "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events",
     "find_keys", "fleet", "follow", "get", "get_with_key", "gone", "keys", "list_jobs", "models", "not_found", "note_answer",
-    "overview", "read_streams", "replay_callback", "request_of_letter", "revoke_key", "ring", "run", "submit", "take_unanswered",
+    "overview", "read_streams", "replay_callback", "request_of_letter", "revoke_key", "ring", "run", "served", "submit", "take_unanswered",
     "workers",
 ]  # fmt: skip

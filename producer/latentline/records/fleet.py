@@ -13,7 +13,7 @@ import redis
 from latentline import routing
 from latentline.errors import InvalidRequest, LatentlineError, NoWorker
 from latentline.jobs import Announcement, JobRequest, Message, ModelInfo, Submission, resolve
-from latentline.models import common, level_of
+from latentline.models import ServedModel, common, level_of
 
 from .driving import Operation
 
@@ -36,15 +36,30 @@ class Fleet:
 
     ``offers`` holds what is announced of each model, as (level, info), beginning with the one whose defaults count.
     ``known`` holds every model that any worker has announced since the broker's data was created.
+    ``announcements`` holds what each live worker says of itself.
     """
 
     offers: Mapping[str, tuple[tuple[int, ModelInfo], ...]]
     known: tuple[str, ...]
+    announcements: tuple[Announcement, ...] = ()
 
     def models(self) -> dict[str, ModelInfo]:
         """Every model that is served, with what all of its workers of the highest level allow."""
         newest = {model_id: max(level for level, _ in offers) for model_id, offers in self.offers.items()}
         return {model_id: common([info for level, info in offers if level == newest[model_id]]) for model_id, offers in self.offers.items()}
+
+    def served(self) -> dict[str, ServedModel]:
+        """The same, with how many workers serve each model and have it in memory."""
+        served = {}
+        for model_id, info in self.models().items():
+            here = [one for one in self.announcements if any(model.id == model_id for model in one.models)]
+            served[model_id] = ServedModel(
+                **dict(info),
+                workers=len(self.offers[model_id]),
+                warm=len(self.offers[model_id]) - sum(model_id in one.cold for one in here),
+                swaps=sum(one.swaps.get(model_id, 0) for one in here),
+            )
+        return served
 
     def accept(self, request: JobRequest) -> Submission:
         """The request with what the client left to the model.
@@ -93,8 +108,10 @@ def fleet() -> Operation[Fleet]:
 
     (seconds, _), announced_at, announced, first, beats = yield call
     offers: dict[str, list[tuple[int, ModelInfo]]] = {}
+    announcements = []
     for name, at in announced_at:
         if at > seconds - ANNOUNCED_S and (announcement := read_announced(Announcement, f"worker {name}", announced.get(name))):
+            announcements.append(announcement)
             for info in announcement.models:
                 offers.setdefault(info.id, []).append((announcement.level, info))
     # Workers of version 0.1.0 announce into one hash without names. Its models are served while one of them is alive.
@@ -106,7 +123,7 @@ def fleet() -> Operation[Fleet]:
     ordered = {
         key: tuple(sorted(found, key=lambda offer: (-offer[0], offer[1].model_dump_json()))) for key, found in sorted(offers.items())
     }
-    return Fleet(ordered, tuple(first))
+    return Fleet(ordered, tuple(first), tuple(announcements))
 
 
 class CachedFleet:
@@ -152,6 +169,11 @@ def read_announced(kind: type[M], whose: str, text: str | None) -> M | None:
 def models() -> Operation[dict[str, ModelInfo]]:
     """Every model that is served now, with what all of its workers of the highest level allow."""
     return (yield from fleet()).models()
+
+
+def served() -> Operation[dict[str, ServedModel]]:
+    """The same, with how many workers serve each model and have it in memory."""
+    return (yield from fleet()).served()
 
 
 def workers() -> Operation[list[str]]:

@@ -18,6 +18,8 @@ KEY_KEPT_S = 30 * 86400
 # A preview is deleted when its job ends or a newer one replaces it, and after this time in any case: workers of version 0.1.0
 # do not delete it.
 PREVIEW_KEPT_S = 3600
+# In `waiting` a job's score is its priority step times this, plus the number of its submission.
+PRIORITY_SCORE = 10**14
 # From here on no client sends its request again: three tries of ten minutes each, and the pauses between them.
 UNANSWERED_KEPT_S = 3600
 SIGNAL_KEPT_S = 60  # a worker reads its signals at once; what it has not read after this time, a renewal has told it
@@ -45,6 +47,7 @@ def constants() -> str:
         "GENERATE_TASK": _text(routing.GENERATE_TASK),
         "MESSAGE": _text(message),
         "NUM_SHARDS": str(routing.NUM_SHARDS),
+        "PRIORITY_SCORE": str(PRIORITY_SCORE),
         "PRIORITY_SEPARATOR": _text(routing.PRIORITY_SEPARATOR),
         "PRIORITY_STEPS": "{" + ", ".join(map(str, routing.PRIORITY_STEPS)) + "}",
     }

@@ -81,7 +81,7 @@ redis.call('HINCRBY', keys.tenants(), tenant, cost)
 local key = keys.job(id)
 local created_at = string.format('%d.%03d', math.floor(clock.ms / 1000), clock.ms % 1000)
 -- Sorts first by the priority's list, then by the time of submission.
-local order = string.format('%.0f', tonumber(priority_step) * 1e14 + redis.call('INCR', keys.messages()))
+local order = string.format('%.0f', tonumber(priority_step) * const.PRIORITY_SCORE + redis.call('INCR', keys.messages()))
 redis.call('HSET', key, 'id', id, 'request', request, 'status', 'queued', 'step', 0, 'num_steps', num_steps, 'attempt', 0,
   'token', 0, 'errors', 0, 'crashes', 0, 'crashes_alone', 0, 'model', model, 'tenant', tenant, 'priority', priority,
   'queue', queue_prefix .. shard, 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order)

@@ -41,6 +41,11 @@ class Conditioner:
             self._cache.move_to_end(key)
         return self._cache.get(key)
 
+    def forget(self, model: str) -> None:
+        """Drop the texts of a model."""
+        for key in [key for key in self._cache if key[0] == model]:
+            self.num_bytes -= _num_bytes(self._cache.pop(key))
+
     def encode_some(self, wanted: Iterable[tuple[Family, Text]]) -> dict[ModelText, Exception]:
         """Encode one micro-batch of the texts that are not cached: those of the first one's model.
 

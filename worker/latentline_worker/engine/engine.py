@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -45,13 +47,14 @@ class Engine:
     is then infinite), and the jobs are resumed by other workers.
 
     Args:
-        families: the loaded models, all on one device; at least one.
+        families: the loaded models, all on one device; at least one. :mod:`.residents` exchanges them.
         max_rows: network rows of one forward (a guided image needs two); memory and the measured costs may allow fewer.
         decode_batch: images of one VAE call.
         fixed_rows: the reproducible mode: run the network at exactly this many padded rows, and encode and decode one
             by one, so that a job's picture is bit-identical whatever ran beside it.
         memory_limit_bytes: what may be used beside the weights; by default most of what is free.
-        graphs: capture CUDA graphs (no effect on a CPU).
+        record: capture CUDA graphs, and on a CPU record forwards. What is recorded of a model keeps its weights for as long as the process
+            lives, so an engine whose models are exchanged records nothing.
         checkpoint_s: seconds between a job's checkpoints (``request.checkpoint``); None takes none except at :meth:`stop`.
     """
 
@@ -62,7 +65,7 @@ class Engine:
         decode_batch: int = 4,
         fixed_rows: int | None = None,
         memory_limit_bytes: int | None = None,
-        graphs: bool = True,
+        record: bool = True,
         checkpoint_s: float | None = None,
     ) -> None:
         self.checkpoint_schedule = CheckpointSchedule(checkpoint_s) if checkpoint_s is not None else None
@@ -73,8 +76,10 @@ class Engine:
         self.clock = StepClock(self.device)
         micro_batch = 1 if fixed_rows else MICRO_BATCH
         self.memory = Memory(self.device, memory_limit_bytes, self._adapter_bytes, micro_batch)
-        pool = torch.cuda.graph_pool_handle() if graphs and self.device.type == "cuda" else None
-        self.networks = {model: Network(family, fixed_rows, Graphs(pool) if pool else None) for model, family in self.families.items()}
+        pool = torch.cuda.graph_pool_handle() if record and self.device.type == "cuda" else None
+        self.networks = {
+            model: Network(family, fixed_rows, Graphs(pool) if pool else None, record=record) for model, family in self.families.items()
+        }
         self.decoder = Decoder(1 if fixed_rows else decode_batch, not fixed_rows, lambda model, size: self.lanes.num_decodes(model, size))
         self.lanes = Lanes(
             self.families, self.networks, self.memory, self.clock, self.decoder, fixed_rows or max_rows,
@@ -109,6 +114,10 @@ class Engine:
             return request
         return self.intake.submit(request)
 
+    def call(self, action: Callable[[], object]) -> Future[Any]:
+        """Let the thread that owns the device do something between two steps, such as exchange models. From any thread."""
+        return self.intake.call(action)
+
     @property
     def idle(self) -> bool:
         return self.intake.idle
@@ -131,6 +140,7 @@ class Engine:
 
     def step(self) -> None:
         """Admit, plan, run, settle: one denoise step of one batch, and at most one micro-batch of text and one of images."""
+        self.intake.do_calls()
         self._admit()
         batch = self.planner.select(self._active)
         failures = self._run(batch)

@@ -131,7 +131,8 @@ class Footprint:
     """
 
     def __init__(self, family: Family, key: LaneKey, row: float, decode: float, num_pixels: int, text: float = 0.0) -> None:
-        self._family, self._key = family, key
+        self.family: Family | None = family  # None while the model is not loaded; nothing is counted of it then
+        self._key = key
         self._row = row
         self.decode_per_latent = decode / key.num_latents
         self.pixels_per_latent = num_pixels / key.num_latents
@@ -147,7 +148,8 @@ class Footprint:
         """0 where it cannot be counted."""
         if key not in self._counted:
             try:
-                self._counted[key] = count_row(self._family, key)
+                assert self.family is not None
+                self._counted[key] = count_row(self.family, key)
             except Exception as error:  # whatever a forward makes of tensors without content
                 log.warning("%s: the bytes of a row cannot be counted (%s): taken in proportion to the latents", key.model, error)
                 self._counted[key] = 0

@@ -88,7 +88,7 @@ class Lanes(Mapping[LaneKey, Lane]):
             if not may_grow:
                 return None
             if key in self._lanes and not self._lanes[key].num_used:
-                self._drop(key)  # made anew, it needs no memory for its old slots beside the new ones
+                self.drop(key)  # made anew, it needs no memory for its old slots beside the new ones
             if not self._grow(request):
                 return None
         lane = self._lanes[key] = self._lanes.pop(key)  # now the most recently used one
@@ -115,12 +115,12 @@ class Lanes(Mapping[LaneKey, Lane]):
         count = max(0, request.num_images - (lane.num_free if lane else 0))
         idle = [other for other, one in self._lanes.items() if not one.num_used and other != key]
         for other in idle[: max(0, len(self._lanes) - MAX_LANES + 1)] if lane is None else ():
-            self._drop(other)
+            self.drop(other)
         while not self._fits(key, count, step):
             idle = [other for other in idle if other in self._lanes]
             if not idle:
                 return False
-            self._drop(idle[0])
+            self.drop(idle[0])
         # A few at once where there is plenty of room: growing copies the lane's tensors.
         spare = int(self._memory.room * (1 - STEP_SHARE)) - self.slot_bytes
         if 0 < count < GROWTH and GROWTH * self._memory.slot_bytes(key) <= spare and self._fits(key, GROWTH, step):
@@ -145,6 +145,7 @@ class Lanes(Mapping[LaneKey, Lane]):
         fixed = self._networks[request.work.model].fixed_rows
         return fixed or self._memory.num_rows(request.lane, self._max_rows, request.num_images, request.rows)
 
-    def _drop(self, key: LaneKey) -> None:
+    def drop(self, key: LaneKey) -> None:
+        """Let go of a lane that holds no image."""
         del self._lanes[key], self._steps[key], self._rows[key]
         release_memory(self._families[key.model].device)

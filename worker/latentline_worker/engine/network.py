@@ -26,12 +26,13 @@ class Network:
         fixed_rows: when given, every call has exactly this many rows, padded with zeros or split, so that a row's
             result never depends on the number of rows beside it (the reproducible mode).
         graphs: what is captured for it at warm-up; None on a CPU.
+        record: record the forward on a CPU.
     """
 
-    def __init__(self, family: Family, fixed_rows: int | None = None, graphs: Graphs | None = None) -> None:
+    def __init__(self, family: Family, fixed_rows: int | None = None, graphs: Graphs | None = None, *, record: bool = True) -> None:
         self.family = family
         self.fixed_rows = fixed_rows
-        self._graphs = graphs
+        self._graphs, self._record = graphs, record
         self._traced: dict[Kind, Forward] = {}  # the latents' shape left out: a recording serves every size
         self._bank_layers = 0  # that the recordings with adapters know
 
@@ -72,7 +73,7 @@ class Network:
         The operators and their results stay the same; the interpreter's work between them is saved, a fifth to a quarter
         of a small batch's time. A recording that gives other results for other row counts and sizes is not used.
         """
-        if self.family.device.type != "cpu":
+        if not self._record or self.family.device.type != "cpu":
             return
         names, flat = _flat(x, timesteps, rows)
         forward = over_flat_inputs(self.family, names)

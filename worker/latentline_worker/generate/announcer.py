@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from latentline.errors import LatentlineError
-from latentline.jobs import ModelInfo
 from latentline.models import Working
 from latentline.records import Records
 from latentline_worker.maintenance.service import JITTER, Service
+
+from .roster import Roster, Said
 
 HEARTBEAT_S = 3.0  # three may be lost before the worker counts as gone, see latentline.records.fleet.WORKER_ALIVE_S
 
 
 class Announcer(Service):
-    """Announces the worker once, then sends short heartbeats, and announces again when the broker no longer knows it.
+    """Announces the worker, then sends short heartbeats, whose answers tell what waits for its models. Announces it again when
+    something of what it says has changed, or the broker no longer knows it.
 
     At the end the worker is taken off the list of live workers. Its announcement holds for another minute
     (``latentline.records.fleet.ANNOUNCED_S``), so that submissions are accepted while it restarts.
 
     Args:
         working: what the worker does now; it goes with each heartbeat.
+        heard: told of each model that has jobs, and for how many seconds the oldest of them has waited.
     """
 
-    def __init__(self, records: Records, worker: str, models: Sequence[ModelInfo], working: Callable[[], Working]) -> None:
-        super().__init__("announcer", HEARTBEAT_S, JITTER)
-        self._records, self._worker, self._models, self._working = records, worker, models, working
-        self._announced = False  # since this process started: an announcement under this name may be that of an earlier process
+    def __init__(
+        self,
+        records: Records,
+        worker: str,
+        roster: Roster,
+        working: Callable[[], Working],
+        heard: Callable[[Mapping[str, float]], None] = lambda waits: None,
+    ) -> None:
+        # Not less often than what waits for a cold model has to be known.
+        super().__init__("announcer", HEARTBEAT_S if roster.all_fit else min(HEARTBEAT_S, roster.cold_wait_s), JITTER)
+        self._records, self._worker, self._roster, self._working, self._heard = records, worker, roster, working, heard
+        self._said: Said | None = None  # since this process started: an announcement under this name may be that of an earlier process
 
     def start(self) -> None:
         """Announce at once; if that fails, the service does it later."""
@@ -35,9 +46,13 @@ class Announcer(Service):
         super().start()
 
     def run_once(self) -> None:
-        if not (self._announced and self._records.heartbeat(self._worker, self._working())):
-            self._records.announce(self._worker, self._models)
-            self._announced = True
+        said = self._roster.said()
+        waits = self._records.heartbeat(self._worker, self._working(), self._roster.ids) if said == self._said else None
+        if waits is None:
+            self._records.announce(self._worker, said.models, said.cold, said.swaps)
+            self._said = said
+        else:
+            self._heard(waits)
 
     def stop(self, wait_s: float = 5.0) -> None:
         """Stop, then leave the list of live workers. Waits for a turn that runs: it would announce the worker again."""

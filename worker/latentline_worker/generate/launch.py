@@ -111,24 +111,21 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = device_index or ""  # before torch is imported
 
     from latentline.connection import connect
-    from latentline.models import level_of_worker
     from latentline.records import Records
     from latentline_worker.images.store import ImageStore
     from latentline_worker.maintenance.liveness import LivenessFile
 
-    from .loading import load_models, make_engine
+    from . import loading
     from .worker import GenerateWorker
 
     LivenessFile(settings.ready_file).remove()  # a container that was restarted still has its old file
     name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
-    families = load_models(settings)
+    roster, engine, loader = loading.start(settings)
     store = ImageStore(settings)
     store.ensure_bucket()
-    level = max(level_of_worker(family.info) for family in families)
-    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, level)
-    engine = make_engine(settings, families)
-    log.info("%s: %s loaded and warm", name, ", ".join(family.info.id for family in families))
-    return GenerateWorker(name, settings, families, engine, records, store).run()
+    records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, roster.level)
+    log.info("%s: %s loaded and warm", name, ", ".join(model for model in roster.ids if model not in roster.said().cold))
+    return GenerateWorker(name, settings, roster, engine, records, store, loader).run()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ class CancelRequested:
 
 @dataclass(frozen=True)
 class HandOver:
-    """This worker shuts down: the job goes back to the queue with its newest checkpoint."""
+    """This worker shuts down, or has let go of the model: the job goes back to the queue with its newest checkpoint."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def _of_stop(reason: str) -> Outcome:
         case "lost":
             return NotOurs("left to other workers, who take it when its lease has run out")
         case "shutdown":
-            return HandOver()
+            return HandOver("this worker shuts down")
+        case "cold":
+            return HandOver("its model is not in memory here")
         case "expired":
             return Failed(JobError(code="deadline_exceeded", message="the deadline passed before the job ended"))
         case _:

@@ -6,9 +6,13 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, StaleToken
 from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
@@ -25,6 +29,7 @@ from .exclusive import SharedExclusiveLock
 from .leased_job import LeasedJob
 from .leases import Leases
 from .outcome import CancelRequested, Failed, HandOver, NotOurs, Outcome, Succeeded, TryAgain
+from .roster import Roster
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ class JobRunner:
 
     Args:
         worker: the name of this worker in the records.
-        families: the loaded models by their ids.
+        roster: the models.
         lease_s: the first lease of a claim; ``leases`` renews it.
         engine_stalled: whether the engine counts as hung; then no further job is claimed.
     """
@@ -48,7 +53,7 @@ class JobRunner:
     def __init__(
         self,
         worker: str,
-        families: Mapping[str, Family],
+        roster: Roster,
         records: Records,
         engine: Engine,
         uploader: Uploader,
@@ -56,7 +61,7 @@ class JobRunner:
         lease_s: float,
         engine_stalled: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._worker, self._families, self._records, self._engine = worker, families, records, engine
+        self._worker, self._roster, self._records, self._engine = worker, roster, records, engine
         self._uploader, self._leases, self._lease_s, self._engine_stalled = uploader, leases, lease_s, engine_stalled
         self._lock = SharedExclusiveLock()
 
@@ -116,10 +121,10 @@ class JobRunner:
             case TryAgain(error):
                 self._save_checkpoint(job)
                 self._retry(job.claim, error)
-            case HandOver():
+            case HandOver(reason):
                 self._save_checkpoint(job)
                 self._insist(lambda: self._records.release(job_id, token))
-                log.info("job %s: back to the queue at step %d, this worker shuts down", job_id, job.checkpoint_step)
+                log.info("job %s: back to the queue at step %d: %s", job_id, job.checkpoint_step, reason)
             case NotOurs(reason):
                 log.warning("job %s: %s", job_id, reason)
 
@@ -131,8 +136,31 @@ class JobRunner:
             log.warning("job %s: its last checkpoint could not be written: %s", job.claim.record.id, error.message)
 
     def _generate(self, job: LeasedJob, timings: Timings) -> tuple[ImageRef, ...]:
+        with self._model(job.claim.record.request.model) as family:
+            pixels = self._denoise(job, family, timings)
+        job.uploading = True
+        started = time.monotonic()
+        refs = self._uploader.upload(job.claim, list(pixels))
+        timings["uploading_s"] = round(time.monotonic() - started, 4)
+        return refs
+
+    @contextmanager
+    def _model(self, model: str) -> Iterator[Family]:
+        """The model in memory, for the time of the block.
+
+        Raises:
+            InvalidRequest: this worker does not serve it.
+            Cancelled: it is not in memory now.
+        """
+        if model not in self._roster.ids:
+            raise InvalidRequest("model", model, f"one of: {', '.join(self._roster.ids)}")
+        with self._roster.use(model) as family:
+            yield family
+
+    def _denoise(self, job: LeasedJob, family: Family, timings: Timings) -> npt.NDArray[np.uint8]:
+        """(images, height, width, 3) pixels of a job."""
         record = job.claim.record
-        work = self.prepare(record, job.deadline)
+        work = prepare(family, record, job.deadline)
         if record.attempt > 1:
             resume = Checkpoint.from_bytes(self._insist(lambda: self._records.load_checkpoint(record.id)), work)
             work = replace(work, resume=resume)
@@ -140,7 +168,7 @@ class JobRunner:
         request = self._engine.submit(work)
         job.attach(request)
         try:
-            pixels = request.result().numpy()
+            pixels: npt.NDArray[np.uint8] = request.result().numpy()
         finally:
             timings.update(_timings(request))
         used, read = request.prompt_tokens
@@ -148,28 +176,7 @@ class JobRunner:
             log.info("job %s: the prompt has %d tokens, %s reads the first %d", record.id, used, record.request.model, read)
         if job.stop_reason:
             raise Cancelled(job.stop_reason)
-        job.uploading = True
-        started = time.monotonic()
-        refs = self._uploader.upload(job.claim, list(pixels))
-        timings["uploading_s"] = round(time.monotonic() - started, 4)
-        return refs
-
-    def prepare(self, record: JobRecord, deadline: float | None = None) -> Work:
-        """A claimed job as work for the engine.
-
-        Args:
-            deadline: of the job, ``time.monotonic()``.
-
-        Raises:
-            InvalidRequest: the model is not loaded here, or it or its scheduler refuses the job.
-        """
-        family = self._families.get(record.request.model)
-        if family is None:
-            raise InvalidRequest("model", record.request.model, f"one of: {', '.join(self._families)}")
-        try:
-            return Work.of(family, record.request, record.id, deadline=deadline)
-        except CompileError as error:
-            raise InvalidRequest("scheduler", record.request.scheduler, str(error)) from error
+        return pixels
 
     def _settle(self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: Timings) -> None:
         job_id = claim.record.id
@@ -200,6 +207,22 @@ class JobRunner:
             except BrokerUnavailable:
                 time.sleep(1)
         return action()
+
+
+def prepare(family: Family, record: JobRecord, deadline: float | None = None) -> Work:
+    """A claimed job as work for the engine.
+
+    Args:
+        family: its model.
+        deadline: of the job, ``time.monotonic()``.
+
+    Raises:
+        InvalidRequest: the model or its scheduler refuses the job.
+    """
+    try:
+        return Work.of(family, record.request, record.id, deadline=deadline)
+    except CompileError as error:
+        raise InvalidRequest("scheduler", record.request.scheduler, str(error)) from error
 
 
 def _timings(request: Request) -> Timings:

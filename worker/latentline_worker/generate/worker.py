@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from celery import Celery
@@ -22,14 +22,15 @@ from latentline_worker.maintenance.expiry import Expiry
 from latentline_worker.maintenance.liveness import LivenessFile
 from latentline_worker.maintenance.reaper import Reaper
 from latentline_worker.maintenance.upkeep import Upkeep
-from latentline_worker.models.base import Family
 from latentline_worker.settings import WorkerSettings
 from latentline_worker.transport.app import NO_GOSSIP, create_app
 
 from .announcer import Announcer
 from .leases import Leases
+from .roster import Roster
 from .runner import JobRunner
 from .signals import Signals
+from .swapper import Loader, Swapper
 from .watchdog import Watchdog
 from .working import WorkingNow
 
@@ -44,18 +45,25 @@ class GenerateWorker:
 
     Args:
         name: of this worker, in records and logs.
-        families: the loaded models, at least one.
+        roster: the models; those in memory are the engine's.
         engine: warmed up, not started.
         store: where images go; its bucket exists.
+        loader: loads models again; needed where not all of them are in memory.
     """
 
     def __init__(
-        self, name: str, settings: WorkerSettings, families: Sequence[Family], engine: Engine, records: Records, store: ImageStore
+        self,
+        name: str,
+        settings: WorkerSettings,
+        roster: Roster,
+        engine: Engine,
+        records: Records,
+        store: ImageStore,
+        loader: Loader | None = None,
     ) -> None:
-        self._name, self._settings, self._engine, self._records = name, settings, engine, records
-        self._models = [family.info.id for family in families]
+        self._name, self._settings, self._engine, self._records, self._roster = name, settings, engine, records, roster
         self._liveness = LivenessFile(settings.ready_file)
-        self._reaper = Reaper(records, self._models, settings.lease_s)
+        self._reaper = Reaper(records, roster.ids, settings.lease_s)
         self._leases = Leases(
             records,
             settings.lease_s,
@@ -67,12 +75,13 @@ class GenerateWorker:
         self._signals = Signals(records, name, self._leases)
         self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
         working = WorkingNow(engine, self._leases.num_held, settings.concurrency)
-        self._announcer = Announcer(records, name, [family.info for family in families], working)
-        self._upkeep = Upkeep(records, name, self._models, self._reaper, Deadlines(records))
+        self._swapper = Swapper(records, name, roster, engine, loader) if loader and not roster.all_fit else None
+        self._announcer = Announcer(records, name, roster, working, self._swapper.hear if self._swapper else self._hear)
+        self._upkeep = Upkeep(records, name, roster.ids, self._reaper, Deadlines(records))
         self._expiry = Expiry(records, name, store)
         self._runner = JobRunner(
             name,
-            {family.info.id: family for family in families},
+            roster,
             records,
             engine,
             Uploader(store),
@@ -108,6 +117,8 @@ class GenerateWorker:
         self._announcer.start()
         self._upkeep.start()
         self._expiry.start()
+        if self._swapper:
+            self._swapper.start()
         log.info("%s: ready", self._name)
 
     def drain(self) -> None:
@@ -116,6 +127,8 @@ class GenerateWorker:
         Celery waits for its tasks without a bound, so the bound is set here: whatever still uploads then is given back to
         the queue, and another worker uploads it.
         """
+        if self._swapper:
+            self._swapper.stop()
         threading.Thread(target=self._engine.stop, name="drain", daemon=True).start()
         timer = threading.Timer(self._settings.drain_s, self._end_now)
         timer.daemon = True
@@ -123,6 +136,8 @@ class GenerateWorker:
 
     def stop(self) -> None:
         """Shut down in data-flow order: Celery takes nothing any more; then the engine, maintenance, leases, announcement."""
+        if self._swapper:
+            self._swapper.stop()
         self._engine.stop()
         self._expiry.stop()
         self._upkeep.stop()
@@ -149,7 +164,7 @@ class GenerateWorker:
         os._exit(os.EX_SOFTWARE)
 
     def _app(self) -> Celery:
-        app = create_app(self._settings, self._queues(), self._records, self._settings.concurrency)
+        app = create_app(self._settings, self._queues(), self._records, self._settings.concurrency, attention=self._roster.attention)
         app.task(self._runner.run, name=GENERATE_TASK)
         return app
 
@@ -165,7 +180,10 @@ class GenerateWorker:
         )
 
     def _queues(self) -> list[str]:
-        return [queue for model in self._models for queue in queue_names(model, self._records.level)]
+        return [queue for model in self._roster.ids for queue in queue_names(model, self._records.level)]
+
+    def _hear(self, waits: Mapping[str, float]) -> None:
+        self._roster.attention.busy(waits.keys())
 
     def _end_now(self) -> None:
         try:

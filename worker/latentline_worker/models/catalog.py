@@ -67,12 +67,18 @@ class ModelEntry(_Strict):
         return f"{self.source}@{self.revision}" if self.revision else self.source
 
 
-class _Catalog(_Strict):
+class Catalog(_Strict):
+    """What a file says."""
+
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1)]
+    weights_mb: Annotated[float, Field(gt=0)] | None = None
+    """What the weights of the models that are in memory together may take; by default most of what is free, or all of them."""
+    cold_wait_s: Annotated[float, Field(ge=0.1, le=3600)] = 5.0
+    """How long a job waits for workers that have its model in memory before this worker loads the model for it."""
 
 
-def read(path: Path) -> tuple[ModelEntry, ...]:
-    """The models of a file, with paths that begin with a dot or ``~`` made absolute: they start from the file's folder.
+def read(path: Path) -> Catalog:
+    """What a file says, with paths that begin with a dot or ``~`` made absolute: they start from the file's folder.
 
     Raises:
         ConfigurationError: it cannot be read, or says something that has no meaning; names the field, the value and what is allowed.
@@ -83,25 +89,25 @@ def read(path: Path) -> tuple[ModelEntry, ...]:
         raise ConfigurationError(f"models: got {str(path)!r}; allowed: a TOML file that can be read: {error}") from None
 
 
-def parse(text: str, path: Path) -> tuple[ModelEntry, ...]:
-    """The models of a file's text; ``path`` is the file's.
+def parse(text: str, path: Path) -> Catalog:
+    """What a file's text says; ``path`` is the file's.
 
     Raises:
         ConfigurationError: as :func:`read`.
     """
     try:
-        entries = _Catalog.model_validate(tomllib.loads(text)).models
+        found = Catalog.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: not TOML: {error}") from None
     except ValidationError as error:
         raise ConfigurationError(f"{path}: {problem(error)}") from None
-    entries = tuple(absolute(entry, path.parent) for entry in entries)
+    entries = tuple(absolute(entry, path.parent) for entry in found.models)
     seen: set[str] = set()
     for number, entry in enumerate(entries):
         if entry.name in seen:
             raise ConfigurationError(f"{path}: models.{number}.id: got {entry.name!r}; allowed: one that no other model of the file has")
         seen.add(entry.name)
-    return entries
+    return found.model_copy(update={"models": entries})
 
 
 def append(path: Path, entry: ModelEntry) -> None:
@@ -160,7 +166,7 @@ def problem(error: ValidationError, above: tuple[str, ...] = ()) -> str:
     first = error.errors(include_url=False)[0]
     place, allowed = (*above, *first["loc"]), allowed_by(first)
     if first["type"] == "extra_forbidden":
-        owner: type[BaseModel] = Defaults if "defaults" in place[:-1] else ModelEntry if len(place) > 1 else _Catalog
+        owner: type[BaseModel] = Defaults if "defaults" in place[:-1] else ModelEntry if len(place) > 1 else Catalog
         allowed = f"only the known keys: {', '.join(owner.model_fields)}"
     if first["type"] == "too_short":
         allowed = "at least one model"

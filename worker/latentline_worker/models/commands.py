@@ -21,7 +21,7 @@ CHECKED_DTYPE = torch.bfloat16  # of models whose entry names none: half of the 
 
 def describe(path: Path) -> Iterable[dict[str, Any]]:
     """Each model of a file, as JSON: its id and what its entry gives."""
-    return [{"id": entry.name, **entry.model_dump(mode="json", exclude_none=True)} for entry in catalog.read(path)]
+    return [{"id": entry.name, **entry.model_dump(mode="json", exclude_none=True)} for entry in catalog.read(path).models]
 
 
 def check(path: Path) -> Iterator[dict[str, Any]]:
@@ -33,7 +33,7 @@ def check(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigurationError: the file itself cannot be read, or says something that has no meaning.
     """
-    for entry in catalog.read(path):
+    for entry in catalog.read(path).models:
         try:
             yield {"id": entry.name, "fine": True, "says": _summary(_load(entry))}
         except ModelError as error:

@@ -19,6 +19,7 @@ from latentline.routing import GENERATE_UNACKED, PRIORITY_SEPARATOR, PRIORITY_ST
 from latentline.settings import Settings
 
 from . import messages
+from .attention import Attention
 from .blocking import IDLE_S
 from .fairness import HeldMessages, LeastServedFirst
 
@@ -28,14 +29,22 @@ UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key"
 NO_GOSSIP: dict[str, Any] = {"without_heartbeat": True, "without_gossip": True, "without_mingle": True}
 
 
-def create_app(settings: Settings, queues: Sequence[str], records: Records, max_per_queue: int, unacked: str = GENERATE_UNACKED) -> Celery:
+def create_app(
+    settings: Settings,
+    queues: Sequence[str],
+    records: Records,
+    max_per_queue: int,
+    unacked: str = GENERATE_UNACKED,
+    attention: Attention | None = None,
+) -> Celery:
     """The application of one worker process that consumes these queues. Unreadable messages become dead letters.
 
     Args:
         max_per_queue: messages of one shard that may be in progress at a time.
         unacked: the key under which the role keeps its unacknowledged messages.
+        attention: at which of the queues to wait; by default at all of them.
     """
-    held = HeldMessages()
+    held = attention.held if attention else HeldMessages()
     app = Celery("latentline", broker=settings.redis_url.get_secret_value(), set_as_current=False)
     app.conf.update(
         task_queues=[Queue(queue, routing_key=queue) for queue in queues],
@@ -57,7 +66,7 @@ def create_app(settings: Settings, queues: Sequence[str], records: Records, max_
             "visibility_timeout": 86400,
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
-            "queue_order_strategy": partial(LeastServedFirst, held, max_per_queue),
+            "queue_order_strategy": partial(LeastServedFirst, held, max_per_queue, attention),
             "polling_interval": IDLE_S,
             # Kept apart by role, so that no process gives back messages that a process of the other role holds.
             **{name: f"{unacked}{suffix}" for name, suffix in UNACKED.items()},

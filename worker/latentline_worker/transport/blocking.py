@@ -38,5 +38,5 @@ class BlockingChannel(kombu.transport.redis.Channel):  # type: ignore[misc]
         """Send BRPOP for the queues that may be taken now. What was received before counts already, see transport/app.py."""
         order = self._queue_cycle
         if timeout is None and isinstance(order, LeastServedFirst):
-            timeout = wait_s(order.capped, order.mean_held_s)
+            timeout = min(wait_s(order.capped, order.mean_held_s), MAX_CAPPED_S if order.changing else IDLE_S)
         super()._brpop_start(timeout)

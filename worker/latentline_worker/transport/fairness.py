@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from latentline.routing import level_1_queue
 
@@ -27,19 +28,21 @@ class HeldMessages:
         self._count: Counter[str] = Counter()
         self._since: dict[str, float] = {}  # message id -> when it was received
         self._mean_s: float | None = None
-        self._lock = threading.Lock()
+        self.changed = threading.Condition()
+        """Held for every change, and notified when a message has ended."""
 
     def begin(self, queue: str, message_id: str) -> None:
-        with self._lock:
+        with self.changed:
             self._count[level_1_queue(queue)] += 1
             self._since[message_id] = self._clock()
 
     def end(self, queue: str, message_id: str) -> None:
-        with self._lock:
+        with self.changed:
             self._count[level_1_queue(queue)] -= 1
             now = self._clock()
             took_s = now - self._since.pop(message_id, now)
             self._mean_s = took_s if self._mean_s is None else self._mean_s + (took_s - self._mean_s) / AVERAGED
+            self.changed.notify_all()
 
     @property
     def mean_s(self) -> float | None:
@@ -48,6 +51,15 @@ class HeldMessages:
 
     def __getitem__(self, queue: str) -> int:
         return self._count[level_1_queue(queue)]
+
+
+class Choice(Protocol):
+    """Which of its queues a worker waits at."""
+
+    @property
+    def changing(self) -> bool: ...
+
+    def choose(self, queues: Sequence[str]) -> list[str]: ...
 
 
 class LeastServedFirst:
@@ -59,10 +71,11 @@ class LeastServedFirst:
     Args:
         held: the messages that this worker holds.
         max_per_queue: in-flight limit of the queues of one shard; the rest of the worker stays free for other tenants.
+        choice: which queues count now, and whether that is about to change; by default all do.
     """
 
-    def __init__(self, held: HeldMessages, max_per_queue: int) -> None:
-        self._held, self._max_per_queue = held, max_per_queue
+    def __init__(self, held: HeldMessages, max_per_queue: int, choice: Choice | None = None) -> None:
+        self._held, self._max_per_queue, self._choice = held, max_per_queue, choice
         self._queues: list[str] = []
         self._taken: defaultdict[str, float] = defaultdict(float)  # per queue
         self._taken_of_shard: defaultdict[str, float] = defaultdict(float)  # per shard, which its queue of level 1 names
@@ -78,13 +91,19 @@ class LeastServedFirst:
         return any(self._held[queue] >= self._max_per_queue for queue in self._queues)
 
     @property
+    def changing(self) -> bool:
+        """Whether other queues are about to count."""
+        return self._choice is not None and self._choice.changing
+
+    @property
     def mean_held_s(self) -> float | None:
         """How long messages were held lately, in seconds; None before the first has ended."""
         return self._held.mean_s
 
     def consume(self, num: int) -> list[str]:
         """The first ``num`` queues of the order, without those that are at their in-flight limit."""
-        usable = (queue for queue in self._queues if self._held[queue] < self._max_per_queue)
+        queues = self._choice.choose(self._queues) if self._choice else self._queues
+        usable = (queue for queue in queues if self._held[queue] < self._max_per_queue)
         return sorted(usable, key=lambda queue: (self._taken_of_shard[level_1_queue(queue)], self._taken[queue]))[:num]
 
     def rotate(self, last_used: str) -> str:
