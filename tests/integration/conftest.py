@@ -23,7 +23,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     for seed, name in enumerate(("one", "two")):
         save_file(bundled_updates(seed), adapters / f"{name}.safetensors")
     try:
-        with mock.patch.dict(os.environ, {"LATENTLINE_LORA_DIR": str(adapters)}):
+        with mock.patch.dict(
+            os.environ, {"LATENTLINE_LORA_DIR": str(adapters), "LATENTLINE_MODEL_ALIASES": "gpt-image-2=latentline-emoji"}
+        ):
             running.start()
     except MissingExtra as error:
         if os.environ.get("CI"):

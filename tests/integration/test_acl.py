@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +26,7 @@ from latentline.addresses import CallbackRule
 from latentline.api.auth import Access
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable, RateExceeded, TenantQuotaExceeded
-from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Status, resolve
+from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Sending, Status, resolve
 from latentline.keys import Credential, NewKey
 from latentline.models import Working
 from latentline.records import Backoff, Beat, Records, Verdict
@@ -110,6 +111,12 @@ def test_a_producer_submits_reads_lists_follows_cancels_and_deletes(broker: Guar
     client = broker.client("producer")
     callback = {"url": "http://127.0.0.1:9/hook"}
     (durable,) = records.run(client, records.submit([resolve(JobRequest.parse({"prompt": "a cat"}))], 600, durable=True, tenant_cap=1000))
+    sending = Sending("a digest", 0)
+    (lost,) = records.run(client, records.submit([replace(resolve(JobRequest.parse({"prompt": "a cat"})), sending=sending)], 600))
+    assert records.run(client, records.note_answer(lost.id, sending, "dropped"))
+    assert records.run(client, records.take_unanswered(replace(sending, count=1))) == records.run(client, records.get(lost.id))
+    assert records.run(client, records.note_answer(lost.id, replace(sending, count=1), "written"))
+    records.run(client, records.cancel(lost.id, 600))
     first, second = submit(client, 2, idempotency_key=None, callback=callback, deadline_s=60)
     assert submit(client, idempotency_key="once") == submit(client, idempotency_key="once")
     assert records.run(client, records.get(first)).queue_position == 1

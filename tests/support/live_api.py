@@ -50,6 +50,14 @@ def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) 
     worker.announce()
     client = AsyncClient(settings)
     app = create_app(client=client)
+    with serving(app) as (http, server):
+        yield Live(http, client, redis, images, worker, app, server)
+        redis.connected = True  # whatever a test did to it
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[tuple[httpx.Client, uvicorn.Server]]:
+    """An application that is served on a loopback port: a client for it, and its server."""
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", http=PatientProtocol))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -57,9 +65,14 @@ def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) 
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     assert thread.is_alive()
-    with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30, trust_env=False) as http:
-        yield Live(http, client, redis, images, worker, app, server)
-    redis.connected = True  # whatever a test did to it
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30, trust_env=False) as http:
+            yield http, server
+    finally:
+        _end(server, thread, listener)
+
+
+def _end(server: uvicorn.Server, thread: threading.Thread, listener: socket.socket) -> None:
     server.should_exit = True
     thread.join(30)
     assert not thread.is_alive()

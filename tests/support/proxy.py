@@ -7,8 +7,11 @@ import select
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import Literal
 
+# Is told of each chunk and whether it goes towards the target; gives what to pass on, and whether to end the connection then.
+Filter = Callable[[bool, bytes], tuple[bytes, bool]]
 Mode = Literal["pass", "refuse", "hang", "http403", "http500", "http507"]
 
 
@@ -23,6 +26,7 @@ class Proxy:
         self.target = target
         self.mode: Mode = "pass"
         self.delay_s = 0.0  # before each chunk towards the target
+        self.filter: Filter = lambda onward, data: (data, False)
         self._listener = self._listen(0)
         self.port: int = self._listener.getsockname()[1]
         self._open: list[tuple[socket.socket, socket.socket | None]] = []
@@ -46,7 +50,7 @@ class Proxy:
 
     def reset(self) -> None:
         """End every open connection with RST."""
-        for pair in self._open:
+        for pair in list(self._open):  # the threads that serve them take them out meanwhile
             for end in pair:
                 if end is not None:
                     with contextlib.suppress(OSError):
@@ -112,7 +116,12 @@ class Proxy:
                         return
                     if end is near and self.delay_s:
                         self._closed.wait(self.delay_s)
+                    data, cut = self.filter(end is near, data)
                     (far if end is near else near).sendall(data)
+                    if cut:
+                        for side in pair:
+                            side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        return
         except (OSError, ValueError):
             return
         finally:

@@ -15,47 +15,12 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import latentline
+from latentline.infotext import parameters_text
 from latentline.jobs import JobRecord
 
-# How existing image tools name these samplers.
-SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "pndm": "PNDM",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpm2_ancestral": "DPM2 a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_karras": "DPM++ 2M Karras",
-    "dpmpp_3m": "DPM++ 3M",
-    "dpmpp_2s": "DPM++ 2S",
-    "deis": "DEIS",
-    "unipc": "UniPC",
-    "sa_solver": "SA-Solver",
-    "lcm": "LCM",
-    "tcd": "TCD",
-}
 EXIF_IFD, EXIF_USER_COMMENT, EXIF_DESCRIPTION = 0x8769, 0x9286, 0x010E
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3)
-
-
-def parameters_text(record: JobRecord, seed: int, width: int, height: int) -> str:
-    """The ``parameters`` text in the form that image tools read: prompt, negative prompt, one line of settings."""
-    r = record.request
-    lines = [r.prompt]
-    if r.negative_prompt:
-        lines.append(f"Negative prompt: {r.negative_prompt}")
-    loras = "".join(f"LoRA: {lora.name} ({lora.scale:g}), " for lora in r.loras)
-    lines.append(
-        f"Steps: {r.num_inference_steps}, Sampler: {SAMPLER_NAMES.get(r.scheduler, r.scheduler)}, CFG scale: {r.guidance_scale:g}, "
-        f"Seed: {seed}, Size: {width}x{height}, Model: {r.model}, {loras}Version: latentline {latentline.__version__}"
-    )
-    return "\n".join(lines)
 
 
 def encode_preview(pixels: Pixels) -> str:

@@ -9,7 +9,9 @@ from starlette.datastructures import State
 
 from latentline.settings import Settings
 
-DIALECTS: dict[str, Callable[[State, Settings], FastAPI]] = {}
+from . import a1111, openai
+
+DIALECTS: dict[str, Callable[[State, Settings], FastAPI]] = {"/openai/v1": openai.create, "/sdapi/v1": a1111.create}
 """Where each dialect stands, and what makes its application: it gets the state that all of them share, and the settings."""
 
 

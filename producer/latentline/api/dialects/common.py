@@ -6,16 +6,17 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.background import BackgroundTask
 from starlette.datastructures import State
+from starlette.responses import Response
 
 from latentline.api.methods import Methods
-from latentline.api.problems import Render, handle_problems
+from latentline.api.problems import Problem, Render, handle_problems
 from latentline.api.service import JobService
 from latentline.errors import InvalidRequest
 from latentline.jobs import JobRecord, JobRequest, Sending
@@ -24,9 +25,13 @@ from latentline.settings import Settings
 
 WAIT_LIMIT_S = 540.0  # of an answer that waits for its job: clients, and proxies that were told of slow answers, end at 600
 
+# Of every error: its native code, which is the same in every dialect, whatever the dialect calls it.
+CODE_HEADER = "Latentline-Error"
+
 DEFAULT_MODEL: str = JobRequest.model_fields["model"].default
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 class ClientGone(Exception):
@@ -45,8 +50,15 @@ def dialect_application(title: str, state: State, router: APIRouter, render: Ren
     app.state = state
     app.include_router(router)
     app.add_middleware(Methods, routes=[*app.routes, *router.routes])
-    handle_problems(app, render)
+    handle_problems(app, lambda problem: problem_answer(render, problem))
     return app
+
+
+def problem_answer(render: Render, problem: Problem) -> Response:
+    """A problem in a dialect's shape, with its native code in a header."""
+    answer = render(problem)
+    answer.headers[CODE_HEADER] = problem.code
+    return answer
 
 
 async def model_of(name: str | None, jobs: JobService, settings: Settings) -> str:
@@ -87,7 +99,7 @@ def parsed(model: type[M], data: dict[str, Any]) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         allowed = allowed_by(first)
-        if first["type"] == "extra_forbidden":
+        if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             allowed = "only the known fields: " + ", ".join(sorted(model.model_fields))
         field = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "body"
         raise InvalidRequest(field, None if first["type"] == "missing" else first.get("input"), allowed) from None
@@ -131,23 +143,30 @@ def sending_of(request: Request, jobs: JobService, data: dict[str, Any], count: 
     return Sending(hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(), count)
 
 
-async def wait(request: Request, jobs: JobService, job_id: str, limit_s: float = WAIT_LIMIT_S) -> JobRecord:
+async def wait(request: Request, jobs: JobService, job_id: str, limit_s: float | None = None) -> JobRecord:
     """The record when the job has ended, or after the limit as it is then.
+
+    Args:
+        limit_s: ``WAIT_LIMIT_S`` by default.
 
     Raises:
         ClientGone: nobody waits for it any more.
     """
-    ended = asyncio.create_task(jobs.ended(job_id, limit_s))
-    gone = asyncio.create_task(_gone(request))
+    return await while_there(request, jobs.ended(job_id, WAIT_LIMIT_S if limit_s is None else limit_s))
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` gives; raises ClientGone, and ends it, when the client closes its connection before."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
-        await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientGone
-        return ended.result()
+        return working.result()
     finally:
-        for task in (ended, gone):
+        for task in (working, gone):
             task.cancel()
-        await asyncio.gather(ended, gone, return_exceptions=True)
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:
