@@ -28,6 +28,7 @@ from latentline_worker.engine.planner import Planner
 from latentline_worker.engine.request import Work
 from latentline_worker.models import bundled_model, registry
 from latentline_worker.models.base import Family
+from latentline_worker.models.lora import Folder
 
 from .runners import to_work
 from .trace import PROMPTS, Job
@@ -99,7 +100,7 @@ def measure(ends: str, rounds: int) -> dict[str, Any]:
     without = works_of(plain.families[family.info.id], False)
     with tempfile.TemporaryDirectory() as folder:
         num_layers = write_adapters(Path(folder), family.unet, ends)  # type: ignore[attr-defined]
-        registry.add_adapters(family, Path(folder), slots=JOBS, rank=RANK)
+        registry.add_adapters(family, [Folder(Path(folder))], slots=JOBS, rank=RANK)
         engine = engine_of(family)
         adapted = works_of(family, True)
         for one, jobs in ((engine, adapted), (plain, without), (plain, without[:1])):

@@ -22,7 +22,8 @@ from latentline.jobs import StoredLora
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.models import registry
 from latentline_worker.models.base import Family
-from latentline_worker.models.lora import read
+from latentline_worker.models.lora import Folder, read
+from latentline_worker.models.lora import adapters as adapters_module
 
 CPU = torch.device("cpu")
 SIZE = 64
@@ -109,7 +110,7 @@ def make(kind: str, folder: Path) -> Loaded:
     adapters.mkdir()
     make_adapters(pipeline, kind, adapters)
     family = registry.load(str(folder / "model"), CPU, torch.float32)
-    registry.add_adapters(family, adapters, slots=4, rank=16)
+    registry.add_adapters(family, [Folder(adapters)], slots=4, rank=16)
     family.info = family.info.model_copy(update={"default_width": SIZE, "default_height": SIZE})
     return Loaded(pipeline, family, adapters)
 
@@ -261,10 +262,44 @@ def test_files_that_are_no_adapters_of_the_model_are_refused_at_start(
     save_file({key: tensor.contiguous() for key, tensor in change(updates).items()}, tmp_path / "bad.safetensors")
     save_file(updates, tmp_path / "good.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:-8])
-    registry.add_adapters(fresh := fresh_family(sd), tmp_path, 2, 16)
+    registry.add_adapters(fresh := fresh_family(sd), [Folder(tmp_path)], 2, 16)
     assert fresh.info.loras == ("good",)
     assert fresh.adapters is not None and re.search(sentence, fresh.adapters.refused["bad"]), fresh.adapters.refused
     assert "cannot be read as safetensors" in fresh.adapters.refused["cut"]
+
+
+def test_adapters_that_come_change_and_go_are_noticed(sd: Loaded, tmp_path: Path) -> None:
+    updates = updates_of(sd.pipeline, "unet", "attn1.to_q", 2, 1)
+    whole = tmp_path / "whole"
+    save_file(updates, whole)
+    registry.add_adapters(family := fresh_family(sd), [Folder(tmp_path)], 2, 16)
+    adapters = family.adapters
+    assert adapters is not None and adapters.names == () and not adapters.rescan()
+
+    def put(name: str, data: bytes) -> None:
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+
+    put("new", whole.read_bytes()[:-8])  # still being copied
+    assert not adapters.rescan() and "cannot be read" in adapters.refused["new"]
+    put("new", whole.read_bytes())
+    assert adapters.rescan() and adapters.names == ("new",) and adapters.refused == {}
+    family.info = family.info.model_copy(update={"loras": adapters.names})
+    save_file(updates, tmp_path / "alone.safetensors")
+    registry.add_adapters(other := fresh_family(sd), [Folder(tmp_path)], 2, 16)
+    came, there = (solo(one, job(one, 1, {"new": 0.9}, steps=3)) for one in (family, other))
+    assert came.equal(there), "one that came later gives the same picture as one that was there at the start"
+
+    assert adapters.rescan() and adapters.names == ("alone", "new")
+    reads = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters_module, "read", lambda path, *_, **__: reads.append(path))
+        assert not adapters.rescan() and reads == [], "what has not changed is not read again"
+    put("new", b"something else")
+    assert adapters.rescan() and adapters.names == ("alone",) and "new" in adapters.refused
+    (tmp_path / "alone.safetensors").unlink()
+    assert adapters.rescan() and adapters.names == ()
+    with pytest.raises(InvalidRequest, match=r"'alone'; allowed: one of: none"):
+        adapters.find([StoredLora(name="alone")])
 
 
 def fresh_family(loaded: Loaded) -> Family:
@@ -283,7 +318,7 @@ def test_what_a_request_may_not_name(sd: Loaded) -> None:
 
 def test_jobs_wait_for_a_slot_and_all_are_served(sd: Loaded) -> None:
     family = fresh_family(sd)
-    registry.add_adapters(family, sd.folder, slots=1, rank=16)
+    registry.add_adapters(family, [Folder(sd.folder)], slots=1, rank=16)
     engine = make_engine(family)
     requests = run(engine, *[job(family, number, {"attention": 0.1 * (number + 1)}) for number in range(4)], job(family, 4, {}))
     assert all(torch.isfinite(request.result(0)).all() for request in requests)
@@ -298,7 +333,7 @@ def test_a_thousand_adapters_leave_nothing_behind(sd: Loaded, tmp_path: Path, mo
     family = fresh_family(sd)
     updates = updates_of(sd.pipeline, "unet", "mid_block.*to_q", 2, 1)
     save_file(updates, tmp_path / "one.safetensors")
-    registry.add_adapters(family, tmp_path, slots=3, rank=4)
+    registry.add_adapters(family, [Folder(tmp_path)], slots=3, rank=4)
     adapters = family.adapters
     assert adapters is not None
     num_bytes = read(tmp_path / "one.safetensors", "one", family.lora_target()).num_bytes

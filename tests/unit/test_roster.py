@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 from support.families import OddFamily
 
+from latentline.errors import LatentlineError, StoreUnavailable
+from latentline.models import LEVEL
 from latentline.routing import queue_name
 from latentline_worker.engine.request import Cancelled
+from latentline_worker.generate.rescans import Rescans
 from latentline_worker.generate.roster import FIRST_RETRY_S, MAX_RETRY_S, Member, Roster
 
 WAIT_S = 5.0
@@ -113,3 +117,38 @@ def test_a_model_that_cannot_be_loaded_is_tried_ever_less_often(clock: Clock) ->
 def test_models_that_stay_all_fit(clock: Clock) -> None:
     roster = Roster.of([OddFamily("a"), OddFamily("b")])
     assert roster.all_fit and roster.said().cold == () and roster.ids == ["a", "b"]
+
+
+class Adapters:
+    """Of which a test says what is there."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.there = names, names
+        self.problem: LatentlineError | None = None
+
+    def rescan(self) -> bool:
+        if self.problem:
+            raise self.problem
+        before, self.names = self.names, self.there
+        return self.names != before
+
+
+def test_adapters_that_come_and_go_are_announced(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    family: Any = OddFamily("a")
+    family.adapters = Adapters()
+    roster = Roster.of([family, OddFamily("b")])
+    assert roster.level == LEVEL, "it reads the queues of jobs with adapters before there is one"
+    rescans, before = Rescans(roster), roster.said()
+    rescans.run_once()
+    assert roster.said() == before
+    family.adapters.there = ("oil", "ink")
+    with caplog.at_level(logging.INFO):
+        rescans.run_once()
+    assert "a: adapters that came: ink, oil; that went: -" in caplog.text
+    assert [info.loras for info in roster.said().models] == [("oil", "ink"), ()] and family.info.loras == ("oil", "ink")
+    family.adapters.problem = StoreUnavailable("the store is away")
+    rescans.run_once()
+    assert "a: its adapters cannot be looked for: the store is away" in caplog.text and roster.said().models[0].loras == ("oil", "ink")
+    family.adapters.problem, family.adapters.there = None, ("ink",)
+    rescans.run_once()
+    assert roster.said().models[0].loras == ("ink",)

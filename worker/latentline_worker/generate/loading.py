@@ -18,6 +18,7 @@ from latentline_worker.engine.warm_up import warm_up
 from latentline_worker.models import catalog, registry, weights
 from latentline_worker.models.base import Family
 from latentline_worker.models.catalog import Catalog, ModelEntry
+from latentline_worker.models.lora import Folder
 from latentline_worker.settings import WorkerSettings
 
 from .roster import Member, Roster
@@ -70,7 +71,7 @@ class Loader:
     def _load(self, entry: ModelEntry) -> Family:
         family = registry.load_entry(entry, self.device, self._dtype(entry))
         if lora_dir := entry.lora_dir or self._settings.lora_dir:
-            registry.add_adapters(family, lora_dir, self._settings.lora_slots, self._settings.lora_rank)
+            registry.add_adapters(family, [Folder(lora_dir)], self._settings.lora_slots, self._settings.lora_rank)
         return family
 
     def _dtype(self, entry: ModelEntry) -> torch.dtype:
@@ -153,7 +154,7 @@ def _take_turns(
             residents.add(engine, family)
         warm_up(engine, family)
         now = time.monotonic()
-        members[model] = Member(family.info, max(sizes[model], weights.of_family(family)), family, now, now)
+        members[model] = Member(family.info, max(sizes[model], weights.of_family(family)), family, now, now, family.adapters is not None)
     assert engine is not None
     ordered = {model: members[model] for model in sizes}
     log.info("models: %d MB for weights: not all fit, so they take turns", budget >> 20)

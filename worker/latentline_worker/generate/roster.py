@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from latentline.models import ModelInfo, level_of_worker
+from latentline.models import LEVEL, ModelInfo, level_of_worker
 from latentline_worker.engine.request import Cancelled
 from latentline_worker.models.base import Family
 from latentline_worker.transport.attention import Attention
@@ -34,6 +34,7 @@ class Member:
     family: Family | None  # while it is in memory
     moved_at: float  # when it came into memory, or left it
     used_at: float  # when a job of it last began or ended
+    takes_adapters: bool = False  # whether there is a place where its adapters come from
     users: int = 0  # jobs that use it now
     swaps: int = 0  # how often it was loaded in the place of others
     failures: int = field(default=0, repr=False)  # to load it, since it was last in memory
@@ -62,7 +63,9 @@ class Roster:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._members, self._budget, self.cold_wait_s, self._clock = dict(members), budget, cold_wait_s, clock
-        self.level = max(level_of_worker(member.info) for member in self._members.values())
+        # A model that takes adapters may have none yet; its worker reads the queues of jobs with adapters all the same.
+        takes = [LEVEL for member in self._members.values() if member.takes_adapters]
+        self.level = max([*takes, *(level_of_worker(member.info) for member in self._members.values())])
         self.attention = Attention(self._members, self.level)
         self._lock = threading.Lock()
         for model, member in self._members.items():
@@ -73,7 +76,7 @@ class Roster:
     def of(cls, families: Iterable[Family]) -> Roster:
         """Models that stay in memory."""
         now = time.monotonic()
-        return cls({family.info.id: Member(family.info, 0, family, now, now) for family in families})
+        return cls({family.info.id: Member(family.info, 0, family, now, now, family.adapters is not None) for family in families})
 
     @property
     def ids(self) -> list[str]:
@@ -116,6 +119,19 @@ class Roster:
             with self._lock:
                 member.users -= 1
                 member.used_at = self._clock()
+
+    def families(self) -> list[Family]:
+        """Those in memory. The caller must not keep them: a model that leaves stays in memory for as long."""
+        with self._lock:
+            return [member.family for member in self._members.values() if member.family is not None]
+
+    def has_adapters(self, model: str, names: tuple[str, ...]) -> None:
+        """Jobs may name these adapters of a model from now on."""
+        with self._lock:
+            member = self._members[model]
+            member.info = member.info.model_copy(update={"loras": names})
+            if member.family is not None:
+                member.family.info = member.info
 
     def due(self, waits: Mapping[str, float]) -> str | None:
         """The cold model that is to be loaded now: of those that are due, the one for which a job has waited for longest.

@@ -27,6 +27,7 @@ from latentline_worker.transport.app import NO_GOSSIP, create_app
 
 from .announcer import Announcer
 from .leases import Leases
+from .rescans import Rescans
 from .roster import Roster
 from .runner import JobRunner
 from .signals import Signals
@@ -77,6 +78,7 @@ class GenerateWorker:
         working = WorkingNow(engine, self._leases.num_held, settings.concurrency)
         self._swapper = Swapper(records, name, roster, engine, loader) if loader and not roster.all_fit else None
         self._announcer = Announcer(records, name, roster, working, self._swapper.hear if self._swapper else self._hear)
+        self._rescans = Rescans(roster)
         self._upkeep = Upkeep(records, name, roster.ids, self._reaper, Deadlines(records))
         self._expiry = Expiry(records, name, store)
         self._runner = JobRunner(
@@ -117,6 +119,7 @@ class GenerateWorker:
         self._announcer.start()
         self._upkeep.start()
         self._expiry.start()
+        self._rescans.start()
         if self._swapper:
             self._swapper.start()
         log.info("%s: ready", self._name)
@@ -138,6 +141,7 @@ class GenerateWorker:
         """Shut down in data-flow order: Celery takes nothing any more; then the engine, maintenance, leases, announcement."""
         if self._swapper:
             self._swapper.stop()
+        self._rescans.stop()
         self._engine.stop()
         self._expiry.stop()
         self._upkeep.stop()

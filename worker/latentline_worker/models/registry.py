@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import authors, bundled_model, folder, sources
 from .base import Family
 from .catalog import ModelEntry
 from .flux import Flux
-from .lora import Adapters
+from .lora import Adapters, Folder, Source
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
@@ -89,13 +90,13 @@ def _served(family: Family, entry: ModelEntry, advice: authors.Advice | None) ->
     return info
 
 
-def add_adapters(family: Family, path: Path, slots: int, rank: int) -> None:
-    """Let jobs name the LoRA adapters of a folder; :class:`~latentline_worker.models.lora.Adapters` tells of the arguments.
+def add_adapters(family: Family, sources: Sequence[Source], slots: int, rank: int) -> None:
+    """Let jobs name the LoRA adapters of these sources; :class:`~latentline_worker.models.lora.Adapters` tells of the arguments.
 
     Raises:
-        ModelError: there is no such folder.
+        LatentlineError: a source cannot be listed.
     """
-    family.adapters = Adapters(path, family.lora_target(), slots, rank)
+    family.adapters = Adapters(sources, family.lora_target(), slots, rank)
     family.info = family.info.model_copy(update={"loras": family.adapters.names})
 
 
@@ -106,5 +107,5 @@ def check_adapters(source: str, path: Path, rank: int) -> dict[str, str | None]:
         ModelError: the model cannot be loaded.
     """
     family = load(source, torch.device("cpu"), torch.float32)
-    adapters = Adapters(path, family.lora_target(), 1, rank)
+    adapters = Adapters([Folder(path)], family.lora_target(), 1, rank)
     return dict(sorted({**dict.fromkeys(adapters.names), **adapters.refused}.items()))

@@ -2,5 +2,6 @@
 
 from .adapters import Adapters, AdapterSet
 from .file import Adapter, Target, read
+from .sources import Folder, Source
 
-__all__ = ["Adapter", "AdapterSet", "Adapters", "Target", "read"]
+__all__ = ["Adapter", "AdapterSet", "Adapters", "Folder", "Source", "Target", "read"]

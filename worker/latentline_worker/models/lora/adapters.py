@@ -1,4 +1,4 @@
-"""The adapters of one model: those in its folder, those that jobs use now, and the slots in which they lie."""
+"""The adapters of one model: those that its sources have, those that jobs use now, and the slots in which they lie."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from latentline_worker.models.transfer import to_device
 
 from .bank import Bank, Update
 from .file import DENOISERS, Adapter, Target, read
+from .sources import Source
 
 log = logging.getLogger(__name__)
 
@@ -58,47 +58,71 @@ class AdapterSet:
 class Adapters:
     """What a family has of adapters.
 
-    :meth:`find` may be called by any thread, and reads files; the others belong to the thread that owns the device.
+    :meth:`find` and :meth:`rescan` may be called by any thread, and read files; the others belong to the thread that owns the device.
 
     Args:
-        folder: with ``NAME.safetensors`` files.
+        sources: of their files; where two have the same name, the first one's counts.
         target: the model.
         slots: adapter sets in device memory at once. A set that no job uses stays until its slot is needed.
         rank: of one slot, the ranks of a job's adapters together.
     """
 
-    def __init__(self, folder: Path, target: Target, slots: int, rank: int) -> None:
-        if not folder.is_dir():
-            raise ModelError(f"{folder}: no such folder of adapters")
-        self._folder, self._target = folder, target
+    def __init__(self, sources: Sequence[Source], target: Target, slots: int, rank: int) -> None:
+        self._sources, self._target = sources, target
         self._device = next(next(iter(target.modules.values())).parameters()).device
         self.bank = Bank(target, slots, rank)
         self._held: OrderedDict[Parts, int] = OrderedDict()  # set -> its slot, the least recently used first
         self._users: dict[int, int] = dict.fromkeys(range(1, slots + 1), 0)  # slot -> jobs that hold it
-        self._cache: OrderedDict[tuple[str, int, int], Adapter] = OrderedDict()  # by name, time and size of the file
+        self._cache: OrderedDict[tuple[str, Hashable], Adapter] = OrderedDict()  # by name and stamp of the file
         self._lock = threading.Lock()  # guards the cache
         self.refused: dict[str, str] = {}
         """Files that are no adapters of this model, with the reason."""
-        self.names = self._scan()
+        self._seen: dict[str, tuple[Source, Hashable]] = {}
+        self.names: tuple[str, ...] = ()
         """The adapters that jobs may name."""
+        for adapter in self._look():
+            self.bank.reserve(adapter.layers)  # before the forward is recorded, and the memory measured
 
-    def _scan(self) -> tuple[str, ...]:
-        """Check every file's keys and shapes, and make room for the layers that they change."""
-        names = []
-        for path in sorted(self._folder.glob("*.safetensors")):
-            try:
-                if not re.fullmatch(LORA_NAME, path.stem):
-                    raise ModelError(f"adapter {path.stem}: its name does not match {LORA_NAME}")
-                adapter = read(path, path.stem, self._target, only_keys=True)
-                if adapter.rank > self.bank.rank:
-                    raise ModelError(f"adapter {path.stem}: its rank is {adapter.rank}; allowed: {self.bank.rank}")
-            except ModelError as error:
-                self.refused[path.stem] = error.message
-                log.warning("%s", error.message)
+    def rescan(self) -> bool:
+        """Look for adapters that were added, changed or removed; whether jobs may name others than before.
+
+        Only files that are new or have changed are read, and of them only the names and shapes of the tensors.
+
+        Raises:
+            LatentlineError: a source cannot be listed now; nothing has changed then.
+        """
+        before = self.names
+        self._look()
+        return self.names != before
+
+    def _look(self) -> list[Adapter]:
+        """Check every file that is new or has changed; those that this model can use."""
+        seen: dict[str, tuple[Source, Hashable]] = {}
+        for source in self._sources:
+            for name, stamp in source.list().items():
+                seen.setdefault(name, (source, stamp))
+        refused = {name: reason for name, reason in self.refused.items() if seen.get(name) == self._seen.get(name)}
+        found = []
+        for name, (source, stamp) in sorted(seen.items()):
+            if self._seen.get(name) == (source, stamp):
                 continue
-            self.bank.reserve(adapter.layers)
-            names.append(path.stem)
-        return tuple(names)
+            try:
+                found.append(self._checked(name, source))
+            except ModelError as error:
+                refused[name] = error.message
+                log.warning("%s", error.message)
+        self._seen, self.refused = seen, refused
+        self.names = tuple(sorted(seen.keys() - refused.keys()))
+        return found
+
+    def _checked(self, name: str, source: Source) -> Adapter:
+        if not re.fullmatch(LORA_NAME, name):
+            raise ModelError(f"adapter {name}: its name does not match {LORA_NAME}")
+        with source.head(name) as path:
+            adapter = read(path, name, self._target, only_keys=True)
+        if adapter.rank > self.bank.rank:
+            raise ModelError(f"adapter {name}: its rank is {adapter.rank}; allowed: {self.bank.rank}")
+        return adapter
 
     def find(self, loras: Sequence[StoredLora]) -> AdapterSet:
         """Read the adapters that a request names, from their files or the cache.
@@ -116,17 +140,15 @@ class Adapters:
         return AdapterSet(tuple((one.name, one.sha256, lora.scale) for one, lora in zip(adapters, loras, strict=True)), adapters)
 
     def _read(self, name: str) -> Adapter:
-        path = self._folder / f"{name}.safetensors"
-        try:
-            stat = path.stat()
-        except OSError:
-            raise ModelError(f"adapter {name}: its file is gone") from None
-        key = name, stat.st_mtime_ns, stat.st_size
+        if name not in self._seen:
+            raise ModelError(f"adapter {name}: its file is gone")
+        source, _ = self._seen[name]
+        key = name, source.stamp(name)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        adapter = read(path, name, self._target)
+        adapter = read(source.whole(name), name, self._target)
         with self._lock:
             self._cache[key] = adapter
             while sum(one.num_bytes for one in self._cache.values()) > CACHE_BYTES and len(self._cache) > 1:
