@@ -42,6 +42,7 @@ def family_of(model: str) -> Any:
         info=ModelInfo(id=model, family="sd", default_width=64, default_height=64, max_pixels=64 * 64),
         revision="none",
         dtype=torch.float32,
+        device=torch.device("cpu"),
         adapters=None,
         latent_shape=lambda width, height: (4, height // 8, width // 8),
         table=lambda request: sampler_table(request.scheduler, SCHEDULER, request.num_inference_steps),
@@ -57,6 +58,7 @@ class SleepingEngine:
     device = torch.device("cpu")
     families: ClassVar[dict[str, object]] = {}
     num_steps = num_rows = 0
+    fixed_rows = None
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
@@ -106,7 +108,7 @@ class SleepingEngine:
         return True
 
 
-def upload(_: object, claim: Claim, images: Sequence[Any]) -> tuple[ImageRef, ...]:
+def upload(_: object, claim: Claim, images: Sequence[Any], *__: object) -> tuple[ImageRef, ...]:
     """What the record keeps of uploaded images."""
     record = claim.record
     size = {"width": 64, "height": 64, "content_type": "image/png", "sha256": "0" * 64, "num_bytes": 4096}

@@ -25,6 +25,7 @@ from .models import ServedModel
 from .operations import Operations, Outcome, Request, accepted_record, finished, one_request
 from .records import AnswerOutcome, Overview, arun, run
 from .settings import Settings
+from .timeline import Timeline
 
 POLL_MS = 1000  # how long one read of an event stream waits; below every socket timeout
 
@@ -61,6 +62,10 @@ class Client(Operations):
     ) -> tuple[list[JobRecord], str | None]:
         """A page of records, newest first, and the cursor of the next page; with ``tenant``, of its jobs alone."""
         return run(self._redis, self._list(status, cursor, limit, tenant))
+
+    def timeline(self, job_id: str) -> Timeline:
+        """What happened to a job: waiting, attempts with their steps, callbacks."""
+        return run(self._redis, records.timeline(job_id))
 
     def cancel(self, job_id: str) -> JobRecord:
         return run(self._redis, self._cancel(job_id))
@@ -164,6 +169,10 @@ class AsyncClient(Operations):
         """A job, and the API key with this prefix, in one round trip."""
         found, key = await arun(self._redis, records.get_with_key(job_id, prefix))
         return found if isinstance(found, JobNotFound) else self._with_urls(found), key
+
+    async def timeline(self, job_id: str, tenant: str | None = None) -> Timeline:
+        """What happened to a job: waiting, attempts with their steps, callbacks. With ``tenant``, only of a job of its own."""
+        return await arun(self._redis, records.timeline(job_id, tenant))
 
     async def keys(self, prefixes: Collection[str]) -> dict[str, ApiKey]:
         """The API keys with these prefixes, those that are there."""

@@ -144,6 +144,8 @@ class ImageRef(Message):
     content_type: str
     sha256: str
     num_bytes: int
+    pixels_sha256: str | None = None
+    """Of its decoded pixels, as its file says (:class:`latentline.provenance.Provenance`)."""
     url: str | None = None
 
 

@@ -22,15 +22,44 @@ from latentline.api.app import create_app
 from latentline.jobs import Claim, ImageRef, JobRequest, Phase, Status, resolve
 from latentline.keys import NewKey
 from latentline.models import Working
+from latentline.provenance import Made
 from latentline.records import Records
 from latentline.testing import MODEL, FakeImages
+from latentline.timeline import Account, Run
 from latentline_worker.embedded.process import clean_env
 from latentline_worker.generate.leased_job import LeasedJob
 from latentline_worker.generate.leases import INTERVAL_S, Leases
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red apple left of a green cup on a wooden table, soft light, in the style of an old children's book"
-IMAGE = ImageRef(key="default/job/1/0.png", seed=1, width=64, height=64, content_type="image/png", sha256="0" * 64, num_bytes=4096)
+IMAGE = ImageRef(
+    key="default/job/1/0.png",
+    seed=1,
+    width=64,
+    height=64,
+    content_type="image/png",
+    sha256="0" * 64,
+    num_bytes=4096,
+    pixels_sha256="1" * 64,
+)
+# Of a job of 20 steps that two other jobs joined and left.
+MADE = Made(
+    weights="a" * 64,
+    dtype="float32",
+    sampler="b" * 64,
+    prompt_tokens=25,
+    prompt_tokens_read=25,
+    versions={"latentline": "0.1.0", "torch": "2.13.0+cpu", "diffusers": "0.42.1", "pillow": "12.0.0"},
+    device="cpu",
+)
+ACCOUNT = Account(
+    spans={"encoding": (2, 25), "waiting": (27, 0), "denoising": (27, 1500), "decoding": (1527, 40), "uploading": (1570, 12)},
+    runs=(Run(1, 1, 2, 27, (71.35,) * 5), Run(6, 3, 6, 400, (98.17,) * 10), Run(16, 1, 2, 1390, (71.35,) * 5)),
+    num_checkpoints=1,
+    checkpoints=((14, 1200),),
+    beside=("12345678-1234-1234-1234-123456789012",) * 2,
+    made=MADE,
+).to_json()
 WATCHED_S = 6.0  # idle workers send heartbeats every three seconds
 
 
@@ -88,7 +117,14 @@ def live(client: redis.Redis, store: Records) -> None:
         for step in (1, 20):
             request.step, now[0] = step, now[0] + 1
             leases.beat()
-    store.settle(job_id, claim.token, Status.SUCCEEDED, images=[IMAGE], timings={"denoising_s": 1.5})
+    store.settle(
+        job_id,
+        claim.token,
+        Status.SUCCEEDED,
+        images=[IMAGE],
+        timings={"denoising_s": 1.5},
+        account=ACCOUNT,
+    )
 
 
 def test_all_transitions_of_a_job_fit_a_budget(empty_valkey: redis.Redis, store: Records) -> None:

@@ -31,6 +31,7 @@ FAMILY = cast(
         revision="test",
         adapters=None,
         dtype=torch.float32,
+        device=torch.device("cpu"),
         latent_shape=lambda width, height: (4, height // 8, width // 8),
         table=lambda request: sampler_table(request.scheduler, CONFIG, request.num_inference_steps),
         texts=lambda request: (Text(request.prompt),),
@@ -51,6 +52,7 @@ class StubEngine:
     device = torch.device("cpu")
     families: ClassVar = {MODEL.id: FAMILY}
     num_steps = num_rows = 0
+    fixed_rows = None
 
     def __init__(self, at_once: bool = False) -> None:
         self.submitted: queue.Queue[Request] = queue.Queue()

@@ -10,9 +10,14 @@ import pytest
 from PIL import Image
 
 from latentline.jobs import JobRecord, JobRequest, Status, resolve
-from latentline_worker.images.encode import EXIF_DESCRIPTION, EXIF_IFD, EXIF_USER_COMMENT, encode_image
+from latentline.provenance import Made, Provenance
+from latentline_worker.images.encode import EXIF_DESCRIPTION, EXIF_IFD, EXIF_USER_COMMENT, encode_image, pixels_digest
 
 PIXELS = np.full((16, 24, 3), (200, 30, 60), dtype=np.uint8)
+
+MADE = Made(
+    weights="w" * 64, dtype="float32", sampler="s" * 64, versions={"torch": "2"}, device="cpu", prompt_tokens=40, prompt_tokens_read=32
+)
 
 
 def record(prompt: str, output: dict[str, object]) -> JobRecord:
@@ -22,7 +27,7 @@ def record(prompt: str, output: dict[str, object]) -> JobRecord:
 
 @pytest.mark.parametrize("prompt", ["a red cat", "ein Kätzchen 🐱"])
 def test_png(prompt: str) -> None:
-    image = Image.open(io.BytesIO(encode_image(PIXELS, record(prompt, {"format": "png"}), 9)))
+    image = Image.open(io.BytesIO(encode_image(PIXELS, record(prompt, {"format": "png"}), 9, MADE)[0]))
     lines = image.text["parameters"].split("\n")  # type: ignore[attr-defined]
     assert lines[:2] == [prompt, "Negative prompt: blurry"]
     assert lines[2].startswith("Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 9, Size: 24x16, Model: latentline-emoji")
@@ -33,7 +38,7 @@ def test_png(prompt: str) -> None:
 
 @pytest.mark.parametrize("fmt", ["webp", "jpeg"])
 def test_exif(fmt: str) -> None:
-    image = Image.open(io.BytesIO(encode_image(PIXELS, record("ein Kätzchen", {"format": fmt, "quality": 95}), 7)))
+    image = Image.open(io.BytesIO(encode_image(PIXELS, record("ein Kätzchen", {"format": fmt, "quality": 95}), 7, MADE)[0]))
     assert image.format == fmt.upper()
     comment = image.getexif().get_ifd(EXIF_IFD)[EXIF_USER_COMMENT]
     assert comment.removeprefix(b"UNICODE\x00").decode("utf-16-be").startswith("ein Kätzchen\nNegative prompt: blurry\nSteps: 20")
@@ -43,5 +48,29 @@ def test_exif(fmt: str) -> None:
 
 def test_quality_counts() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    small, large = (len(encode_image(noise, record("x", {"format": "jpeg", "quality": q}), 1)) for q in (20, 95))
+    small, large = (len(encode_image(noise, record("x", {"format": "jpeg", "quality": q}), 1, MADE)[0]) for q in (20, 95))
     assert small < large / 2
+
+
+@pytest.mark.parametrize("fmt", ["png", "webp", "jpeg"])
+def test_a_file_holds_all_that_made_it_and_a_digest_of_the_pixels_that_a_reader_decodes(fmt: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    zeros = "0" * 64  # what a file holds in the digest's place at first: a prompt that says the same is left alone
+    prompt = f'"pixels_sha256": "{zeros}" ein Kätzchen 🐱'
+    asked = record(prompt, {"format": fmt, "quality": 80})
+    data, digest = encode_image(noise, asked, 9, MADE)
+    image = Image.open(io.BytesIO(data))
+    text = image.text["latentline"] if fmt == "png" else image.getexif()[EXIF_DESCRIPTION]  # type: ignore[attr-defined]
+    said = Provenance.model_validate_json(text)
+    assert said.pixels_sha256 == digest == pixels_digest(image) != zeros
+    assert said.prompt == prompt and said.made == MADE and (said.seed, said.width, said.height) == (9, 64, 64)
+    assert said.output.format == fmt and said.scheduler == "dpmpp_2m_karras"
+    assert "tenant" not in text and "acme" not in text
+
+
+@pytest.mark.parametrize("fmt", ["webp", "jpeg"])
+def test_the_longest_texts_fit_into_the_metadata(fmt: str) -> None:
+    request = record("🐱" * 2000, {"format": fmt}).request.model_copy(update={"negative_prompt": "🐱" * 2000})
+    data, _ = encode_image(PIXELS, record("x", {"format": fmt}).model_copy(update={"request": request}), 1, MADE)
+    said = Provenance.model_validate_json(Image.open(io.BytesIO(data)).getexif()[EXIF_DESCRIPTION])
+    assert said.prompt == said.negative_prompt == "🐱" * 2000

@@ -55,6 +55,7 @@ ROUTES = [
     ("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/jobs/x"), ("POST", "/v1/jobs/x/cancel"), ("GET", "/v1/jobs/x/events"),
     ("GET", "/v1/models"), ("GET", "/v1/loras"), ("DELETE", "/v1/jobs/x"), ("GET", "/v1/jobs/x/images/0"),
     ("GET", "/v1/fleet"), ("POST", "/v1/dead/x/replay"), ("DELETE", "/v1/dead/x"),
+    ("GET", "/v1/jobs/x/timeline"),
 ]  # fmt: skip
 ADMINS = {route for route in ROUTES if route[1].startswith(("/v1/fleet", "/v1/dead"))}
 
@@ -213,6 +214,8 @@ def attempts(
             ("GET", path, {"params": {"wait": "0.1"}}),
             ("GET", f"{path}/images/0", {}),
             ("HEAD", f"{path}/images/0", {}),
+            ("GET", f"{path}/timeline", {}),
+            ("HEAD", f"{path}/timeline", {}),
             ("POST", f"{path}/cancel", {}),
             ("POST", f"{path}/cancel", {"json": {"tenant": "bob"}}),
             ("GET", f"{path}/events", {}),
@@ -305,6 +308,7 @@ def test_a_foreign_job_is_answered_exactly_as_an_unknown_one(live: Live) -> None
         ("GET", "/events"),
         ("DELETE", ""),
         ("GET", "/images/0"),
+        ("GET", "/timeline"),
         ("GET", "?wait=0.1"),
     ):
         foreign, unknown = (live.http.request(method, f"/v1/jobs/{one}{suffix}", headers=ann) for one in (job, "0" * len(job)))

@@ -167,9 +167,9 @@ def test_missing_memory_while_uploading_costs_a_retry(bench: Bench) -> None:
 def test_the_pause_before_another_try_is_bounded_and_has_jitter(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     retry, backoffs, bounds = Records.retry, [], []
 
-    def asked(self: Records, job_id: str, token: int, error: Any, backoff: Backoff) -> Any:
+    def asked(self: Records, job_id: str, token: int, error: Any, backoff: Backoff, account: str) -> Any:
         backoffs.append(backoff)
-        return retry(self, job_id, token, error, backoff)
+        return retry(self, job_id, token, error, backoff, account)
 
     def uniform(low: float, high: float) -> float:
         bounds.append((low, high))

@@ -55,11 +55,11 @@ def test_a_script_writes_no_key_of_its_own(file: Path) -> None:
 
 
 def test_arguments_are_given_by_name_and_checked() -> None:
-    assert scripts.RELEASE.arguments(token=3, retention_s=600, id="a job") == ["a job", 3, 600]
-    with pytest.raises(TypeError, match=r"'release' takes id, token, retention_s; unknown or missing: retention_s"):
-        scripts.RELEASE.arguments(id="a job", token=3)
+    assert scripts.RELEASE.arguments(token=3, account="", retention_s=600, id="a job") == ["a job", 3, 600, ""]
+    with pytest.raises(TypeError, match=r"'release' takes id, token, retention_s, account; unknown or missing: retention_s"):
+        scripts.RELEASE.arguments(id="a job", token=3, account="")
     with pytest.raises(TypeError, match=r"unknown or missing: worker"):
-        scripts.RELEASE.arguments(id="a job", token=3, retention_s=600, worker="w")
+        scripts.RELEASE.arguments(id="a job", token=3, retention_s=600, account="", worker="w")
 
 
 @pytest.mark.parametrize("name", [name for name in vars(routing) if name.endswith("_key")])

@@ -29,6 +29,7 @@ class ImageAnswer(BaseModel):
     height: int
     content_type: str
     sha256: str
+    pixels_sha256: str | None
 
 
 class JobAnswer(BaseModel):

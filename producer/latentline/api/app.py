@@ -17,7 +17,7 @@ from latentline.errors import LatentlineError
 from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
-from . import events, fleet, jobs, pictures, session
+from . import events, fleet, jobs, pictures, session, timelines
 from .auth import Access, LoopbackHosts
 from .dialects import mount_dialects
 from .leavers import Leavers
@@ -43,7 +43,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
 
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
     app = FastAPIOffline(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    routers = [module.router for module in (jobs, events, pictures, fleet, session)]
+    routers = [module.router for module in (jobs, events, pictures, timelines, fleet, session)]
     for router in routers:
         app.include_router(router)
 

@@ -16,6 +16,7 @@ from latentline.jobs import ImageRef, JobRecord, JobRequest, Sending
 from latentline.keys import Credential, Scope
 from latentline.models import ServedModel
 from latentline.records import Overview, not_found
+from latentline.timeline import Timeline
 
 from .auth import Access, Principal, bearer, credential_of
 from .leavers import Leavers
@@ -54,6 +55,12 @@ class JobService:
     async def get(self, job_id: str) -> JobRecord:
         """One job; raises JobNotFound, also for a job of another tenant."""
         return self._seen(await self._client.get(job_id))
+
+    async def timeline(self, job_id: str) -> Timeline:
+        """What happened to a job; raises JobNotFound."""
+        sees = self.principal.sees
+        found = await self._client.timeline(job_id, sees)
+        return found if sees is None else found.for_owner()
 
     async def list(self, status: str | None, cursor: str | None, limit: int) -> tuple[list[JobRecord], str | None]:
         """A page of jobs, newest first, and the cursor of the next page."""

@@ -16,6 +16,7 @@ from .keys import keys
 from .loras import loras
 from .models import models
 from .serve import api, demo, up, worker
+from .timeline import timeline
 from .train import train
 
 
@@ -29,5 +30,7 @@ def main() -> None:
     """
 
 
-for command in (submit, status, cancel, delete, jobs, models, loras, api, worker, callbacks, keys, dead, up, demo, train, evaluate):
+for command in (
+    submit, status, timeline, cancel, delete, jobs, models, loras, api, worker, callbacks, keys, dead, up, demo, train, evaluate,
+):  # fmt: skip
     main.add_command(command)

@@ -29,6 +29,9 @@ def _job_id(_: click.Context, __: click.Parameter, value: str) -> str:
     return value
 
 
+job_id_argument = click.argument("job_id", callback=_job_id)
+
+
 @click.command()
 @click.argument("prompt")
 @click.option("--model")
@@ -83,7 +86,7 @@ def submit(
 
 
 @click.command()
-@click.argument("job_id", callback=_job_id)
+@job_id_argument
 @url_option
 @json_option
 def status(job_id: str, url: str, as_json: bool) -> None:
@@ -92,7 +95,7 @@ def status(job_id: str, url: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id", callback=_job_id)
+@job_id_argument
 @url_option
 @json_option
 def cancel(job_id: str, url: str, as_json: bool) -> None:
@@ -101,7 +104,7 @@ def cancel(job_id: str, url: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id", callback=_job_id)
+@job_id_argument
 @url_option
 @json_option
 def delete(job_id: str, url: str, as_json: bool) -> None:

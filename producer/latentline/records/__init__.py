@@ -10,6 +10,7 @@ from .keys import create_key, find_keys, keys, revoke_key
 from .maintenance import MAX_OVERDUE, MAX_WAKE
 from .outbox import callbacks, replay_callback
 from .overview import Overview, overview
+from .timeline import timeline
 from .unanswered import ENDED_S, WRITTEN_S, AnswerOutcome, note_answer, take_unanswered
 from .worker import Records
 
@@ -19,5 +20,5 @@ __all__ = [
     "cancel", "create_key", "dead_letter", "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events",
     "find_keys", "fleet", "follow", "get", "get_with_key", "gone", "keys", "list_jobs", "models", "not_found", "note_answer",
     "overview", "read_streams", "replay_callback", "request_of_letter", "revoke_key", "ring", "run", "served", "submit", "take_unanswered",
-    "workers",
+    "timeline", "workers",
 ]  # fmt: skip

@@ -143,12 +143,16 @@ class HeldJobs(Driven):
         return data
 
     @driven
-    def release(self, job_id: str, token: int) -> Operation[bool]:
-        """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when another worker owns the job now."""
-        return bool((yield from call_script(RELEASE, id=job_id, token=token, retention_s=self._retention_s)))
+    def release(self, job_id: str, token: int, account: str = "") -> Operation[bool]:
+        """Back to the queue with a fresh wake-up, or cancelled if that was asked for; False when another worker owns the job now.
+
+        Args:
+            account: of this attempt (:class:`latentline.timeline.Account`), also in :meth:`retry` and :meth:`settle`.
+        """
+        return bool((yield from call_script(RELEASE, id=job_id, token=token, retention_s=self._retention_s, account=account)))
 
     @driven
-    def retry(self, job_id: str, token: int, error: JobError, backoff: Backoff) -> Operation[tuple[Status, float]]:
+    def retry(self, job_id: str, token: int, error: JobError, backoff: Backoff, account: str = "") -> Operation[tuple[Status, float]]:
         """Another try later, or failed and a dead letter after ``MAX_ERRORS``; the status that came of it and the delay in seconds.
 
         Raises:
@@ -164,6 +168,7 @@ class HeldJobs(Driven):
             jitter=backoff.jitter,
             max_errors=MAX_ERRORS,
             retention_s=self._retention_s,
+            account=account,
         )
         if not reply:
             raise _stale(job_id, token)
@@ -178,6 +183,7 @@ class HeldJobs(Driven):
         images: Sequence[ImageRef] = (),
         error: JobError | None = None,
         timings: dict[str, float] | None = None,
+        account: str = "",
     ) -> Operation[JobRecord]:
         """The one terminal transition of a running job.
 
@@ -188,12 +194,14 @@ class HeldJobs(Driven):
         if not status.terminal:
             raise ValueError(f"status: got {status.value!r}; allowed: a terminal status")
         stored = json.dumps([image.model_dump(mode="json", exclude={"url"}) for image in images])
-        reply = yield from self._settle(job_id, token, status, stored, error, json.dumps(timings or {}))
+        reply = yield from self._settle(job_id, token, status, stored, error, json.dumps(timings or {}), account)
         if not reply:
             raise _stale(job_id, token)
         return record_of(pairs(reply))
 
-    def _settle(self, job_id: str, token: int, status: Status, images: str, error: JobError | None, timings: str) -> Operation[Any]:
+    def _settle(
+        self, job_id: str, token: int, status: Status, images: str, error: JobError | None, timings: str, account: str = ""
+    ) -> Operation[Any]:
         return call_script(
             SETTLE,
             id=job_id,
@@ -203,6 +211,7 @@ class HeldJobs(Driven):
             err=error.model_dump_json() if error else "",
             timings=timings,
             retention_s=self._retention_s,
+            account=account,
         )
 
 

@@ -39,7 +39,7 @@ elseif crashes_alone >= tonumber(max_crashes_alone) then
   jobs.bury(id, {code = 'worker_lost', reason = message, crashes = crashes})
   jobs.finish(id, 'failed', {code = 'worker_lost', message = message}, retention_s)
 else
-  jobs.requeue(id, 0, true)
+  jobs.requeue(id, 0, true, 'lost')
 end
 signals.send(worker, id, token, 'stale')
 return 1

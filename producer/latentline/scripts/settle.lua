@@ -4,10 +4,12 @@
 -- * Only the holder of the newest token settles, and finish() raises the token: a second report changes nothing.
 -- * A job that succeeded has done all its steps.
 --
+-- `account` is what the worker tells of this attempt, for the job's timeline; it may be empty.
+--
 -- Returns the record, or false for a stale token.
 -- uses: jobs, memory_bound
 
-local id, token, status, images, err, timings, retention_s = unpack(ARGV)
+local id, token, status, images, err, timings, retention_s, account = unpack(ARGV)
 
 local key = keys.job(id)
 local job = redis.call('HMGET', key, 'status', 'token', 'num_steps')
@@ -15,5 +17,5 @@ if job[1] ~= 'running' or job[2] ~= token then return false end
 memory_bound.pass(keys.leases())
 redis.call('HSET', key, 'images', images, 'timings', timings)
 if status == 'succeeded' then redis.call('HSET', key, 'step', job[3]) end
-jobs.finish(id, status, err ~= '' and cjson.decode(err) or nil, retention_s)
+jobs.finish(id, status, err ~= '' and cjson.decode(err) or nil, retention_s, account)
 return redis.call('HGETALL', key)

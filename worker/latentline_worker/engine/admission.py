@@ -119,6 +119,7 @@ class Admission:
         rows = family.rows(work.request, encoded)
         request.signature = common_signature(work.model, rows, len(work.texts))
         request.conditions, request.prompt_tokens = rows, encoded[0].tokens
+        request.reached("encoded")
         self._publisher.conditions(request)
         return True
 

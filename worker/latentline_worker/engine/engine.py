@@ -30,7 +30,7 @@ from .memory import Memory
 from .network import Network
 from .planner import Planner
 from .publisher import Publisher
-from .request import Cancelled, LaneKey, Request, Work
+from .request import Cancelled, LaneKey, Request, Step, Work
 from .warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Engine:
         self._admission = Admission(self.families, self.conditioner, self.lanes, self.publisher, self.memory.text_bytes)
         self._delivery = Delivery(self.families, self.decoder, self.publisher, self._leave, self._finish)
         self._active: list[Request] = []  # in a lane
-        self._launched: list[tuple[LaneKey, int]] = []  # steps whose time is not known yet
+        self._launched: list[tuple[LaneKey, Step]] = []  # steps whose time is not known yet
         self.intake = Intake()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         # Forwards run, how many of them advanced two jobs or more, and the rows of all.
@@ -205,11 +205,14 @@ class Engine:
         run_in_parts(batch, self._forward, failures.__setitem__, device=self.device)
         # Not in _forward: an error after a step's commit must not run the step again.
         while (seconds := self.clock.take()) is not None:
-            self.planner.cost.observe(*self._launched.pop(0), seconds)
+            key, step = self._launched.pop(0)
+            step.seconds = seconds
+            self.planner.cost.observe(key, step.rows, seconds)
         return failures
 
     def _forward(self, batch: Sequence[Request]) -> None:
         key, rows = batch[0].lane, sum(r.rows for r in batch)
+        step = Step(time.monotonic(), tuple(r.work.job_id for r in batch), rows)
         limit = self.planner.cost.limit(key)
         try:
             fitted = self.lanes[key].step(batch, limit)
@@ -219,7 +222,9 @@ class Engine:
         # The step is committed: from here on nothing may fail.
         if fitted < min(rows, limit) and self.fixed_rows is None:  # less memory than was measured
             self.planner.cost.lower(key, fitted)
-        self._launched.append((key, rows))
+        self._launched.append((key, step))
+        for request in batch:
+            request.steps.append(step)
         self.num_rows += rows
 
     def _settle(self, batch: Sequence[Request], failures: dict[Request, Exception]) -> None:

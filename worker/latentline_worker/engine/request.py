@@ -127,6 +127,16 @@ class Preview:
 
 
 @dataclass(eq=False)
+class Step:
+    """One network call; the requests that shared it hold the same object."""
+
+    at: float  # time.monotonic() when it was launched
+    job_ids: tuple[str, ...]  # of the jobs that shared it
+    rows: int  # of all of them
+    seconds: float | None = None  # that it took; known later
+
+
+@dataclass(eq=False)
 class Request:
     """A job in flight. Only the engine's thread writes ``step`` and the fields after it, except for a cancel.
 
@@ -136,6 +146,7 @@ class Request:
     work: Work
     future: Future[torch.Tensor] = field(default_factory=Future)
     step: int = 0  # network calls done
+    steps: list[Step] = field(default_factory=list)  # those that this worker has done
     shared_steps: int = 0  # of these, how many ran together with another job
     batch_jobs: int = 0  # jobs in the last call
     phase: Phase = Phase.ENCODING

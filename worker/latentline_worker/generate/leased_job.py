@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 
 from latentline.jobs import Claim, Phase
+from latentline.provenance import Made
 from latentline.records import Beat
 from latentline_worker.engine.request import Preview, Request
 from latentline_worker.images.encode import encode_preview
@@ -27,6 +29,11 @@ class LeasedJob:
     deadline: float | None = None
     request: Request | None = None
     uploading: bool = False
+    made: Made | None = None  # what the engine made its pictures with
+    claimed_at: float = field(default_factory=time.monotonic)
+    upload_began: float | None = None  # time.monotonic(), and so below
+    upload_ended: float | None = None
+    checkpoints: list[tuple[int, float]] = field(default_factory=list)  # step, and when the broker had it
     checkpoint_call: int = 0  # network call of the newest checkpoint that was looked at
     checkpoint_step: int = 0  # the same in the job's own steps, of the newest checkpoint that was written
     stop_reason: str | None = None

@@ -144,6 +144,7 @@ class Leases:
         step = job.own_steps(checkpoint.step)
         if data is not None and self._records.checkpoint(job.claim.record.id, job.claim.token, step, data):
             job.checkpoint_step = step
+            job.checkpoints.append((step, time.monotonic()))
 
     def beat(self) -> None:
         """One round: end what is overdue, report and renew, pass verdicts on to the engine, write checkpoints.

@@ -25,9 +25,11 @@ from latentline_worker.models.base import Family
 from latentline_worker.samplers import CompileError
 
 from . import outcome
+from .account import account_of
 from .exclusive import SharedExclusiveLock
 from .leased_job import LeasedJob
 from .leases import Leases
+from .making import made_with
 from .outcome import CancelRequested, Failed, HandOver, NotOurs, Outcome, Succeeded, TryAgain
 from .roster import Roster
 
@@ -113,17 +115,17 @@ class JobRunner:
         job_id, token = job.claim.record.id, job.claim.token
         match ended:
             case Succeeded(images):
-                self._settle(job.claim, Status.SUCCEEDED, images, None, timings)
+                self._settle(job, Status.SUCCEEDED, images, None, timings)
             case Failed(error):
-                self._settle(job.claim, Status.FAILED, (), error, timings)
+                self._settle(job, Status.FAILED, (), error, timings)
             case CancelRequested():
-                self._settle(job.claim, Status.CANCELLED, (), None, timings)
+                self._settle(job, Status.CANCELLED, (), None, timings)
             case TryAgain(error):
                 self._save_checkpoint(job)
-                self._retry(job.claim, error)
+                self._retry(job, error)
             case HandOver(reason):
                 self._save_checkpoint(job)
-                self._insist(lambda: self._records.release(job_id, token))
+                self._insist(lambda: self._records.release(job_id, token, account_of(job)))
                 log.info("job %s: back to the queue at step %d: %s", job_id, job.checkpoint_step, reason)
             case NotOurs(reason):
                 log.warning("job %s: %s", job_id, reason)
@@ -138,10 +140,12 @@ class JobRunner:
     def _generate(self, job: LeasedJob, timings: Timings) -> tuple[ImageRef, ...]:
         with self._model(job.claim.record.request.model) as family:
             pixels = self._denoise(job, family, timings)
+        assert job.made is not None  # there are pixels
         job.uploading = True
-        started = time.monotonic()
-        refs = self._uploader.upload(job.claim, list(pixels))
-        timings["uploading_s"] = round(time.monotonic() - started, 4)
+        job.upload_began = time.monotonic()
+        refs = self._uploader.upload(job.claim, list(pixels), job.made)
+        job.upload_ended = time.monotonic()
+        timings["uploading_s"] = round(job.upload_ended - job.upload_began, 4)
         return refs
 
     @contextmanager
@@ -171,6 +175,7 @@ class JobRunner:
             pixels: npt.NDArray[np.uint8] = request.result().numpy()
         finally:
             timings.update(_timings(request))
+            job.made = made_with(request, family, self._engine.fixed_rows)
         used, read = request.prompt_tokens
         if used > read:
             log.info("job %s: the prompt has %d tokens, %s reads the first %d", record.id, used, record.request.model, read)
@@ -178,21 +183,23 @@ class JobRunner:
             raise Cancelled(job.stop_reason)
         return pixels
 
-    def _settle(self, claim: Claim, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: Timings) -> None:
-        job_id = claim.record.id
+    def _settle(self, job: LeasedJob, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: Timings) -> None:
+        job_id, token, account = job.claim.record.id, job.claim.token, account_of(job)
         try:
-            record = self._insist(lambda: self._records.settle(job_id, claim.token, status, images=images, error=error, timings=timings))
+            record = self._insist(
+                lambda: self._records.settle(job_id, token, status, images=images, error=error, timings=timings, account=account)
+            )
         except StaleToken:
             log.warning("job %s: settled by another worker", job_id)
             return
         log.info("job %s: %s in %.2f s", job_id, status.value, (record.finished_at or 0) - (record.started_at or 0))
 
-    def _retry(self, claim: Claim, error: JobError) -> None:
-        job_id = claim.record.id
+    def _retry(self, job: LeasedJob, error: JobError) -> None:
+        job_id, token, account = job.claim.record.id, job.claim.token, account_of(job)
         # Jitter, so that jobs that failed together do not come back together.
         backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, random.uniform(0.5, 1))
         try:
-            status, delay_s = self._insist(lambda: self._records.retry(job_id, claim.token, error, backoff))
+            status, delay_s = self._insist(lambda: self._records.retry(job_id, token, error, backoff, account))
         except StaleToken:
             log.warning("job %s: another worker owns it now", job_id)
             return

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from latentline.jobs import Claim, ImageRef
+from latentline.provenance import Made
 
 from .encode import Pixels, encode_image
 from .store import ImageStore
@@ -17,7 +18,7 @@ class Uploader:
     def __init__(self, store: ImageStore) -> None:
         self._store = store
 
-    def upload(self, claim: Claim, images: Sequence[Pixels]) -> tuple[ImageRef, ...]:
+    def upload(self, claim: Claim, images: Sequence[Pixels], made: Made) -> tuple[ImageRef, ...]:
         """Encode and upload images of shape (height, width, 3).
 
         The object key carries the attempt, so that a worker whose lease was lost cannot overwrite its successor's images.
@@ -31,7 +32,7 @@ class Uploader:
         for i, pixels in enumerate(images):
             seed = record.request.seed + i
             output = record.request.output
-            data = encode_image(pixels, record, seed)
+            data, digest = encode_image(pixels, record, seed, made)
             key = f"{record.request.tenant}/{record.id}/{record.attempt}/{i}.{output.format}"
             self._store.put(key, data, output.content_type, {"job-id": record.id, "seed": str(seed)})
             height, width = pixels.shape[:2]
@@ -44,6 +45,7 @@ class Uploader:
                     content_type=output.content_type,
                     sha256=hashlib.sha256(data).hexdigest(),
                     num_bytes=len(data),
+                    pixels_sha256=digest,
                 )
             )
         return tuple(refs)

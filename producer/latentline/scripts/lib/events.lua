@@ -11,14 +11,17 @@ local events = {}
 local MOST = 1000 -- entries of one stream; a job of 150 steps has fewer
 
 -- Append an event whose data, with its `seq`, is JSON already. The caller has stored that `seq` in the record.
-function events.append(id, kind, data)
-  redis.call('XADD', keys.events(id), 'MAXLEN', '~', MOST, '*', 'type', kind, 'at', clock.now, 'data', data)
+-- `account` is what a worker tells of the attempt that the event ends, or nil or empty: it goes beside the data, for the
+-- job's timeline, and followers of the stream are not given it.
+function events.append(id, kind, data, account)
+  local more = account and account ~= '' and {'account', account} or {}
+  redis.call('XADD', keys.events(id), 'MAXLEN', '~', MOST, '*', 'type', kind, 'at', clock.now, 'data', data, unpack(more))
 end
 
 -- Append an event; its `seq`.
-function events.add(id, kind, data)
+function events.add(id, kind, data, account)
   data.seq = redis.call('HINCRBY', keys.job(id), 'seq', 1)
-  events.append(id, kind, cjson.encode(data))
+  events.append(id, kind, cjson.encode(data), account)
   return data.seq
 end
 

@@ -28,8 +28,8 @@ function jobs.bury(id, letter)
   redis.call('ZADD', keys.dead_times(), clock.now, id)
 end
 
--- End the job. `err` ({code, message}) or nil.
-function jobs.finish(id, status, err, retention_s)
+-- End the job. `err` ({code, message}) or nil; `account` as in lib/events.lua.
+function jobs.finish(id, status, err, retention_s, account)
   local key = keys.job(id)
   local job = redis.call('HMGET', key, 'model', 'score', 'tenant', 'cost', 'idempotency_key')
   local model, score, tenant, cost, idempotency_key = job[1], job[2], job[3], job[4], job[5]
@@ -48,7 +48,7 @@ function jobs.finish(id, status, err, retention_s)
     redis.call('HDEL', keys.open(model), tenant)
     redis.call('HDEL', keys.shards(model), tenant)
   end
-  outbox.write(id, 'job.' .. status, events.add(id, 'job.' .. status, data), retention_s)
+  outbox.write(id, 'job.' .. status, events.add(id, 'job.' .. status, data, account), retention_s)
   redis.call('DEL', keys.checkpoint(id), keys.preview(id))
   redis.call('ZREM', keys.deadlines(), id)
   if idempotency_key then
@@ -69,8 +69,9 @@ function jobs.end_if_overdue(id, retention_s)
   return true
 end
 
--- From running back to queued: at once, at the front or the end of its list, or after `delay_s`.
-function jobs.requeue(id, delay_s, front)
+-- From running back to queued: at once, at the front or the end of its list, or after `delay_s`. `reason` says why in the
+-- event: 'lost', 'handed_over' or 'error'; `account` as in lib/events.lua.
+function jobs.requeue(id, delay_s, front, reason, account)
   local key = keys.job(id)
   local job = redis.call('HMGET', key, 'model', 'score', 'order', 'checkpoint_step', 'deadline_at')
   local model, score, order, step, deadline_at = job[1], job[2], job[3], job[4] or 0, job[5]
@@ -82,7 +83,7 @@ function jobs.requeue(id, delay_s, front)
   redis.call('ZADD', keys.waiting(model), order, id)
   -- While the job ran, end_overdue.lua may have postponed the next look at it until after its deadline.
   if deadline_at then redis.call('ZADD', keys.deadlines(), deadline_at, id) end
-  events.add(id, 'job.queued', {status = 'queued', step = tonumber(step), delay_s = delay_s})
+  events.add(id, 'job.queued', {status = 'queued', step = tonumber(step), delay_s = delay_s, reason = reason}, account)
   if delay_s > 0 then
     redis.call('ZADD', keys.delayed(), clock.after(delay_s), id)
     redis.call('HSET', key, 'woken_at', clock.after(delay_s))
