@@ -6,7 +6,7 @@ The file is its owner's, so it names its own job; it never names a tenant or ano
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -49,7 +49,7 @@ class Provenance(Message):
     """Everything that made one picture."""
 
     provenance: Literal[1] = FORMAT
-    job_id: str
+    job_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,100}$")]
     model: str
     prompt: str
     negative_prompt: str = ""

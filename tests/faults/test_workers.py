@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
+from click.testing import CliRunner
 from support.cluster import LEASE_S, Cluster
 from support.receiver import Receiver
 
 from latentline import records, routing
+from latentline.cli import main
 from latentline.jobs import Status
 
 Figure = Callable[..., None]
@@ -212,8 +218,8 @@ def test_a_clock_that_is_a_minute_ahead_doubles_nothing(cluster: Cluster, figure
     figure("a worker's clock 60 s ahead", jobs=len(ids), ended=ended, most_attempts=1)
 
 
-def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster, figure: Figure) -> None:
-    """Bit-identical in the reproducible mode, noise of an ancestral sampler included."""
+def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster, figure: Figure, tmp_path: Path) -> None:
+    """Bit-identical in the reproducible mode, noise of an ancestral sampler included; so `latentline verify` finds as well."""
     fields = {"num_inference_steps": 150, "scheduler": "euler_ancestral", "num_images": 2}
     mode = {"LATENTLINE_REPRODUCIBLE_ROWS": "4"}
     worker = cluster.start_worker(**mode)
@@ -233,7 +239,28 @@ def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster,
     pictures = [[cluster.client.images.download(image.key) for image in cluster.get(i).images] for i in (alone, job.id)]
     pixels = [[_pixels(data) for data in group] for group in pictures]
     assert pixels[0] == pixels[1]
+    with contextlib.closing(cluster.start_api()) as http:
+        of_lost, of_resumed = pictures[0][1], pictures[1][0]
+        again = [verified(http, tmp_path, picture) for picture in (of_lost, of_resumed)]
+        fresh = cluster.client.images.download(cluster.get(again[0]["job_id"]).images[0].key)
+        again.append(verified(http, tmp_path, fresh))  # made by the worker that is there now
+        timeline = cluster.client.timeline(job.id)
+    assert [one["outcome"] for one in again] == ["equal"] * 3 and {one["largest_difference"] for one in again} == {0}
+    assert [(one.worker, one.outcome) for one in timeline.attempts] == [(1, "lost"), (2, "succeeded")]
+    assert timeline.attempts[1].resumed_from == resumed.timings["resumed_from"]
+    assert sum(run.count for run in timeline.attempts[1].steps) == resumed.timings["denoise_steps"]
+    assert timeline.attempts[0].steps and timeline.attempts[0].made is None, "what it had reported is kept"
     figure("a resumed job's picture", bit_identical=True, resumed_from=resumed.timings["resumed_from"])
+
+
+def verified(http: httpx.Client, folder: Path, picture: bytes) -> dict[str, Any]:
+    """What `latentline verify` says of a picture."""
+    file = folder / "picture.png"
+    file.write_bytes(picture)
+    result = CliRunner().invoke(main, ["verify", str(file), "--json", "--url", str(http.base_url)])
+    assert result.exit_code in (0, 1), result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
 
 
 def _pixels(data: bytes) -> bytes:

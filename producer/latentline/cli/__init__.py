@@ -11,6 +11,7 @@ from .callbacks import callbacks
 from .dead import dead
 from .errors import Commands
 from .evaluate import evaluate
+from .grid import grid
 from .jobs import cancel, delete, jobs, status, submit
 from .keys import keys
 from .loras import loras
@@ -18,6 +19,7 @@ from .models import models
 from .serve import api, demo, up, worker
 from .timeline import timeline
 from .train import train
+from .verify import verify
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,6 +33,7 @@ def main() -> None:
 
 
 for command in (
-    submit, status, timeline, cancel, delete, jobs, models, loras, api, worker, callbacks, keys, dead, up, demo, train, evaluate,
+    submit, grid, status, timeline, verify, cancel, delete, jobs, models, loras,
+    api, worker, callbacks, keys, dead, up, demo, train, evaluate,
 ):  # fmt: skip
     main.add_command(command)

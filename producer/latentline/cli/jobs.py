@@ -12,6 +12,7 @@ import click
 from latentline.jobs import JobRequest
 from latentline.terminal import note, say, say_json, short
 
+from .axes import lora_of
 from .errors import EXIT_BAD_INPUT, EXIT_FAILED, fail
 from .following import follow
 from .options import json_option, url_option
@@ -67,7 +68,7 @@ def submit(
     if chosen := {name: value for name, value in (("format", format_), ("quality", quality)) if value is not None}:
         body["output"] = chosen
     if loras:
-        body["loras"] = [_lora(text) for text in loras]
+        body["loras"] = [lora_of(text, "--lora") for text in loras]
     if callback_url is not None:
         body["callback"] = {"url": callback_url}
     JobRequest.parse(body)  # the API's own limits, checked without a round trip
@@ -145,11 +146,3 @@ def show(job: dict[str, Any], as_json: bool) -> None:
         say(f"  {job['error']['code']}: {job['error']['message']}")
     for image in job["images"]:
         say(f"  seed {image['seed']}  {image['width']}x{image['height']}  {image['url']}")
-
-
-def _lora(text: str) -> dict[str, Any]:
-    name, _, scale = text.partition(":")
-    try:
-        return {"name": name, "scale": float(scale)} if scale else {"name": name}
-    except ValueError:
-        fail(f"--lora: got {text!r}; allowed: NAME or NAME:SCALE, such as pixelart:0.8", EXIT_BAD_INPUT, field="--lora")

@@ -40,13 +40,27 @@ class Api:
         self.url, self.headers = url, {"Authorization": f"Bearer {key}"} if key else {}
         self._http.headers.update(self.headers)
 
-    def call(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON that one request is answered with."""
+    def call(self, method: str, path: str, *, or_none: bool = False, **options: Any) -> Any:
+        """The JSON that one request is answered with; with ``or_none``, None for what is not found."""
         try:
             response = self._http.request(method, path, **options)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             fail(f"{self.url} does not answer ({type(error).__name__}); is it running? (--url or LATENTLINE_URL)", EXIT_UNAVAILABLE)
-        return check_answer(self.url, response)
+        return None if or_none and response.status_code == 404 else check_answer(self.url, response)
+
+    def find_job(self, job_id: str) -> dict[str, Any] | None:
+        """A job; None where there is none that this key may see."""
+        job: dict[str, Any] | None = self.call("GET", job_path(job_id), or_none=True)
+        if job is not None:
+            self._check([job], JOB_FIELDS)
+        return job
+
+    def picture(self, job_id: str, number: int) -> bytes:
+        """A job's picture, as its file."""
+        try:
+            return self._http.get(job_path(job_id, f"/images/{number}")).raise_for_status().content
+        except httpx.HTTPError as error:
+            fail(f"{self.url} does not give image {number} of job {job_id} ({type(error).__name__})", EXIT_UNAVAILABLE)
 
     def job(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         """A call that is answered with a job."""
