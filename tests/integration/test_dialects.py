@@ -117,6 +117,7 @@ def bench(running: Bench) -> Iterator[Bench]:
     yield running
     running.images.down, running.worker.fail_with = False, None
     running.proxy.accept()
+    running.proxy.filter = lambda onward, data: (data, False)
     for record in running.jobs():
         if not record.status.terminal:
             records.run(running.redis, records.cancel(record.id, 600))
@@ -398,6 +399,29 @@ def test_openai_a_request_that_is_sent_again_to_another_process_gets_its_job(ben
         assert sent(bench, 2, http=another).json()["id"] == job_id
         assert sent(bench, 0, "a cat", http=another).status_code == 429, "without the mark it is another request"
     assert len(bench.jobs()) == 1 and hashlib.sha256(TINY_PNG).hexdigest() == bench.get(job_id).images[0].sha256
+
+
+def test_openai_what_a_request_and_its_sending_again_ask_of_the_broker(bench: Bench) -> None:
+    """Scripts that the API calls: submit, three looks at the job, and a note that the answer went out; instead of submit, take."""
+    calls: list[int] = []
+
+    def count(onward: bool, data: bytes) -> tuple[bytes, bool]:
+        calls.append(data.count(b"EVALSHA") if onward else 0)
+        return data, False
+
+    job_id, answer = bench.start(OpenAI())
+    bench.worker.run_all()
+    answer.result(PATIENCE_S)
+    bench.proxy.filter = count
+    _, answer = bench.start(OpenAI())
+    bench.worker.run_all()
+    answer.result(PATIENCE_S)
+    until(lambda: all(bench.redis.hget(routing.job_key(record.id), "answer") == "written" for record in bench.jobs()))
+    assert sum(calls) == 5
+    calls.clear()
+    assert sent(bench, 1).json()["id"] != job_id, "the newest"
+    until(lambda: all(bench.redis.hget(routing.job_key(record.id), "answer") == "written" for record in bench.jobs()))
+    assert sum(calls) == 6  # and the record of the job that it took
 
 
 def test_openai_a_stream_tells_of_a_failure_and_is_given_up_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
@@ -38,20 +38,38 @@ class ClientGone(Exception):
     """The client has closed its connection while its job ran."""
 
 
-def dialect_application(title: str, state: State, router: APIRouter, render: Render) -> FastAPI:
+def dialect_application(title: str, state: State, router: APIRouter, render: Render, bodies: Sequence[type[BaseModel]] = ()) -> FastAPI:
     """The application of one dialect, to be mounted at its prefix.
 
     Args:
         state: of the whole API: its client, access, streams and leavers.
         router: the dialect's routes, without the prefix.
         render: writes a problem in the dialect's own shape.
+        bodies: what the OpenAPI document has to hold for :func:`body_of`.
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.state = state
     app.include_router(router)
     app.add_middleware(Methods, routes=[*app.routes, *router.routes])
     handle_problems(app, lambda problem: problem_answer(render, problem))
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = generate().setdefault("components", {}).setdefault("schemas", {})
+            for body in bodies:
+                schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas |= {**schema.pop("$defs", {}), body.__name__: schema}
+        return generate()
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """For a route's ``openapi_extra``: its body, which is read by hand, so that FastAPI cannot derive it."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def problem_answer(render: Render, problem: Problem) -> Response:

@@ -15,7 +15,17 @@ from starlette.responses import JSONResponse, Response
 from latentline.api.auth import credential_of
 from latentline.api.body import json_object
 from latentline.api.dialects import common
-from latentline.api.dialects.common import ClientGone, dialect_application, model_of, offered, parsed, problem_answer, submit, while_there
+from latentline.api.dialects.common import (
+    ClientGone,
+    body_of,
+    dialect_application,
+    model_of,
+    offered,
+    parsed,
+    problem_answer,
+    submit,
+    while_there,
+)
 from latentline.api.problems import Problem
 from latentline.api.service import JobService, opened
 from latentline.errors import InvalidRequest, NotAuthenticated
@@ -38,7 +48,6 @@ EMPTY: dict[str, Any] = {
 }  # fmt: skip
 NOT_YET = ("img2img", "extra-single-image", "extra-batch-images", "interrogate", "png-info")
 
-_BODY: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": Txt2Img.model_json_schema()}}}}
 _OPTIONS: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 _BASIC = Depends(HTTPBasic(auto_error=False, scheme_name="API key as password", description="any user name; the password is an API key"))
 
@@ -71,7 +80,7 @@ def create(state: State, settings: Settings) -> FastAPI:
 
     @router.post(
         "/txt2img",
-        openapi_extra=_BODY,
+        openapi_extra=body_of(Txt2Img),
         response_model=None,
         responses={200: {"model": Txt2ImgAnswer}, **errors(408, 413, 415, 429, 504)},
     )
@@ -125,7 +134,7 @@ def create(state: State, settings: Settings) -> FastAPI:
             raise InvalidRequest("sd_model_checkpoint", name, f"{model!r} here; another one in override_settings of a request")
 
     _add_lists(router, settings)
-    return dialect_application("latentline: web UI", state, router, render)
+    return dialect_application("latentline: web UI", state, router, render, [Txt2Img])
 
 
 def _add_lists(router: APIRouter, settings: Settings) -> None:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from latentline.api.body import json_object
 from latentline.api.dialects.common import (
     ClientGone,
+    body_of,
     dialect_application,
     model_of,
     offered,
@@ -35,10 +36,6 @@ from .schema import STREAM, ImagesAnswer, ModelAnswer, ModelList, errors
 
 KEEP_ALIVE_S = 15.0  # between comments on a quiet stream, so that no reader and no proxy takes it for dead
 
-_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}
-}
-
 
 def create(state: State, settings: Settings) -> FastAPI:
     """The application of this dialect."""
@@ -46,7 +43,7 @@ def create(state: State, settings: Settings) -> FastAPI:
 
     @router.post(
         "/images/generations",
-        openapi_extra=_BODY,
+        openapi_extra=body_of(GenerationRequest),
         response_model=None,
         responses={200: {"model": ImagesAnswer, "content": STREAM}, **errors(400, 404, 408, 409, 413, 415, 429, 504)},
     )
@@ -107,7 +104,7 @@ def create(state: State, settings: Settings) -> FastAPI:
             raise InvalidRequest("model", name, f"one of: {', '.join(names)}")
         return _model(name)
 
-    return dialect_application("latentline: OpenAI images", state, router, render)
+    return dialect_application("latentline: OpenAI images", state, router, render, [GenerationRequest])
 
 
 def _model(name: str) -> dict[str, Any]:
