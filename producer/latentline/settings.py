@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     tenant_cap: Annotated[int, Field(ge=0)] = 0  # rows of denoising one tenant may have queued and running; 0: no bound
     cors_origins: str = ""  # of pages that may call the API from a browser: https://a.example,https://b.example
     model_aliases: str = ""  # what clients of other services may call a model: gpt-image-2=latentline-emoji,sdxl=base/sdxl
+    metrics_port: Annotated[int, Field(ge=0, le=65000)] = 0  # for Prometheus; 0: no metrics are served
+    metrics_host: str = "127.0.0.1"
     # whsec_..., or several separated by commas during a rotation: each callback is signed with all of them. Needed for callbacks.
     callback_secret: SecretStr | None = None
     # Callbacks go to global addresses only, and to these networks: 10.1.0.0/16,192.168.7.5

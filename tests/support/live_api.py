@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from latentline import AsyncClient, Settings
 from latentline.api.app import create_app
+from latentline.api.metrics import ApiMetrics
 from latentline.api.protocol import PatientProtocol
 from latentline.testing import FakeImages, FakeWorker
 
@@ -42,14 +43,14 @@ class Live:
 
 
 @contextlib.contextmanager
-def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) -> Iterator[Live]:
+def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None, metrics: ApiMetrics | None = None) -> Iterator[Live]:
     redis, images = fakeredis.FakeServer(), FakeImages()
     monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
     worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
     worker.announce()
     client = AsyncClient(settings)
-    app = create_app(client=client)
+    app = create_app(client=client, metrics=metrics)
     with serving(app) as (http, server):
         yield Live(http, client, redis, images, worker, app, server)
         redis.connected = True  # whatever a test did to it

@@ -13,6 +13,7 @@ from latentline.records import Records
 from latentline.testing import MODEL
 from latentline_worker.engine.request import Cancelled, Request, Work
 from latentline_worker.generate.leases import Leases
+from latentline_worker.generate.metrics import JobMetrics
 from latentline_worker.generate.roster import Roster
 from latentline_worker.generate.runner import JobRunner
 from latentline_worker.images.upload import Uploader
@@ -112,7 +113,15 @@ class RunnerBench:
 
     def __init__(self, records: Records, at_once: bool = False) -> None:
         self.records, self.engine, self.store = records, StubEngine(at_once), MemoryStore()
-        self.leases = Leases(records, lease_s=30)
+        self.metrics = JobMetrics()
+        self.leases = Leases(records, lease_s=30, metrics=self.metrics)
         self.runner = JobRunner(
-            "cpu@test", Roster.of([FAMILY]), records, cast(Any, self.engine), Uploader(cast(Any, self.store)), self.leases, lease_s=30
+            "cpu@test",
+            Roster.of([FAMILY]),
+            records,
+            cast(Any, self.engine),
+            Uploader(cast(Any, self.store)),
+            self.leases,
+            lease_s=30,
+            metrics=self.metrics,
         )

@@ -22,12 +22,18 @@ from .auth import Access, LoopbackHosts
 from .dialects import mount_dialects
 from .leavers import Leavers
 from .methods import Methods
+from .metrics import ApiMetrics, Measured
 from .problems import Problem, handle_problems
 from .streams import Streams
 
 
-def create_app(settings: Settings | None = None, client: AsyncClient | None = None) -> FastAPI:
-    """The application. ``client`` is for tests; without it, one is opened when the application starts. Either is closed at its end."""
+def create_app(settings: Settings | None = None, client: AsyncClient | None = None, metrics: ApiMetrics | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        client: for tests; without it, one is opened when the application starts. Either is closed at its end.
+        metrics: where requests are counted; None counts none.
+    """
     settings = settings or (client.settings if client else Settings())
 
     @asynccontextmanager
@@ -84,6 +90,8 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         message = "this API serves without keys, so the Host header must be localhost or a loopback address"
         app.add_middleware(LoopbackHosts, refusal=error_answer(403, "not_allowed", message))
     handle_problems(app, _render)
+    if metrics:
+        app.add_middleware(Measured, metrics=metrics)  # the last one, so the outermost: answers of the other middleware count as well
     return app
 
 

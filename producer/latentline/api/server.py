@@ -12,6 +12,7 @@ from latentline.settings import Settings
 
 from .app import create_app
 from .auth import check_exposure
+from .metrics import serve_api_metrics
 from .protocol import PatientProtocol
 
 
@@ -23,12 +24,13 @@ def serve(settings: Settings, host: str, port: int, fd: int | None, shutdown_s: 
         shutdown_s: seconds that open answers get at the end.
 
     Raises:
-        ConfigurationError: it would serve without keys elsewhere than on loopback.
+        ConfigurationError: it would serve without keys elsewhere than on loopback, or the port for metrics is taken.
     """
     listener = None if fd is None else socket.socket(fileno=fd)
     check_exposure(settings, host, listener)
     options: dict[str, Any] = {"access_log": False, "timeout_graceful_shutdown": shutdown_s, "http": PatientProtocol, "ws": "none"}
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), host=host, port=port, **options))
+    metrics = serve_api_metrics(settings) if settings.metrics_port else None
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, metrics=metrics), host=host, port=port, **options))
     # uvicorn takes every inherited descriptor for a Unix socket, and asyncio then leaves TCP_NODELAY out, which costs 40 ms an
     # answer on a connection that is kept alive. Python finds the true family of a descriptor by itself.
     server.run(None if listener is None else [listener])

@@ -56,6 +56,14 @@ class Outbox(Driven):
         return bool((yield set_if_absent(routing.callbacks_turn_key(), process, life_s)))
 
     @driven
+    def due_callbacks(self) -> Operation[tuple[int, float]]:
+        """How many callbacks are due (counted up to 1000), and for how many seconds the oldest of them has been."""
+        seconds, micros = yield lambda client: client.time()
+        now, key = seconds + micros / 1e6, routing.due_callbacks_key()
+        due = yield lambda client: client.zrangebyscore(key, "-inf", now, start=0, num=MAX_WAKE_CALLBACKS, withscores=True)
+        return len(due), max(0.0, now - due[0][1]) if due else 0.0
+
+    @driven
     def wake_callbacks(self) -> Operation[int]:
         """Hand every callback whose next try is due to the deliverers; how many."""
         return int((yield from call_script(WAKE_CALLBACKS, most=MAX_WAKE_CALLBACKS)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentline import routing
-from latentline.jobs import Announcement, Status
+from latentline.jobs import Announcement, ModelInfo, Status
 from latentline.models import Working
 
 from .driving import Operation
@@ -44,6 +44,8 @@ class Overview:
     workers: tuple[WorkerSeen, ...]
     running: int
     queued: int
+    queued_by_model: dict[str, int]
+    """Of every model that is served or has queued jobs among the oldest."""
     waiting: tuple[Waiting, ...]
     letters: tuple[dict[str, Any], ...]
     num_letters: int
@@ -66,10 +68,13 @@ def overview() -> Operation[Overview]:
 
     (seconds, micros), beats, announced, running, queued, oldest, num_letters, dead_ids = yield first
     now = seconds + micros / 1e6
+    served = sorted({info.id for name, text in announced.items() for info in _announced(name, text)})
     alive = [(name, now - at) for name, at in beats if at > now - WORKER_ALIVE_S]
 
     def second(client: Any) -> Any:
         pipeline = client.pipeline(transaction=False)
+        for model in served:
+            pipeline.zcard(routing.waiting_key(model))
         for name, _ in alive:
             pipeline.get(routing.working_key(name))
         for job_id in oldest:
@@ -78,24 +83,32 @@ def overview() -> Operation[Overview]:
             pipeline.hget(routing.dead_key(), dead_id)
         return pipeline.execute()
 
-    found = (yield second) if alive or oldest or dead_ids else []
-    states, jobs, letters = found[: len(alive)], found[len(alive) : len(alive) + len(oldest)], found[len(alive) + len(oldest) :]
-    workers = [_seen(name, heard_s, announced.get(name), state) for (name, heard_s), state in zip(alive, states, strict=True)]
+    found = iter((yield second) if served or alive or oldest or dead_ids else [])
+    depths = {model: next(found) for model in served}
+    workers = [_seen(name, heard_s, announced.get(name), next(found)) for name, heard_s in alive]
+    waiting = _grouped(now, [next(found) for _ in oldest])
+    for model in {group.model for group in waiting} - depths.keys():  # its workers have been silent for long
+        depths[model] = sum(group.jobs for group in waiting if group.model == model)
     return Overview(
         now,
         tuple(sorted(workers, key=lambda worker: worker.name)),
         running,
         queued,
-        _grouped(now, jobs),
-        tuple(json.loads(letter) for letter in letters if letter),
+        depths,
+        waiting,
+        tuple(json.loads(letter) for letter in found if letter),
         num_letters,
     )
 
 
 def _seen(name: str, heard_s: float, announced: str | None, state: str | None) -> WorkerSeen:
-    announcement = read_announced(Announcement, f"worker {name}", announced)
-    models = tuple(info.id for info in announcement.models) if announcement else ()
+    models = tuple(info.id for info in _announced(name, announced))
     return WorkerSeen(name, max(0.0, heard_s), models, read_announced(Working, f"worker {name}", state))
+
+
+def _announced(name: str, text: str | None) -> tuple[ModelInfo, ...]:
+    announcement = read_announced(Announcement, f"worker {name}", text)
+    return announcement.models if announcement else ()
 
 
 def _grouped(now: float, jobs: list[list[str | None]]) -> tuple[Waiting, ...]:

@@ -28,6 +28,7 @@ from latentline.records import Records
 from latentline.webhooks import sign
 
 from .address import AddressRefused, GuardedBackend
+from .metrics import CallbackMetrics
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Deliverer:
         schedule_s: seconds before each try.
         timeout_s: limit of one try.
         backend: makes the connections; tests replace it.
+        metrics: told of each try.
 
     Raises:
         ConfigurationError: a secret is malformed.
@@ -66,7 +68,9 @@ class Deliverer:
         timeout_s: float = TIMEOUT_S,
         schedule_s: Sequence[float] = SCHEDULE_S,
         backend: httpcore.AsyncNetworkBackend | None = None,
+        metrics: CallbackMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or CallbackMetrics()
         for secret in secrets:
             sign(secret, "check", 0, b"")  # a malformed secret must stop the process at its start
         self._records, self._secrets, self._timeout_s, self._schedule_s = records, list(secrets), timeout_s, schedule_s
@@ -97,7 +101,8 @@ class Deliverer:
             self._records.put_back_callback(callback_id, taken["tries"], random.uniform(0.5, 1.5))
             return
         try:
-            self._try(taken)
+            with self._metrics.seconds.time():
+                self._try(taken)
         finally:
             self._leave(host)
 
@@ -130,6 +135,7 @@ class Deliverer:
 
     def _settle(self, taken: dict[str, Any], status: str, reason: str, delay_s: float = 0.0) -> None:
         # The URL is not logged: its path and query may hold the receiver's own secrets.
+        self._metrics.outcomes.labels(status).inc()
         log.info("callback %s, try %d: %s (%s)", taken["id"], taken["tries"], status, reason)
         entry = {"at": round(time.time(), 3), "try": taken["tries"], "result": reason[:300].encode(errors="replace").decode()}
         self._records.settle_callback(taken["id"], taken["tries"], entry, status, delay_s)

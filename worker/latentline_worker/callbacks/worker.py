@@ -7,6 +7,7 @@ import socket
 from celery.signals import worker_ready
 
 from latentline.connection import connect
+from latentline.exporter import serve_metrics
 from latentline.records import Records
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, CALLBACK_UNACKED
 from latentline_worker.maintenance.callback_wakes import CallbackWakes
@@ -15,6 +16,7 @@ from latentline_worker.settings import ProcessSettings
 from latentline_worker.transport.app import NO_GOSSIP, create_app
 
 from .deliverer import Deliverer
+from .metrics import CallbackMetrics, OutboxMetrics
 
 CONCURRENCY = 16  # concurrent tries of one process
 
@@ -23,11 +25,14 @@ def serve(settings: ProcessSettings) -> int:
     """Deliver callbacks until SIGTERM; the exit status of the process.
 
     Raises:
-        ConfigurationError: a secret is malformed.
+        ConfigurationError: a secret is malformed, or the port for metrics is taken.
     """
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
     secrets = settings.callback_secret.get_secret_value().split(",") if settings.callback_secret else []
-    deliverer = Deliverer(records, [one.strip() for one in secrets if one.strip()], settings.callback_rule)
+    metrics, outbox = CallbackMetrics(), OutboxMetrics(records)
+    metrics.registry.register(outbox)
+    serve_metrics(settings, metrics.registry)
+    deliverer = Deliverer(records, [one.strip() for one in secrets if one.strip()], settings.callback_rule, metrics=metrics)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK)
     name = f"callbacks@{socket.gethostname()}"
@@ -36,11 +41,13 @@ def serve(settings: ProcessSettings) -> int:
     def on_ready(**_: object) -> None:
         wakes.start()
         liveness.start()
+        outbox.start()
 
     worker_ready.connect(on_ready, weak=False)
     worker = app.Worker(hostname=name, pool="threads", concurrency=CONCURRENCY, queues=[CALLBACK_QUEUE], loglevel="INFO", **NO_GOSSIP)
     worker.start()
     wakes.stop()
+    outbox.stop()
     liveness.stop(wait_s=1.0)  # a touch after the removal would bring the file back
     liveness.remove()
     return int(worker.exitcode or 0)

@@ -33,6 +33,7 @@ class Conditioner:
         self._micro_batch, self._cache_bytes = micro_batch, cache_bytes
         self._cache: OrderedDict[ModelText, Encoded] = OrderedDict()
         self.num_bytes = 0  # of the cached texts
+        self.num_encoded = 0  # texts so far, cached or not
 
     def get(self, family: Family, text: Text) -> Encoded | None:
         """The cached result, or None."""
@@ -77,6 +78,7 @@ class Conditioner:
             row = {name: tensor.clone() for name, tensor in encoded.row.items()}
             kept = self._cache[family.info.id, text] = replace(encoded, row=row)
             self.num_bytes += _num_bytes(kept)
+            self.num_encoded += 1
 
 
 def _num_bytes(encoded: Encoded) -> int:

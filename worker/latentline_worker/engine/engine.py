@@ -95,6 +95,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         # Forwards run, how many of them advanced two jobs or more, and the rows of all.
         self.num_steps = self.num_shared_steps = self.num_rows = 0
+        self.num_texts = 0  # of the requests that joined a lane; Conditioner.num_encoded of them were not cached
 
     def start(self) -> None:
         """Start the thread. After :meth:`warm_up`."""
@@ -117,6 +118,16 @@ class Engine:
     def call(self, action: Callable[[], object]) -> Future[Any]:
         """Let the thread that owns the device do something between two steps, such as exchange models. From any thread."""
         return self.intake.call(action)
+
+    @property
+    def num_encoded(self) -> int:
+        """Texts that were encoded so far."""
+        return self.conditioner.num_encoded
+
+    @property
+    def used_bytes(self) -> int:
+        """What slots, cached texts and adapters take of :attr:`Memory.usable` now."""
+        return self.lanes.slot_bytes + self.conditioner.num_bytes + self._adapter_bytes()
 
     @property
     def idle(self) -> bool:
@@ -194,6 +205,7 @@ class Engine:
     def _joined(self, request: Request) -> None:
         """The request is in its lane."""
         self._active.append(request)
+        self.num_texts += len(request.work.texts)
         request.reached("joined")
         request.phase = Phase.DENOISING
         if request.remaining == 0:  # resumed after its last step: only decoding or delivery is missing

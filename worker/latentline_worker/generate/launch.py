@@ -125,7 +125,9 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     store.ensure_bucket()
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s, roster.level)
     log.info("%s: %s loaded and warm", name, ", ".join(model for model in roster.ids if model not in roster.said().cold))
-    return GenerateWorker(name, settings, roster, engine, records, store, loader).run()
+    # The device's index where it is a number: each process of this machine serves its metrics on a port of its own.
+    offset = int(device_index) if device_index and device_index.isdigit() else 0
+    return GenerateWorker(name, settings, roster, engine, records, store, loader, offset).run()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from latentline_worker.engine.checkpoint import Checkpoint, CheckpointSchedule
 from latentline_worker.engine.request import Request
 
 from .leased_job import LeasedJob
+from .metrics import JobMetrics
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Leases:
         broker_lost: called when the broker does not answer.
         checkpoint_schedule: told what checkpoints cost.
         clock: seconds that never go back.
+        metrics: told of the checkpoints that were written.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Leases:
         broker_lost: Callable[[], None] = lambda: None,
         checkpoint_schedule: CheckpointSchedule | None = None,
         clock: Callable[[], float] = time.monotonic,
+        metrics: JobMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or JobMetrics()
         self._records, self._lease_s, self._engine_stalled = records, lease_s, engine_stalled
         self._touch_liveness_file, self._broker_lost, self._schedule = touch_liveness_file, broker_lost, checkpoint_schedule
         self._clock = clock
@@ -145,6 +149,7 @@ class Leases:
         if data is not None and self._records.checkpoint(job.claim.record.id, job.claim.token, step, data):
             job.checkpoint_step = step
             job.checkpoints.append((step, time.monotonic()))
+            self._metrics.checkpoint(len(data))
 
     def beat(self) -> None:
         """One round: end what is overdue, report and renew, pass verdicts on to the engine, write checkpoints.

@@ -30,6 +30,7 @@ from .exclusive import SharedExclusiveLock
 from .leased_job import LeasedJob
 from .leases import Leases
 from .making import made_with
+from .metrics import JobMetrics
 from .outcome import CancelRequested, Failed, HandOver, NotOurs, Outcome, Succeeded, TryAgain
 from .roster import Roster
 
@@ -50,6 +51,7 @@ class JobRunner:
         roster: the models.
         lease_s: the first lease of a claim; ``leases`` renews it.
         engine_stalled: whether the engine counts as hung; then no further job is claimed.
+        metrics: told what becomes of each job.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class JobRunner:
         leases: Leases,
         lease_s: float,
         engine_stalled: Callable[[], bool] = lambda: False,
+        metrics: JobMetrics | None = None,
     ) -> None:
         self._worker, self._roster, self._records, self._engine = worker, roster, records, engine
         self._uploader, self._leases, self._lease_s, self._engine_stalled = uploader, leases, lease_s, engine_stalled
+        self._metrics = metrics or JobMetrics()
         self._lock = SharedExclusiveLock()
 
     def run(self, job_id: str) -> None:
@@ -191,7 +195,11 @@ class JobRunner:
             )
         except StaleToken:
             log.warning("job %s: settled by another worker", job_id)
+            self._metrics.fenced.inc()
             return
+        self._metrics.ended(job.claim.record, status, timings)
+        if error:
+            self._metrics.failed(error.code)
         log.info("job %s: %s in %.2f s", job_id, status.value, (record.finished_at or 0) - (record.started_at or 0))
 
     def _retry(self, job: LeasedJob, error: JobError) -> None:
@@ -202,7 +210,13 @@ class JobRunner:
             status, delay_s = self._insist(lambda: self._records.retry(job_id, token, error, backoff, account))
         except StaleToken:
             log.warning("job %s: another worker owns it now", job_id)
+            self._metrics.fenced.inc()
             return
+        self._metrics.failed(error.code)
+        if status is Status.QUEUED:
+            self._metrics.retries.inc()
+        else:
+            self._metrics.ended(job.claim.record, status, {})
         log.info("job %s: %s after an error%s", job_id, status.value, f", next try in {delay_s:.1f} s" if status is Status.QUEUED else "")
 
     @staticmethod

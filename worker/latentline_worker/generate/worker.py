@@ -12,6 +12,7 @@ from typing import Any
 from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 
+from latentline.exporter import serve_metrics
 from latentline.records import Records
 from latentline.routing import GENERATE_TASK, queue_names
 from latentline_worker.engine.engine import Engine
@@ -27,6 +28,7 @@ from latentline_worker.transport.app import NO_GOSSIP, create_app
 
 from .announcer import Announcer
 from .leases import Leases
+from .metrics import EngineMetrics, JobMetrics
 from .rescans import Rescans
 from .roster import Roster
 from .runner import JobRunner
@@ -50,6 +52,7 @@ class GenerateWorker:
         engine: warmed up, not started.
         store: where images go; its bucket exists.
         loader: loads models again; needed where not all of them are in memory.
+        metrics_offset: added to ``LATENTLINE_METRICS_PORT``: the worker's number on this machine.
     """
 
     def __init__(
@@ -61,9 +64,12 @@ class GenerateWorker:
         records: Records,
         store: ImageStore,
         loader: Loader | None = None,
+        metrics_offset: int = 0,
     ) -> None:
+        self._metrics_offset = metrics_offset
         self._name, self._settings, self._engine, self._records, self._roster = name, settings, engine, records, roster
         self._liveness = LivenessFile(settings.ready_file)
+        metrics = JobMetrics()
         self._reaper = Reaper(records, roster.ids, settings.lease_s)
         self._leases = Leases(
             records,
@@ -72,6 +78,7 @@ class GenerateWorker:
             touch_liveness_file=self._liveness.touch,
             broker_lost=self._reaper.broker_lost,
             checkpoint_schedule=engine.checkpoint_schedule,
+            metrics=metrics,
         )
         self._signals = Signals(records, name, self._leases)
         self._watchdog = Watchdog(self.engine_stalled, self._leases.uploads_left, self.abort)
@@ -90,16 +97,21 @@ class GenerateWorker:
             self._leases,
             settings.lease_s,
             engine_stalled=self.engine_stalled,
+            metrics=metrics,
         )
+        metrics.registry.register(EngineMetrics(engine, self._leases.num_held, settings.concurrency, lambda: roster.said().swaps))
+        self._metrics = metrics
 
     def run(self) -> int:
         """Take work until SIGTERM, then drain and stop; the exit status of the process.
 
         Raises:
             BrokerUnavailable: the broker does not answer at the start.
+            ConfigurationError: the port for metrics is taken.
         """
         for problem in self._records.durability():
             log.warning("broker: %s", problem)
+        serve_metrics(self._settings, self._metrics.registry, offset=self._metrics_offset)
         self._engine.start()
         worker_ready.connect(self._on_ready, weak=False)
         worker_shutting_down.connect(self._on_shutting_down, weak=False)
