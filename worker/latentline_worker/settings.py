@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from latentline.settings import Settings
 
@@ -30,6 +31,10 @@ class WorkerSettings(ProcessSettings):
     lora_dir: Path | None = None
     lora_slots: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 64
+    # Adapters in a bucket of the same object store, s3://BUCKET/PREFIX/, and how much of them is kept on this machine's disk.
+    lora_prefix: str | None = None
+    lora_cache: Path = Path("~/.cache/latentline/loras")
+    lora_cache_mb: Annotated[int, Field(ge=1)] = 10_240
     # auto: float32 on a CPU; on a GPU bfloat16, or float16 where it has none.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # Jobs in flight per process from one shard of tenants; the process takes the same number again from other shards.
@@ -46,6 +51,20 @@ class WorkerSettings(ProcessSettings):
     stall_s: Annotated[float, Field(ge=1)] = 120.0
     # After SIGTERM, jobs that denoise go back to the queue at once; those that upload have this many seconds.
     drain_s: Annotated[float, Field(ge=0)] = 10.0
+
+    @field_validator("lora_prefix")
+    @classmethod
+    def _lora_prefix(cls, text: str | None) -> str | None:
+        if text is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/([^/]+/)+", text):
+            raise ValueError(f"got {text!r}; allowed: s3://BUCKET/PREFIX/, of the store that keeps the pictures")
+        return text
+
+    @model_validator(mode="after")
+    def _adapters_do_not_expire(self) -> Self:
+        if self.lora_prefix is not None and self.lora_prefix.split("/")[2] == self.s3_bucket:
+            allowed = "another bucket than that of the pictures, which are deleted in time"
+            raise ValueError(f"lora_prefix: got {self.lora_prefix!r}; allowed: {allowed}")
+        return self
 
     @model_validator(mode="after")
     def _models_are_named_once(self) -> Self:

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 import torch
 
 from latentline.errors import ConfigurationError
+from latentline.images import connect_s3
 from latentline_worker.engine import residents
 from latentline_worker.engine.engine import Engine
 from latentline_worker.engine.free_memory import free_bytes
 from latentline_worker.engine.memory import USABLE
 from latentline_worker.engine.warm_up import warm_up
+from latentline_worker.images.store import TRIES
 from latentline_worker.models import catalog, registry, weights
 from latentline_worker.models.base import Family
 from latentline_worker.models.catalog import Catalog, ModelEntry
-from latentline_worker.models.lora import Folder
+from latentline_worker.models.lora import Bucket, Folder, Source
 from latentline_worker.settings import WorkerSettings
 
 from .roster import Member, Roster
@@ -45,6 +47,7 @@ class Loader:
     def __init__(self, settings: WorkerSettings, entries: Mapping[str, ModelEntry]) -> None:
         self._settings, self._entries = settings, entries
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._bucket = _bucket(settings)
         # Loading a model again must not wait for what the engine's thread has queued.
         self._stream = torch.cuda.Stream() if self.device.type == "cuda" else None
 
@@ -70,14 +73,24 @@ class Loader:
 
     def _load(self, entry: ModelEntry) -> Family:
         family = registry.load_entry(entry, self.device, self._dtype(entry))
-        if lora_dir := entry.lora_dir or self._settings.lora_dir:
-            registry.add_adapters(family, [Folder(lora_dir)], self._settings.lora_slots, self._settings.lora_rank)
+        folder = entry.lora_dir or self._settings.lora_dir
+        sources: list[Source] = [*([Folder(folder)] if folder else []), *([self._bucket] if self._bucket else [])]
+        if sources:
+            registry.add_adapters(family, sources, self._settings.lora_slots, self._settings.lora_rank)
         return family
 
     def _dtype(self, entry: ModelEntry) -> torch.dtype:
         name = entry.dtype or self._settings.dtype
         dtype: torch.dtype = getattr(torch, name if name != "auto" else _own_type(self.device))
         return dtype
+
+
+def _bucket(settings: WorkerSettings) -> Bucket | None:
+    if settings.lora_prefix is None:
+        return None
+    bucket, _, prefix = settings.lora_prefix.removeprefix("s3://").partition("/")
+    s3 = connect_s3(settings, read_timeout_s=10, retries=TRIES)
+    return Bucket(s3, bucket, prefix, settings.lora_cache.expanduser(), settings.lora_cache_mb << 20)
 
 
 def _own_type(device: torch.device) -> str:
