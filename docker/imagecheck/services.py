@@ -143,8 +143,9 @@ class Services:
         (folder / "broker").mkdir(parents=True)
         self.callback_secret = generate_secret()
         self._keys = secrets.token_hex(10), secrets.token_hex(20)
+        self._reader = secrets.token_hex(10), secrets.token_hex(20)
         self.broker = GuardedBroker(rules, folder / "broker")
-        self.store = Store(folder / "store", *self._keys)
+        self.store = Store(folder / "store", *self._keys, reader=self._reader)
         self.receiver: Receiver | None = None
 
     def start(self) -> None:
@@ -158,6 +159,8 @@ class Services:
             **{f"VALKEY_{role.upper()}_PASSWORD": password for role, password in self.broker.passwords.items()},
             "S3_ACCESS_KEY_ID": self._keys[0],
             "S3_SECRET_ACCESS_KEY": self._keys[1],
+            "S3_READER_ACCESS_KEY_ID": self._reader[0],
+            "S3_READER_SECRET_ACCESS_KEY": self._reader[1],
             "S3_HOST": "127.0.0.1",
             "S3_PORT": str(self.store.port),
             "CALLBACK_SECRET": self.callback_secret,

@@ -23,7 +23,7 @@ from .jobs import JobEvent, JobRecord, Sending, Status
 from .keys import ApiKey, Limits
 from .models import ServedModel
 from .operations import Operations, Outcome, Request, accepted_record, finished, one_request
-from .records import AnswerOutcome, Overview, arun, run
+from .records import AnswerOutcome, JobFilter, Overview, arun, run
 from .settings import Settings
 from .timeline import Timeline
 
@@ -58,10 +58,20 @@ class Client(Operations):
         return run(self._redis, self._get(job_id))
 
     def list(
-        self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50, tenant: str | None = None
+        self,
+        status: Status | str | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+        tenant: str | None = None,
+        where: JobFilter | None = None,
     ) -> tuple[list[JobRecord], str | None]:
-        """A page of records, newest first, and the cursor of the next page; with ``tenant``, of its jobs alone."""
-        return run(self._redis, self._list(status, cursor, limit, tenant))
+        """A page of records, newest first, and the cursor of the next page.
+
+        Args:
+            tenant: of its jobs alone.
+            where: further conditions: model, time of creation, metadata.
+        """
+        return run(self._redis, self._list(status, cursor, limit, tenant, where))
 
     def timeline(self, job_id: str) -> Timeline:
         """What happened to a job: waiting, attempts with their steps, callbacks."""
@@ -160,10 +170,20 @@ class AsyncClient(Operations):
         return await arun(self._redis, self._get(job_id))
 
     async def list(
-        self, status: Status | str | None = None, cursor: str | None = None, limit: int = 50, tenant: str | None = None
+        self,
+        status: Status | str | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+        tenant: str | None = None,
+        where: JobFilter | None = None,
     ) -> tuple[list[JobRecord], str | None]:
-        """A page of records, newest first, and the cursor of the next page; with ``tenant``, of its jobs alone."""
-        return await arun(self._redis, self._list(status, cursor, limit, tenant))
+        """A page of records, newest first, and the cursor of the next page.
+
+        Args:
+            tenant: of its jobs alone.
+            where: further conditions: model, time of creation, metadata.
+        """
+        return await arun(self._redis, self._list(status, cursor, limit, tenant, where))
 
     async def get_with_key(self, job_id: str, prefix: str) -> tuple[JobRecord | JobNotFound, ApiKey | None]:
         """A job, and the API key with this prefix, in one round trip."""

@@ -8,6 +8,7 @@
     ├── PictureNotFound                picture_not_found, 404    the job has no picture of that number
     ├── JobNotEnded                    job_not_ended, 409        only an ended job can be deleted
     ├── KeyNotFound                    key_not_found, 404
+    ├── SecretNotFound                 secret_not_found, 404     the tenant has no callback secret of its own
     ├── NotAuthenticated               not_authenticated, 401    the API key is missing, wrong or revoked
     ├── NotAllowed                     not_allowed, 403          the API key lacks a scope, or the host is not allowed
     ├── RateExceeded                   rate_exceeded, 429        too many submissions with one API key
@@ -92,6 +93,11 @@ class IdempotencyConflict(LatentlineError):
 
 class KeyNotFound(LatentlineError):
     code = "key_not_found"
+    http_status = 404
+
+
+class SecretNotFound(LatentlineError):
+    code = "secret_not_found"
     http_status = 404
 
 

@@ -33,6 +33,14 @@ class Images:
     def _s3(self) -> S3Client:
         return connect_s3(self._settings, read_timeout_s=2)
 
+    @cached_property
+    def _signer(self) -> S3Client:
+        """It makes no request: the name under which clients reach the store may not even be one that this process can reach."""
+        public = self._settings.s3_public_endpoint_url
+        if public is None:
+            return self._s3
+        return connect_s3(self._settings.model_copy(update={"s3_endpoint_url": public.rstrip("/")}), read_timeout_s=2)
+
     def presign(self, key: str) -> str:
         """A URL with which anyone can get the object, for ``presign_ttl_s`` seconds at most and half of that at least.
 
@@ -43,19 +51,20 @@ class Images:
         with self._signed_lock:
             url, until = self._signed.get(key, ("", now))
             if now >= until:
-                url = self._sign(key)
+                url = self.sign(key)
                 self._signed.pop(key, None)  # to the end of the order
                 self._signed[key] = url, now + self._settings.presign_ttl_s * REUSED_SHARE
                 if len(self._signed) > MAX_SIGNED:
                     del self._signed[next(iter(self._signed))]
         return url
 
-    def _sign(self, key: str) -> str:
+    def sign(self, key: str) -> str:
+        """A new URL with which anyone can get the object, for ``presign_ttl_s`` seconds; raises ConfigurationError without credentials."""
         from botocore.exceptions import BotoCoreError
 
         params = {"Bucket": self._settings.s3_bucket, "Key": key}
         try:
-            return self._s3.generate_presigned_url("get_object", Params=params, ExpiresIn=self._settings.presign_ttl_s)
+            return self._signer.generate_presigned_url("get_object", Params=params, ExpiresIn=self._settings.presign_ttl_s)
         except BotoCoreError as error:
             raise ConfigurationError(
                 f"URLs cannot be presigned: {error} (LATENTLINE_S3_ACCESS_KEY_ID and ..._SECRET_ACCESS_KEY)"

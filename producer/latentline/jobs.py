@@ -40,8 +40,9 @@ from .requests import (
 __all__ = [
     "DEFAULT_RETENTION_S", "LEVEL", "MAX_BODY_BYTES", "MAX_GUIDANCE", "MAX_IMAGES", "MAX_KEY_CHARS", "MAX_METADATA_BYTES",
     "MAX_PROMPT_CHARS", "MAX_SEED", "MAX_SIZE_PX", "MAX_STEPS", "MIN_SIZE_PX", "SCHEDULERS", "SCHEMA_VERSION", "SIZE_MULTIPLE_PX",
-    "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "Message", "ModelInfo",
-    "Output", "Phase", "ResolvedRequest", "Sending", "Status", "StoredCallback", "StoredLora", "StoredOutput", "Submission", "resolve",
+    "Announcement", "Callback", "Claim", "ImageRef", "JobError", "JobEvent", "JobRecord", "JobRequest", "JobWarning", "Message",
+    "ModelInfo", "Output", "Phase", "ResolvedRequest", "Sending", "Status", "StoredCallback", "StoredLora", "StoredOutput", "Submission",
+    "resolve",
 ]  # fmt: skip
 
 
@@ -156,6 +157,17 @@ class JobError(Message):
     message: str
 
 
+class JobWarning(Message):
+    """What a client should know of a job that was done all the same.
+
+    ``prompt_truncated``: the text encoder read only the first tokens of ``field``.
+    """
+
+    code: str
+    field: str
+    message: str
+
+
 class JobRecord(Message):
     """The truth about one job. Times are Unix seconds on the Redis server's clock."""
 
@@ -175,6 +187,7 @@ class JobRecord(Message):
     finished_at: float | None = None
     images: tuple[ImageRef, ...] = ()
     error: JobError | None = None
+    warnings: tuple[JobWarning, ...] = ()
     timings: dict[str, float] = Field(default_factory=dict)
     """Durations in seconds by phase, and ``shared_steps``: denoise steps that ran together with another job's."""
 

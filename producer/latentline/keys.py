@@ -86,6 +86,11 @@ class NewKey(Submitted):
             raise invalid_request(error) from None
 
 
+def tenant_name(text: str) -> str:
+    """The text, if it can be a tenant's name; raises InvalidRequest."""
+    return NewKey.parse(tenant=text).tenant
+
+
 def generate() -> tuple[str, Credential]:
     """A new key's text, which is shown once, and what is stored of it."""
     secret = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")

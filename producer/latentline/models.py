@@ -14,11 +14,16 @@ from .requests import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_MULTIPLE_PX, Guidance, JobR
 if TYPE_CHECKING:
     from .jobs import ResolvedRequest
 
-LEVEL: Final = 2
+LEVEL: Final = 3
 """The level of requests up to which this code knows every field and value."""
 
-ADDED: dict[str, int] = {"loras": 2}
-"""What was added to requests after level 1, with its level: a field by its dotted name, or a new value as ``field=value``."""
+ADDED: dict[str, int] = {"loras": 3}
+"""What was added to requests after level 1, with its level: a field by its dotted name, or a new value as ``field=value``.
+
+Adapters have a level of their own: workers whose models have none do not read its queues."""
+
+RAISED: dict[str, tuple[int, int]] = {"prompt": (2000, 2), "negative_prompt": (2000, 2), "num_images": (8, 2)}
+"""Limits that were raised after level 1: a field's limit then, and the level of what goes beyond it."""
 
 SCHEDULERS: tuple[str, ...] = (
     "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_karras",
@@ -168,6 +173,9 @@ def level_of(request: BaseModel) -> tuple[int, str]:
     level, field = 1, ""
     for name, value in _leaves(request.model_dump(mode="json", exclude_defaults=True)):
         needed = max(ADDED.get(name, 1), ADDED.get(f"{name}={value}", 2 if name == "scheduler" and value not in SCHEDULERS else 1))
+        if name in RAISED:
+            limit, raised = RAISED[name]
+            needed = max(needed, raised if (len(value) if isinstance(value, str) else value) > limit else 1)
         if needed > level:
             level, field = needed, name
     return level, field

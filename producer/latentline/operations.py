@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import records
@@ -13,7 +14,7 @@ from .errors import InvalidRequest, JobFailed, LatentlineError
 from .images import Images
 from .jobs import JobRecord, JobRequest, ResolvedRequest, Sending, Status, Submission
 from .keys import Limits
-from .records import CachedFleet, Fleet, Operation
+from .records import CachedFleet, Fleet, JobFilter, Operation
 from .settings import Settings
 
 SUBMIT_CHUNK = 500  # jobs of one pipeline
@@ -67,11 +68,12 @@ class Operations:
         return records.delete(job_id)
 
     def _list(
-        self, status: Status | str | None, cursor: str | None, limit: int, tenant: str | None
+        self, status: Status | str | None, cursor: str | None, limit: int, tenant: str | None, where: JobFilter | None
     ) -> Operation[tuple[list[JobRecord], str | None]]:
         if status and status not in list(Status):
             raise InvalidRequest("status", status, "one of " + ", ".join(Status))
-        page, following = yield from records.list_jobs(Status(status) if status else None, cursor, limit, tenant=tenant)
+        asked = replace(where or JobFilter(), status=Status(status) if status else None, tenant=tenant or "")
+        page, following = yield from records.list_jobs(cursor=cursor, limit=limit, where=asked)
         return [self._with_urls(record) for record in page], following
 
     def _with_urls(self, record: JobRecord) -> JobRecord:

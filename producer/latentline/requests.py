@@ -12,28 +12,29 @@ import secrets
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .errors import InvalidRequest
 
 SCHEMA_VERSION: Final = 1
 
 # Limits of a request. A model may allow less: its announcement says so.
-MAX_PROMPT_CHARS = 2000
+MAX_PROMPT_CHARS = 32_000
 MIN_SIZE_PX = 64
 MAX_SIZE_PX = 2048
 SIZE_MULTIPLE_PX = 8  # latents must come out whole: the autoencoder of Stable Diffusion makes one of 8 pixels
 MAX_STEPS = 150
 MAX_GUIDANCE = 30.0
-MAX_IMAGES = 8
+MAX_IMAGES = 10
 MAX_LORAS = 8
 MAX_LORA_SCALE = 10.0
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_SEED = 2**32 - 1  # the last image's seed is seed + num_images - 1, and stays below 2**32
 MAX_METADATA_BYTES = 4096
+MAX_JPEG_TEXT_BYTES = 56_000  # of the prompts as JSON in ASCII: a JPEG has 64 KiB for what its file says of itself
 MAX_KEY_CHARS = 200
-MAX_BODY_BYTES = 64 * 1024  # of a submission over HTTP
+MAX_BODY_BYTES = 256 * 1024  # of a submission over HTTP
 
 DEFAULT_RETENTION_S = 7 * 86400  # how long an ended job's record and images are kept where no setting says otherwise
 
@@ -156,6 +157,14 @@ class JobRequest(Submitted):
         if "\x00" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
             raise ValueError("text without NUL characters and lone surrogates")
         return text
+
+    @field_validator("output")
+    @classmethod
+    def _prompts_fit_into_the_file(cls, output: Output, info: ValidationInfo) -> Output:
+        texts = [info.data.get(name, "") for name in ("prompt", "negative_prompt")]  # without those that were refused themselves
+        if output.format == "jpeg" and len(json.dumps(texts)) > MAX_JPEG_TEXT_BYTES:
+            raise ValueError(f"png or webp where the prompts have more than {MAX_JPEG_TEXT_BYTES} bytes as JSON")
+        return output
 
     @field_validator("loras")
     @classmethod

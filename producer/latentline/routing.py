@@ -103,6 +103,16 @@ def api_keys_key() -> str:
     return f"{PREFIX}.keys"
 
 
+def secret_key(tenant: str) -> str:
+    """List: the callback secrets of a tenant, newest first. Only the process that delivers callbacks may read it."""
+    return f"{PREFIX}.secret:{tenant}"
+
+
+def secrets_key() -> str:
+    """Hash: tenant with callback secrets of its own -> when they were made, newest first. It holds no secret."""
+    return f"{PREFIX}.secrets"
+
+
 def preview_key(job_id: str) -> str:
     """Hash: the newest preview of a job that has not ended (``data``), and the ``seq`` of its event."""
     return f"{PREFIX}:preview:{job_id}"

@@ -21,6 +21,8 @@ class Settings(BaseSettings):
 
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")  # secret: it may carry a password
     s3_endpoint_url: str | None = None  # None: AWS itself
+    # How clients reach the same store, where that differs: the host for which URLs of images are signed.
+    s3_public_endpoint_url: str | None = None
     s3_region: str = "us-east-1"
     s3_bucket: str = "images"
     s3_access_key_id: SecretStr | None = None
@@ -50,6 +52,13 @@ class Settings(BaseSettings):
             parse_url(url.get_secret_value())  # type: ignore[no-untyped-call]
         except ValueError:  # its text may hold the password
             raise ValueError("a redis://, rediss:// or unix:// URL") from None
+        return url
+
+    @field_validator("s3_public_endpoint_url")
+    @classmethod
+    def _public_endpoint(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^/?#\s@]+/?", url):
+            raise ValueError("an http:// or https:// URL with a host, without a path, such as https://images.example.com")
         return url
 
     @field_validator("callback_allow")

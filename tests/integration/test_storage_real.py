@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -13,6 +15,8 @@ from pydantic import SecretStr
 from latentline.errors import ConfigurationError, StoreUnavailable
 from latentline.images import Images, connect_s3
 from latentline.settings import Settings
+from latentline_worker.callbacks.message import Links
+from latentline_worker.embedded.store import Store
 from latentline_worker.images.store import ImageStore
 
 KEY = "default/j1/1/0.png"
@@ -36,6 +40,44 @@ def test_a_presigned_url_gives_the_same_bytes(store_settings: Settings, data: by
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
     assert hashlib.sha256(answer.content).digest() == hashlib.sha256(data).digest()
+
+
+def test_a_url_is_signed_for_the_name_by_which_clients_reach_the_store(store_settings: Settings, data: bytes) -> None:
+    assert store_settings.s3_endpoint_url is not None
+    public = store_settings.s3_endpoint_url.replace("127.0.0.1", "localhost")
+    url = Images(store_settings.model_copy(update={"s3_public_endpoint_url": public + "/"})).presign(KEY)
+    assert url.startswith(f"{public}/images/{KEY}?")
+    assert get(url).content == data
+    assert get(url.replace("localhost", "127.0.0.1")).status_code == 403  # the name is part of what is signed
+
+
+def test_the_deliverers_keys_open_pictures_and_change_nothing(real_store: Store, data: bytes) -> None:
+    reader = Settings.from_variables(real_store.reader_environment)
+    links = Links.of(reader)
+    assert links is not None
+    url, until = links.sign(KEY)
+    assert get(url).content == data and (until - datetime.now(UTC)).total_seconds() <= reader.presign_ttl_s
+    s3 = connect_s3(reader, read_timeout_s=5)
+    bucket = reader.s3_bucket
+    attempts: list[Callable[[], object]] = [
+        lambda: s3.put_object(Bucket=bucket, Key=KEY, Body=b"mine"),
+        lambda: s3.put_object(Bucket=bucket, Key="new", Body=b"mine"),
+        lambda: s3.delete_object(Bucket=bucket, Key=KEY),
+        lambda: s3.copy_object(Bucket=bucket, Key="copy", CopySource={"Bucket": bucket, "Key": KEY}),
+        lambda: s3.list_objects_v2(Bucket=bucket),
+        lambda: s3.list_buckets(),
+        lambda: s3.create_bucket(Bucket="mine"),
+        lambda: s3.delete_bucket(Bucket=bucket),
+        lambda: s3.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": []}),
+    ]
+    for number, attempt in enumerate(attempts):
+        try:
+            answer = attempt()
+        except ClientError as error:
+            assert error.response["Error"]["Code"] in ("AccessDenied", "403"), number
+        else:  # some stores answer a list of buckets, and leave out those that the keys may not list
+            assert not answer.get("Buckets", [0]), number  # type: ignore[attr-defined]
+    assert get(url).content == data
 
 
 def test_tampered_and_unsigned_urls_are_refused(store_settings: Settings, data: bytes) -> None:

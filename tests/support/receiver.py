@@ -17,8 +17,10 @@ class Receiver:
         self.delay_s = 0.0
         self.headers: dict[str, str] = {}
         self.bodies: list[dict[str, Any]] = []
+        self.requests: list[tuple[dict[str, str], bytes]] = []  # headers by their names in small letters, and the body as it came
         self.answered: Counter[str] = Counter()  # webhook-id -> times answered with 2xx
         self.seen: Counter[str] = Counter()  # webhook-id -> times received
+        self.arrived = threading.Semaphore(0)  # released once for each request
         self._closing = threading.Event()
         receiver = self
 
@@ -27,6 +29,8 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 receiver.seen[self.headers["webhook-id"]] += 1
                 receiver.bodies.append(json.loads(body))
+                receiver.requests.append(({name.lower(): value for name, value in self.headers.items()}, body))
+                receiver.arrived.release()
                 receiver._closing.wait(receiver.delay_s)
                 if 200 <= receiver.status < 300:
                     receiver.answered[self.headers["webhook-id"]] += 1

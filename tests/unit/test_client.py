@@ -321,7 +321,7 @@ def test_announcements_are_read_again_before_a_request_is_refused(
     client: Any, worker: FakeWorker, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has just been announced counts at once: a new model, a larger size, a higher level."""
-    monkeypatch.setattr(models, "ADDED", {"preview_every": 2})
+    monkeypatch.setattr(models, "ADDED", {"preview_every": 4})
     client.submit(prompt="a cat")
     asking: list[dict[str, Any]] = [{"model": "new"}, {"width": 512, "height": 512}, {"preview_every": 2}]
     for fields in asking:
@@ -329,7 +329,7 @@ def test_announcements_are_read_again_before_a_request_is_refused(
             client.submit(prompt="a cat", **fields)
     assert len(reads) == 4
     larger = MODEL.model_copy(update={"max_pixels": 512 * 512})
-    newer = FakeWorker(worker.redis, worker.images, name=worker.name, model=larger, level=2)
+    newer = FakeWorker(worker.redis, worker.images, name=worker.name, model=larger, level=4)
     newer.announce()
     worker.records.announce("other", [MODEL.model_copy(update={"id": "new"})])
     for fields in asking:
@@ -474,17 +474,17 @@ def test_a_model_of_version_0_1_0_that_cannot_be_read_costs_no_other(
 
 
 @pytest.fixture
-def level_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def level_4(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coming version of requests."""
-    monkeypatch.setattr(models, "ADDED", {"preview_every": 2})
+    monkeypatch.setattr(models, "ADDED", {"preview_every": 4, "scheduler=newest": 4})
 
 
 def queued(worker: FakeWorker, level: int) -> int:
     return sum(worker.redis.llen(routing.queue_list(name, 5)) for name in routing.queue_names(MODEL.id, level))
 
 
-def test_a_job_of_a_higher_level_is_refused_while_no_worker_has_it(client: Any, worker: FakeWorker, level_2: None) -> None:
-    with pytest.raises(InvalidRequest, match="they have level 1, this needs level 2") as caught:
+def test_a_job_of_a_higher_level_is_refused_while_no_worker_has_it(client: Any, worker: FakeWorker, level_4: None) -> None:
+    with pytest.raises(InvalidRequest, match="they have level 2, this needs level 4") as caught:
         client.submit(prompt="a cat", preview_every=1)
     assert (caught.value.field, caught.value.value) == ("preview_every", 1)
     with pytest.raises(InvalidRequest, match=r"scheduler: got 'newest'; allowed: one of: ddim, "):
@@ -493,13 +493,13 @@ def test_a_job_of_a_higher_level_is_refused_while_no_worker_has_it(client: Any, 
     assert queued(worker, 1) == 1
 
 
-def test_only_workers_of_its_level_take_a_job(client: Any, worker: FakeWorker, images: FakeImages, level_2: None) -> None:
-    newer = FakeWorker(worker.redis, images, name="newer@test", level=2)
+def test_only_workers_of_its_level_take_a_job(client: Any, worker: FakeWorker, images: FakeImages, level_4: None) -> None:
+    newer = FakeWorker(worker.redis, images, name="newer@test", level=4)
     newer.announce()
     plain, higher = client.submit(prompt="a cat"), client.submit(prompt="a cat", preview_every=1)
     assert worker.redis.hget(routing.job_key(plain.id), "level") is None, "level 1 is what records of before had"
-    assert worker.redis.hget(routing.job_key(higher.id), "level") == "2"
-    assert (queued(worker, 1), queued(worker, 2)) == (1, 2)
+    assert worker.redis.hget(routing.job_key(higher.id), "level") == "4"
+    assert (queued(worker, 1), queued(worker, 4)) == (1, 2)
     assert [record.id for record in worker.run_all()] == [plain.id]
     assert worker.records.claim(higher.id, worker.name, 30) is None, "not even when a message of it reaches the wrong queue"
     assert client.get(higher.id).status is Status.QUEUED
@@ -510,9 +510,9 @@ def test_only_workers_of_its_level_take_a_job(client: Any, worker: FakeWorker, i
 
 
 def test_a_lost_message_of_a_higher_level_is_written_anew_by_any_worker(
-    client: Any, worker: FakeWorker, images: FakeImages, level_2: None
+    client: Any, worker: FakeWorker, images: FakeImages, level_4: None
 ) -> None:
-    newer = FakeWorker(worker.redis, images, name="newer@test", level=2)
+    newer = FakeWorker(worker.redis, images, name="newer@test", level=4)
     newer.announce()
     job_id = client.submit(prompt="a cat", preview_every=1).id
     assert newer.take() == job_id  # and is lost
@@ -521,10 +521,10 @@ def test_a_lost_message_of_a_higher_level_is_written_anew_by_any_worker(
 
 
 def test_the_limits_that_count_are_those_of_the_workers_that_can_take_it(
-    client: Any, worker: FakeWorker, images: FakeImages, level_2: None
+    client: Any, worker: FakeWorker, images: FakeImages, level_4: None
 ) -> None:
     wider = MODEL.model_copy(update={"max_pixels": 512 * 512, "schedulers": ("newest", "ddim", "dpmpp_2m")})
-    newer = FakeWorker(worker.redis, images, name="newer@test", level=2, model=wider)
+    newer = FakeWorker(worker.redis, images, name="newer@test", level=4, model=wider)
     newer.announce()
     assert client.submit(prompt="a cat", width=512, height=512, preview_every=1).request.width == 512
     assert client.submit(prompt="a cat", scheduler="newest").request.scheduler == "newest"

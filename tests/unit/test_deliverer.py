@@ -23,13 +23,16 @@ import standardwebhooks
 
 from latentline import records, routing
 from latentline.addresses import CallbackRule, is_global, parse_networks, parse_ports
+from latentline.callbacks import CallbackMessage
 from latentline.errors import ConfigurationError, JobNotFound, WebhookError
+from latentline.images import Images
 from latentline.jobs import ImageRef, JobError, JobRequest, Status, resolve
 from latentline.records import Records, run
 from latentline.settings import Settings
 from latentline.webhooks import generate_secret, verify
 from latentline_worker.callbacks import deliverer as deliverer_module
 from latentline_worker.callbacks.deliverer import MAX_BODY_BYTES, MAX_PER_HOST, SCHEDULE_S, TIMEOUT_S, Deliverer
+from latentline_worker.callbacks.message import Links
 
 SECRET = generate_secret()
 PROMPT = "a very private prompt"
@@ -239,6 +242,54 @@ def test_a_receiver_can_verify_what_arrives(outbox: Outbox, deliverer: Deliverer
     assert (found["status"], found["tries"]) == ("delivered", 1)
     assert [(entry["try"], entry["result"]) for entry in found["log"]] == [(1, "status 204")]
     assert outbox.client.zscore(routing.due_callbacks_key(), callback_id) is None
+
+
+def test_each_try_carries_urls_of_its_own_with_the_end_of_their_life(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed: list[str] = []
+
+    def sign(_: Images, key: str) -> str:
+        signed.append(key)
+        return f"https://store.example/{key}?number={len(signed)}"
+
+    monkeypatch.setattr(Images, "sign", sign)
+    links = Links.of(Settings(s3_access_key_id="id", s3_secret_access_key="secret", presign_ttl_s=120))
+    before = datetime.now(UTC)
+    with Receiver(500, 200) as receiver:
+        callback_id = outbox.ended(receiver.url)
+        for _ in range(2):
+            Deliverer(outbox, [SECRET], LOOPBACK, links=links).deliver(callback_id)
+            outbox.make_due(callback_id)
+    tried = [json.loads(body)["data"]["images"][0] for *_, body in receiver.requests]
+    urls = [image["url"] for image in tried]
+    assert [url.partition("?")[0] for url in urls] == ["https://store.example/default/j1/1/0.png"] * 2 and urls[0] != urls[1]
+    until = datetime.fromisoformat(tried[0]["url_expires_at"])
+    assert before + timedelta(seconds=118) <= until <= datetime.now(UTC) + timedelta(seconds=120)
+    assert CallbackMessage.model_validate_json(receiver.requests[1][2]).data.images[0].url == urls[1]
+
+
+def test_without_keys_of_the_store_a_callback_carries_no_urls(
+    outbox: Outbox, deliverer: Deliverer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Links.of(Settings()) is None
+    assert "LATENTLINE_S3" in caplog.text
+    with Receiver() as receiver:
+        deliverer.deliver(outbox.ended(receiver.url))
+    (image,) = json.loads(receiver.requests[0][2])["data"]["images"]
+    assert (image["url"], image["url_expires_at"]) == (None, None) and image["key"]
+
+
+def test_keys_that_cannot_sign_any_more_put_the_callback_off(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = Links.of(Settings(s3_access_key_id="id", s3_secret_access_key="secret"))
+
+    def fail(_: Images, key: str) -> str:
+        raise ConfigurationError("URLs cannot be presigned")
+
+    monkeypatch.setattr(Images, "sign", fail)
+    with Receiver() as receiver:
+        callback_id = outbox.ended(receiver.url)
+        Deliverer(outbox, [SECRET], LOOPBACK, links=links).deliver(callback_id)
+    assert receiver.requests == [] and outbox.look(callback_id)["status"] == "pending"
 
 
 def test_a_delivered_callback_is_not_sent_twice(outbox: Outbox, deliverer: Deliverer) -> None:

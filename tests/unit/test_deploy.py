@@ -142,11 +142,16 @@ def test_the_broker_keeps_what_it_accepts_and_knows_nobody_but_the_roles() -> No
         assert f"//{name}:" in json.dumps([service.get("environment", {}) for service in services().values()])
 
 
-def test_the_deliverer_has_neither_keys_of_the_store_nor_other_secrets() -> None:
-    environment = services()["callbacks"]["environment"]
-    assert not [name for name in environment if "S3" in name]
+def test_the_deliverers_keys_of_the_store_are_its_own_and_it_has_no_other_secrets() -> None:
+    found = services()
+    for name in ("LATENTLINE_S3_ACCESS_KEY_ID", "LATENTLINE_S3_SECRET_ACCESS_KEY"):
+        own = found["callbacks"]["environment"][name]
+        assert "READER" in own and found["api"]["environment"][name] == found["worker"]["environment"][name] != own
     (source,) = deployment("callbacks.yaml")["spec"]["template"]["spec"]["containers"][0]["envFrom"]
     assert source == {"secretRef": {"name": "latentline-callbacks"}}
+    shown = {secret["metadata"]["name"]: secret["stringData"] for secret in documents("secret.example.yaml")}
+    for name in ("LATENTLINE_S3_ACCESS_KEY_ID", "LATENTLINE_S3_SECRET_ACCESS_KEY"):
+        assert shown["latentline-callbacks"][name] != shown["latentline-store"][name]
 
 
 def test_every_secret_that_a_pod_reads_is_in_the_example() -> None:
@@ -173,6 +178,8 @@ def test_no_default_password_in_compose() -> None:
         ("VALKEY_OPERATOR_PASSWORD", ":?"),
         ("S3_ACCESS_KEY_ID", ":?"),
         ("S3_SECRET_ACCESS_KEY", ":?"),
+        ("S3_READER_ACCESS_KEY_ID", ":?"),
+        ("S3_READER_SECRET_ACCESS_KEY", ":?"),
     }
 
 
@@ -187,8 +194,42 @@ def test_store_options_are_known_to_that_server() -> None:
     usage = subprocess.run([BIN / "weed", "help", "mini"], capture_output=True, text=True, timeout=60)
     known = set(re.findall(r"^\s+-([\w.]+)", usage.stdout + usage.stderr, re.M))
     options = services()["store"]["command"]
-    assert options[0] == "mini"
+    assert options[0] == "mini" and "s3.config" in known  # which start.sh adds
     assert {re.split(r"[-=]", option, maxsplit=2)[1] for option in options[1:]} <= known
+
+
+def start_store(tmp_path: Path, **keys: str) -> subprocess.CompletedProcess[str]:
+    """Run the store's start script with a server that shows what it was given."""
+    server = tmp_path / "weed"
+    server.write_text('#!/bin/sh\nenv >"$0.env"\necho "$@"\n')
+    server.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "S3_CONFIG_FILE": str(tmp_path / "s3.json")}
+    script = ROOT / "deploy/seaweedfs/start.sh"
+    return subprocess.run(["sh", script, "mini", "-dir=/data"], env=env | keys, capture_output=True, text=True, timeout=60)
+
+
+STORE_KEYS = {
+    "S3_ACCESS_KEY_ID": "ab+/=",
+    "S3_SECRET_ACCESS_KEY": "secret1",
+    "S3_READER_ACCESS_KEY_ID": "cd",
+    "S3_READER_SECRET_ACCESS_KEY": "e",
+}
+
+
+def test_the_store_knows_one_pair_of_keys_that_can_only_read(tmp_path: Path) -> None:
+    result = start_store(tmp_path, **STORE_KEYS)
+    assert result.stdout.split() == ["mini", "-dir=/data", f"-s3.config={tmp_path / 's3.json'}"], result.stderr
+    all_, reader = json.loads((tmp_path / "s3.json").read_text())["identities"]
+    assert (all_["actions"], all_["credentials"]) == (["Admin"], [{"accessKey": "ab+/=", "secretKey": "secret1"}])
+    assert (reader["actions"], reader["credentials"]) == (["Read:images"], [{"accessKey": "cd", "secretKey": "e"}])
+    assert (tmp_path / "s3.json").stat().st_mode & 0o077 == 0 and "secret1" not in (tmp_path / "weed.env").read_text()
+
+
+@pytest.mark.parametrize("name", STORE_KEYS)
+def test_the_store_is_not_started_without_all_keys_or_with_one_that_breaks_its_file(tmp_path: Path, name: str) -> None:
+    for value in ("", 'x"y', "x y", "x\\"):
+        assert start_store(tmp_path, **{**STORE_KEYS, name: value}).returncode != 0
+    assert not (tmp_path / "s3.json").exists()
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)

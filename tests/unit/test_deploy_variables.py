@@ -16,8 +16,8 @@ KUBERNETES = ROOT / "deploy/kubernetes"
 START = (ROOT / "deploy/valkey/start.sh").read_text()
 # What each process validates at its start.
 READS: dict[str, type[Settings]] = {"api": Settings, "worker": WorkerSettings, "callbacks": ProcessSettings}
-# Read by programs that are not ours: the store, and the NVIDIA runtime.
-FOREIGN = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "NVIDIA_VISIBLE_DEVICES"}
+# Read by a program that is not ours: the NVIDIA runtime.
+FOREIGN = {"NVIDIA_VISIBLE_DEVICES"}
 OF_CLIENTS = {"LATENTLINE_URL", "LATENTLINE_API_KEY"}  # where the command line finds the API, and its key: nothing that a container needs
 
 
@@ -73,6 +73,15 @@ def test_what_is_shown_is_accepted() -> None:
 def test_the_broker_is_given_the_passwords_that_its_start_reads() -> None:
     read = set(re.findall(r"\$\{(VALKEY_\w+_PASSWORD):\?\}", START))
     assert compose_sets()["broker"] == read == {f"VALKEY_{role}_PASSWORD" for role in ("PRODUCER", "WORKER", "CALLBACKS", "OPERATOR")}
+
+
+def test_the_store_is_given_the_keys_that_its_start_reads() -> None:
+    read = set(re.findall(r"\$\{(S3_\w+):\?\}", (ROOT / "deploy/seaweedfs/start.sh").read_text()))
+    assert (
+        compose_sets()["store"]
+        == read
+        == {f"S3_{whose}{key}" for whose in ("", "READER_") for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+    )
 
 
 def test_the_code_names_no_variable_that_does_not_exist() -> None:

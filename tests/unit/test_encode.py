@@ -74,3 +74,10 @@ def test_the_longest_texts_fit_into_the_metadata(fmt: str) -> None:
     data, _ = encode_image(PIXELS, record("x", {"format": fmt}).model_copy(update={"request": request}), 1, MADE)
     said = Provenance.model_validate_json(Image.open(io.BytesIO(data)).getexif()[EXIF_DESCRIPTION])
     assert said.prompt == said.negative_prompt == "🐱" * 2000
+
+
+@pytest.mark.parametrize(
+    ("fmt", "prompt"), [("png", "x" * 32_000), ("webp", "🐱" * 32_000), ("jpeg", "x" * 31_900), ("jpeg", "🐱" * 4_600)]
+)
+def test_the_longest_prompts_fit_into_the_file(fmt: str, prompt: str) -> None:
+    assert Image.open(io.BytesIO(encode_image(PIXELS, record(prompt, {"format": fmt}), 7, MADE)[0])).size == (24, 16)

@@ -21,11 +21,11 @@ def request(**fields: Any) -> JobRequest:
 BAD: list[tuple[str, Any, str]] = [
     ("prompt", "", "at least 1 character"),
     ("prompt", " \n\t ", "not all of them blank"),
-    ("prompt", "x" * (jobs.MAX_PROMPT_CHARS + 1), "at most 2000 characters"),
+    ("prompt", "x" * (jobs.MAX_PROMPT_CHARS + 1), "at most 32000 characters"),
     ("prompt", "a\x00b", "without NUL"),
     ("prompt", "a\ud800b", "unicode"),
     ("prompt", None, "string"),
-    ("negative_prompt", "x" * (jobs.MAX_PROMPT_CHARS + 1), "at most 2000 characters"),
+    ("negative_prompt", "x" * (jobs.MAX_PROMPT_CHARS + 1), "at most 32000 characters"),
     ("width", 65, "a multiple of 8"),
     ("width", 56, "at least 64"),
     ("height", 2056, "at most 2048"),
@@ -45,7 +45,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("seed", "7", "integer"),
     ("seed", 1.5, "integer"),
     ("num_images", 0, "at least 1"),
-    ("num_images", jobs.MAX_IMAGES + 1, "at most 8"),
+    ("num_images", jobs.MAX_IMAGES + 1, "at most 10"),
     ("model", "../etc", "text that matches"),
     ("model", "", "at least 1 character"),
     ("priority", 10, "at most 9"),
@@ -218,12 +218,12 @@ def test_adapters_that_no_request_may_name(loras: Any, problem: str) -> None:
         request(loras=loras)
 
 
-def test_adapters_are_level_2_and_those_of_every_worker() -> None:
+def test_adapters_are_level_3_and_those_of_every_worker() -> None:
     one, two = info(loras=("a", "b")), info(loras=("b", "c"))
     assert models.common([one, two]).loras == ("b",)
     asked = request(loras=[{"name": "b", "scale": 0.5}])
-    assert resolve(asked, one).level == 2 and resolve(asked, one).request.loras[0].scale == 0.5
-    assert (models.level_of_worker(one), models.level_of_worker(info())) == (2, 1)
+    assert resolve(asked, one).level == 3 and resolve(asked, one).request.loras[0].scale == 0.5
+    assert (models.level_of_worker(one), models.level_of_worker(info())) == (3, 2)
     with pytest.raises(InvalidRequest, match=r"loras\.0\.name: got 'b'; allowed: one of: none"):
         resolve(asked, info())
 
@@ -318,6 +318,31 @@ def test_the_level_is_that_of_the_newest_thing_asked_for(monkeypatch: pytest.Mon
     assert level(preview_every=0, output={"quality": 90}) == (1, ""), "a default asks for nothing"
     assert level(preview_every=2, output={"quality": 80}) == (3, "output.quality")
     assert level(preview_every=2, output={"format": "webp", "quality": 80}) == (4, "output.format")
+
+
+def test_a_jpeg_has_no_room_for_the_longest_prompts() -> None:
+    fits: list[dict[str, Any]] = [
+        {"prompt": "x" * 32_000},
+        {"prompt": "\u00e9" * 4_600, "negative_prompt": "\u00e9" * 4_600},
+    ]  # six bytes each
+    for texts in fits:
+        assert request(output={"format": "jpeg"}, **texts).output.format == "jpeg"
+    for more in ({"prompt": "x" * 32_000, "negative_prompt": "x" * 32_000}, {"prompt": "\u00e9" * 9_400}):
+        assert request(output={"format": "webp"}, **more) and request(**more)
+        with pytest.raises(InvalidRequest, match="png or webp where the prompts") as caught:
+            request(output={"format": "jpeg"}, **more)
+        assert caught.value.field == "output"
+
+
+def test_what_goes_beyond_the_limits_of_level_1_has_a_higher_level() -> None:
+    def level(**fields: Any) -> tuple[int, str]:
+        made = resolve(request(**fields), info(loras=("b",)))
+        return made.level, made.level_field
+
+    assert level(prompt="x" * 2000, negative_prompt="y" * 2000, num_images=8) == (1, "")
+    assert level(prompt="x" * 2001) == (2, "prompt") and level(negative_prompt="x" * 2001) == (2, "negative_prompt")
+    assert level(num_images=9) == (2, "num_images") and level(num_images=10, loras=[{"name": "b"}]) == (3, "loras")
+    assert models.level_of_worker(info()) >= 2, "every worker of this release takes them"
 
 
 def test_a_scheduler_that_level_1_does_not_know_has_a_higher_level() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import socket
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from latentline.api.streams import Streams
 from latentline.cli import main
 from latentline.errors import ConfigurationError, InvalidRequest, KeyNotFound
 from latentline.keys import Credential, NewKey, generate
+from latentline.testing import TINY_PNG
 
 KEYS = Settings(auth="keys")
+TINY_SHA256 = hashlib.sha256(TINY_PNG).hexdigest()  # of every picture here
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ ROUTES = [
     ("GET", "/v1/models"), ("GET", "/v1/loras"), ("DELETE", "/v1/jobs/x"), ("GET", "/v1/jobs/x/images/0"),
     ("GET", "/v1/fleet"), ("POST", "/v1/dead/x/replay"), ("DELETE", "/v1/dead/x"),
     ("GET", "/v1/jobs/x/timeline"),
+    ("POST", "/v1/jobs/batch"), ("GET", "/v1/jobs/x/images/0/thumbnail"),
 ]  # fmt: skip
 ADMINS = {route for route in ROUTES if route[1].startswith(("/v1/fleet", "/v1/dead"))}
 
@@ -163,6 +167,30 @@ def test_an_admin_sees_all_tenants_and_others_see_their_own_only(live: Live) -> 
     assert listed(bob, status="cancelled") == [jobs[1]] and listed(bob, status="queued") == []
 
 
+def test_an_admin_lists_one_tenant_and_others_may_name_only_their_own(live: Live) -> None:
+    ann, bob, admin = make(live), make(live, "bob"), make(live, "ops", "admin")
+    jobs = {tenant: submit(live, headers)["id"] for tenant, headers in (("ann", ann), ("bob", bob))}
+    for tenant in ("ann", "bob"):
+        (job,) = live.http.get("/v1/jobs", params={"tenant": tenant}, headers=admin).json()["jobs"]
+        assert job["id"] == jobs[tenant]
+    assert len(live.http.get("/v1/jobs", params={"tenant": "ann"}, headers=ann).json()["jobs"]) == 1
+    error = problem(live.http.get("/v1/jobs", params={"tenant": "bob"}, headers=ann), 422, "invalid_request")
+    assert error["field"] == "tenant"
+
+
+def test_a_batch_counts_as_so_many_submissions_and_each_job_against_the_caps(live: Live) -> None:
+    rated, busy = make(live, "ann", rate=3), make(live, "bob", max_jobs=2)
+    body = {"jobs": [{"prompt": "a cat", "num_inference_steps": 2}] * 4}
+    answer = live.http.post("/v1/jobs/batch", json=body, headers=rated)
+    problem(answer, 429, "rate_exceeded")
+    assert int(answer.headers["retry-after"]) >= 1 and live.http.get("/v1/jobs", headers=rated).json()["jobs"] == []
+    for _ in range(3):  # none of the batch was counted
+        submit(live, rated)
+    results = live.http.post("/v1/jobs/batch", json=body, headers=busy).json()["results"]
+    assert [one["status"] for one in results] == [202, 202, 429, 429]
+    assert results[2]["error"]["code"] == "tenant_quota_exceeded"
+
+
 def test_caps_of_a_key_answer_429_with_retry_after(live: Live) -> None:
     rated, busy, costly = make(live, "ann", rate=2), make(live, "bob", max_jobs=2), make(live, "cat", max_cost=5)
     for headers, accepted, code in ((rated, 2, "rate_exceeded"), (busy, 2, "tenant_quota_exceeded"), (costly, 1, "tenant_quota_exceeded")):
@@ -216,6 +244,9 @@ def attempts(
             ("HEAD", f"{path}/images/0", {}),
             ("GET", f"{path}/timeline", {}),
             ("HEAD", f"{path}/timeline", {}),
+            ("GET", f"{path}/images/0/thumbnail", {}),
+            ("HEAD", f"{path}/images/1/thumbnail", {"params": {"width": "64"}}),
+            ("GET", f"{path}/images/0/thumbnail", {"headers": {"If-None-Match": f'"{TINY_SHA256}-256"'}}),
             ("POST", f"{path}/cancel", {}),
             ("POST", f"{path}/cancel", {"json": {"tenant": "bob"}}),
             ("GET", f"{path}/events", {}),
@@ -233,11 +264,18 @@ def attempts(
         found += [
             ("GET", "/v1/jobs", {"params": {**given, **more}}) for more in ({}, {"cursor": cursor}, {"tenant": "bob"}, {"limit": 200})
         ]
+    for more in ({"metadata": "secret:bobs"}, {"model": "latentline-emoji", "metadata": "secret:bobs"}, {"created_after": "2000-01-01"}):
+        found += [("GET", "/v1/jobs", {"params": {**more, **tenant}}) for tenant in ({}, {"tenant": "bob"}, {"tenant": "ann"})]
     for tenant in ("bob", "BOB", " bob", "bob\u0000", ["bob"], {"bob": 1}, True, 0, ""):
         found.append(("POST", "/v1/jobs", {"json": {"prompt": "mine", "tenant": tenant}}))
+        found.append(("POST", "/v1/jobs/batch", {"json": {"jobs": [{"prompt": "mine", "tenant": tenant}]}}))
     bobs_body = {"prompt": secret, "num_inference_steps": 2, "idempotency_key": "once"}
+    mine = {"prompt": "mine", "idempotency_key": "once"}  # Bob's key, another body
     found += [
-        ("POST", "/v1/jobs", {"json": {"prompt": "mine", "idempotency_key": "once"}}),  # Bob's key, another body
+        ("POST", "/v1/jobs/batch", {"json": {"jobs": [mine, {**bobs_body, "tenant": "bob"}, {**mine, "tenant": "bob"}]}}),
+        ("POST", "/v1/jobs/batch", {"json": {"jobs": [mine], "tenant": "bob"}}),
+        ("GET", "/v1/jobs/batch", {}),
+        ("POST", "/v1/jobs", {"json": mine}),
         ("POST", "/v1/jobs", {"json": {"prompt": "mine"}, "headers": {"Idempotency-Key": "bob:once"}}),
         ("POST", "/v1/jobs", {"json": {"prompt": "mine", "callback": {"url": "https://bob.example/hook"}}}),
         ("POST", "/v1/jobs", {"json": {**bobs_body, "tenant": "bob"}}),
@@ -254,7 +292,7 @@ def attempts(
 def test_nothing_of_one_tenant_reaches_another(live: Live) -> None:
     secret = "what bob asked for"
     ann, bob = make(live), make(live, "bob")
-    jobs = {"succeeded": submit(live, bob, prompt=secret, idempotency_key="once", num_images=2)["id"]}
+    jobs = {"succeeded": submit(live, bob, prompt=secret, idempotency_key="once", num_images=2, metadata={"secret": "bobs"})["id"]}
     live.worker.run_all()
     jobs["cancelled"] = submit(live, bob, prompt=secret, callback={"url": "https://bob.example/hook"})["id"]
     live.http.post(f"/v1/jobs/{jobs['cancelled']}/cancel", headers=bob)
@@ -274,10 +312,15 @@ def test_nothing_of_one_tenant_reaches_another(live: Live) -> None:
     for method, path, options in tried:
         answer = live.http.request(method, path, **{**options, "headers": ann | options.get("headers", {})})
         leaked = [word for word in (secret, "bob.example", "memory://bob", *jobs.values()) if word in answer.text]
-        own = answer.status_code == 202 and answer.json()["request"]["tenant"] == "ann"  # Ann's own job, with words that she sent herself
+        if path.endswith("/batch") and answer.status_code == 200:
+            results = answer.json()["results"]
+            made = [one["job"]["request"]["tenant"] for one in results if one["job"]]
+            own = set(made) <= {"ann"} and {one["status"] for one in results} <= {202, 409, 422}
+        else:  # Ann's own job, with words that she sent herself
+            own = answer.status_code == 202 and answer.json()["request"]["tenant"] == "ann"
         if own:
             leaked = [word for word in leaked if word in jobs.values()]
-        elif path.startswith("/v1/jobs/") and answer.status_code not in (404, 405, 307):
+        elif path.startswith("/v1/jobs/") and not path.endswith("/batch") and answer.status_code not in (404, 405, 307):
             leaked.append(f"status {answer.status_code}")
         elif answer.status_code in (404, 405):  # it may name what was asked for, as for any unknown id
             leaked = [word for word in leaked if word not in path]
@@ -292,7 +335,7 @@ def test_nothing_of_one_tenant_reaches_another(live: Live) -> None:
     assert len(tried) >= 100 and crossed == []
     assert state() == before
     assert len(records.run(live.worker.redis, records.callbacks())) == told
-    again = submit(live, bob, prompt=secret, idempotency_key="once", num_images=2)
+    again = submit(live, bob, prompt=secret, idempotency_key="once", num_images=2, metadata={"secret": "bobs"})
     assert again["id"] == jobs["succeeded"]  # Bob's idempotency key is still his
     live.worker.run_all()
     owners = {key.split("/")[0] for key in live.images.objects}
@@ -309,6 +352,7 @@ def test_a_foreign_job_is_answered_exactly_as_an_unknown_one(live: Live) -> None
         ("DELETE", ""),
         ("GET", "/images/0"),
         ("GET", "/timeline"),
+        ("GET", "/images/0/thumbnail"),
         ("GET", "?wait=0.1"),
     ):
         foreign, unknown = (live.http.request(method, f"/v1/jobs/{one}{suffix}", headers=ann) for one in (job, "0" * len(job)))
@@ -436,7 +480,7 @@ def test_the_command_line_sends_its_key(live: Live) -> None:
 
 
 def test_a_tenants_page_says_when_more_may_follow(monkeypatch: pytest.MonkeyPatch, live: Live) -> None:
-    monkeypatch.setattr("latentline.records.jobs.MAX_LOOK", 4)
+    monkeypatch.setattr("latentline.records.lists.MAX_LOOK", 4)
     headers = make(live)
     first = submit(live, headers)["id"]
     live.worker.run_all()

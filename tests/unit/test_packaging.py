@@ -43,7 +43,8 @@ PUBLIC = {
     "AsyncClient", "BrokerUnavailable", "Callback", "Client", "ConfigurationError", "IdempotencyConflict", "ImageRef",
     "InvalidRequest", "JobError", "JobEvent", "JobFailed", "JobNotEnded", "JobNotFound", "JobRecord", "JobRequest", "LatentlineError",
     "ModelInfo",
-    "NoWorker", "Outcome", "Output", "Phase", "ResolvedRequest", "ServiceUnavailable", "Settings", "Status", "StoreUnavailable",
+    "NoWorker", "Outcome", "Output", "Phase", "ResolvedRequest", "ServedModel", "ServiceUnavailable", "Settings", "Status",
+    "StoreUnavailable",
     "TenantQuotaExceeded", "WaitTimeout", "__version__",
 }  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_every_error_that_a_client_raises_is_public() -> None:
 
     inner = {
         "KeyNotFound", "MissingExtra", "ModelError", "NotAllowed", "NotAuthenticated", "NumericalError", "OutOfMemory", "PictureNotFound",
-        "RateExceeded", "StaleToken", "WebhookError",
+        "RateExceeded", "SecretNotFound", "StaleToken", "WebhookError",
     }  # fmt: skip
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.LatentlineError)}
     assert kinds == inner | {name for name in latentline.__all__ if name in kinds}

@@ -709,7 +709,7 @@ def test_a_receiver_that_is_gone(client: redis.Redis, store: Records) -> None:
     (told,) = run(client, records.callbacks(job_id))
     assert store.take_callback(told["id"], 60)
     store.settle_callback(told["id"], 1, {"status": 410}, "gone")
-    assert store.receiver_disabled("https://example.com/hook")
+    assert store.receiver("https://example.com/hook", "default").disabled
 
 
 def test_records_and_what_belongs_to_them_expire_together(client: redis.Redis, store: Records) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +20,15 @@ from support.stubs import FAMILY, PATIENCE_S, RunnerBench
 
 from latentline import records, routing
 from latentline.errors import ConfigurationError, JobNotFound, StoreUnavailable
-from latentline.jobs import Claim, JobError, JobRecord, JobRequest, Status, resolve
+from latentline.jobs import Claim, JobError, JobRecord, JobRequest, JobWarning, Status, resolve
 from latentline.records import MAX_ERRORS, Backoff, Records
 from latentline.records.held import SUSPECT_CRASHES
+from latentline_worker.callbacks.message import message_body
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.request import Request
 from latentline_worker.generate import runner as runner_module
 from latentline_worker.generate.runner import prepare
+from latentline_worker.models.base import Text
 
 SECRET = "/srv/weights/secret.safetensors: connection to 10.0.0.7 refused"
 INTERNAL = JobError(code="internal_error", message="the worker failed on this job; its log has the details")
@@ -122,6 +126,47 @@ def test_a_job_past_its_deadline_fails_with_that_code(bench: Bench) -> None:
     done.result(PATIENCE_S)
     error = bench.get(job_id).error
     assert bench.get(job_id).status is Status.FAILED and error is not None and error.code == "deadline_exceeded"
+
+
+def test_what_the_text_encoder_cut_is_told_in_record_event_and_callback(bench: Bench) -> None:
+    callback = {"url": "http://receiver.example/"}
+    job_id, request, done = bench.in_engine(prompt="x " * 900, negative_prompt="y " * 90, callback=callback)
+    request.work = replace(request.work, texts=(Text("x"), Text("y", negative=True)))
+    request.tokens = ((902, 77), (92, 77))
+    bench.engine.finish(request)
+    done.result(PATIENCE_S)
+    record = bench.get(job_id)
+    assert [(warning.code, warning.field) for warning in record.warnings] == [
+        ("prompt_truncated", "prompt"),
+        ("prompt_truncated", "negative_prompt"),
+    ]
+    message = record.warnings[0].message
+    assert "902 tokens" in message and "first 77" in message and "825 were cut" in message
+    told = [warning.model_dump() for warning in record.warnings]
+    (event,) = [one for one in records.run(bench.client, records.events(job_id)) if one.terminal]
+    assert event.data["warnings"] == told
+    taken = bench.records.take_callback(f"msg_{job_id}_succeeded", 60)
+    assert taken is not None and json.loads(message_body(taken, None))["data"]["warnings"] == told
+    whole, request, done = bench.in_engine()
+    request.tokens = ((77, 77), (3, 77))
+    bench.engine.finish(request)
+    done.result(PATIENCE_S)
+    assert bench.get(whole).warnings == ()
+    assert "warnings" not in next(one for one in records.run(bench.client, records.events(whole)) if one.terminal).data
+
+
+def test_only_the_newest_holder_warns_and_a_later_attempt_replaces_it(bench: Bench) -> None:
+    warning = JobWarning(code="prompt_truncated", field="prompt", message="some")
+    job_id = bench.submit()
+    first = bench.records.claim(job_id, "one", 30)
+    assert first is not None and bench.records.warn(job_id, first.token, [warning]) and bench.records.release(job_id, first.token)
+    assert not bench.records.warn(job_id, first.token, [])
+    second = bench.records.claim(job_id, "two", 30)
+    assert second is not None and bench.get(job_id).warnings == (warning,)
+    other = warning.model_copy(update={"message": "other"})
+    assert bench.records.warn(job_id, second.token, [other]) and bench.get(job_id).warnings == (other,)
+    assert bench.records.settle(job_id, second.token, Status.FAILED, error=INTERNAL).warnings == (other,)
+    assert not bench.records.warn(job_id, second.token, [])
 
 
 def test_the_text_of_an_internal_error_goes_to_the_log_and_never_to_the_client(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

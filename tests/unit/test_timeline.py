@@ -248,7 +248,7 @@ def leased(bench: Bench, steps: list[Step], resumed_from: int = 0, **fields: Any
         work = replace(work, resume=Checkpoint(resumed_from, cast(Any, None)))
     job, request = LeasedJob(claim, claimed_at=100.0), Request(work)
     request.times = {"submitted": 100.01, "encoded": 100.05, "joined": 100.06, "denoised": 101.0, "decoded": 101.2}
-    request.steps, request.prompt_tokens = steps, (40, 32)
+    request.steps, request.tokens = steps, ((40, 32),)
     job.request, job.made = request, made_with(request, FAMILY, None)
     return job, request
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from latentline.jobs import JobError, JobRecord, Phase, Status
+from latentline.jobs import JobError, JobRecord, JobWarning, Phase, Status
 from latentline.models import ServedModel
 
 
@@ -47,6 +47,7 @@ class JobAnswer(BaseModel):
     cancel_requested: bool
     images: list[ImageAnswer]
     error: JobError | None
+    warnings: list[JobWarning]
     timings: dict[str, float]
     request: dict[str, Any]
 
@@ -94,6 +95,7 @@ def answer(record: JobRecord) -> JobAnswer:
         cancel_requested=record.cancel_requested,
         images=[ImageAnswer.model_validate(image.model_dump(), extra="ignore") for image in record.images],
         error=record.error,
+        warnings=list(record.warnings),
         timings=record.timings,
         request=record.request.model_dump(mode="json", exclude={"idempotency_key"}),
     )

@@ -17,7 +17,7 @@ from latentline.errors import LatentlineError
 from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
-from . import events, fleet, jobs, pictures, session, timelines
+from . import batch, events, fleet, jobs, pictures, session, thumbnails, timelines
 from .auth import Access, LoopbackHosts
 from .dialects import mount_dialects
 from .leavers import Leavers
@@ -25,6 +25,7 @@ from .methods import Methods
 from .metrics import ApiMetrics, Measured
 from .problems import Problem, handle_problems
 from .streams import Streams
+from .thumbnails import Thumbnails
 
 
 def create_app(settings: Settings | None = None, client: AsyncClient | None = None, metrics: ApiMetrics | None = None) -> FastAPI:
@@ -42,6 +43,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         app.state.access = Access(app.state.client, keys=settings.auth == "keys")
         app.state.streams = Streams(app.state.client)
         app.state.leavers = Leavers(app.state.client)
+        app.state.thumbnails = Thumbnails()
         yield
         await app.state.leavers.close()
         await app.state.streams.close()
@@ -49,7 +51,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
 
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
     app = FastAPIOffline(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    routers = [module.router for module in (jobs, events, pictures, timelines, fleet, session)]
+    routers = [module.router for module in (jobs, batch, events, pictures, thumbnails, timelines, fleet, session)]
     for router in routers:
         app.include_router(router)
 

@@ -76,13 +76,13 @@ class Access:
             raise NotAllowed(f"the API key lacks the scope {scope!r}; it has: {', '.join(key.scopes)}")
         return Principal(key)
 
-    async def count(self, principal: Principal) -> None:
-        """Count one submission; raises RateExceeded. All processes of the API count together, in the broker."""
+    async def count(self, principal: Principal, num_jobs: int = 1) -> None:
+        """Count submissions, all or none; raises RateExceeded. All processes of the API count together, in the broker."""
         if principal.key is None or not principal.limits.rate:
             return
         item = RateLimitItemPerMinute(principal.limits.rate)
         with records.domain_errors():
-            if await self._window.hit(item, principal.key.prefix):
+            if await self._window.hit(item, principal.key.prefix, cost=num_jobs):
                 return
             again_at = (await self._window.get_window_stats(item, principal.key.prefix)).reset_time
         message = f"more than {principal.limits.rate} submissions a minute with this API key"

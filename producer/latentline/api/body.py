@@ -16,7 +16,7 @@ from latentline.jobs import MAX_BODY_BYTES
 BODY_S = 10.0  # for the whole body
 
 
-async def json_object(request: Request) -> dict[str, Any]:
+async def json_object(request: Request, most_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
     """The request's body as a JSON object.
 
     Raises:
@@ -32,10 +32,10 @@ async def json_object(request: Request) -> dict[str, Any]:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise HTTPException(415, f"content encoding {encoding[:80]!r}; allowed: none")
-    _check_length(request)
+    _check_length(request, most_bytes)
     try:
         async with asyncio.timeout(BODY_S):
-            body = await _read(request)
+            body = await _read(request, most_bytes)
     except ClientDisconnect:  # nobody reads this answer
         raise HTTPException(400, "the connection was closed before the body was there") from None
     except TimeoutError:
@@ -49,23 +49,23 @@ async def json_object(request: Request) -> dict[str, Any]:
     return data
 
 
-def _check_length(request: Request) -> None:
+def _check_length(request: Request, most_bytes: int) -> None:
     """Refuse a body whose declared length is over the limit before it is waited for."""
     declared = request.headers.get("content-length", "0")
-    if len(declared) > 18 or int(declared) > MAX_BODY_BYTES:  # digits: the server has checked that
-        raise _too_large()
+    if len(declared) > 18 or int(declared) > most_bytes:  # digits: the server has checked that
+        raise _too_large(most_bytes)
 
 
-def _too_large() -> HTTPException:
-    return HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"})
+def _too_large(most_bytes: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than {most_bytes} bytes", {"Connection": "close"})
 
 
-async def _read(request: Request) -> bytearray:
+async def _read(request: Request, most_bytes: int) -> bytearray:
     body = bytearray()
     async for chunk in request.stream():  # counted as it arrives: a chunked body declares no length
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise _too_large()
+        if len(body) > most_bytes:
+            raise _too_large(most_bytes)
     return body
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from latentline.errors import InvalidRequest
-from latentline.records import MAX_PAGE
+from latentline.records import MAX_PAGE, JobFilter
+from latentline.requests import MAX_KEY_CHARS, MAX_METADATA_BYTES
 
 from .answers import JobAnswer, JobPage, LoraAnswer, LoraList, ModelList, answer, errors
 from .auth import bearer
@@ -50,12 +53,20 @@ async def list_jobs(
     status: Annotated[Literal["queued", "running", "succeeded", "failed", "cancelled"] | None, Query()] = None,
     cursor: Annotated[str | None, Query(max_length=300)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
+    model: Annotated[str | None, Query(max_length=MAX_KEY_CHARS)] = None,
+    created_after: Annotated[datetime | None, Query(description="Then or later")] = None,
+    created_before: Annotated[datetime | None, Query(description="Earlier than this")] = None,
+    metadata: Annotated[list[Annotated[str, Field(max_length=MAX_METADATA_BYTES)]] | None, Query(description="key:value")] = None,
+    tenant: Annotated[str | None, Query(max_length=100)] = None,
 ) -> JobPage:
-    """Jobs, newest first: those of the key's tenant, of all tenants for a key with the scope ``admin``.
+    """Jobs, newest first: those of the key's tenant, of all tenants or of ``tenant`` for a key with the scope ``admin``.
 
-    ``next_cursor`` is the ``cursor`` of the next page; a page may be shorter than ``limit`` although more follow.
+    ``metadata=order:17`` finds jobs with that entry; given several times, all have to agree. ``next_cursor`` is the ``cursor`` of the
+    next page; a page may be shorter than ``limit``, or empty, although more follow.
     """
-    records, following = await jobs.list(status, cursor, limit)
+    after, before = (None if moment is None else _seconds(moment) for moment in (created_after, created_before))
+    where = JobFilter(model=model or "", created_after=after, created_before=before, metadata=tuple(metadata or ()))
+    records, following = await jobs.list(status, cursor, limit, tenant, where)
     return JobPage(jobs=[answer(record) for record in records], next_cursor=following)
 
 
@@ -111,6 +122,11 @@ async def list_loras(jobs: Reading) -> LoraList:
     """The LoRA adapters that a request may name, by the model that they belong to."""
     served = (await jobs.models()).values()
     return LoraList(loras=[LoraAnswer(model=model.id, name=name) for model in served for name in model.loras])
+
+
+def _seconds(moment: datetime) -> float:
+    """Unix seconds; a time without a zone is UTC."""
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _idempotency_key(request: Request, data: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
 from latentline.errors import PictureNotFound
+from latentline.jobs import ImageRef, JobRecord
 
 from .answers import errors
 from .methods import IS_HEAD
@@ -42,20 +43,11 @@ async def get_picture(
     range_: Annotated[str | None, Header(alias="Range")] = None,
 ) -> Response:
     """A picture of a job, counted from 0. ``Range`` with one range of bytes is honoured."""
-    images = (await jobs.get(job_id)).images
-    if not 0 <= number < len(images):
-        raise PictureNotFound(f"job {job_id[:80]!r} has {len(images)} pictures, and {number} is none of them: they count from 0")
-    image = images[number]
-    etag = f'"{image.sha256}"'
-    headers = {
-        "ETag": etag,
-        "Cache-Control": f"private, max-age={KEPT_S}, immutable",
-        "Accept-Ranges": "bytes",
-        "X-Content-Type-Options": "nosniff",
-    }
-    if etag in {one.strip() for one in (if_none_match or "").split(",")}:
+    image = picture_of(await jobs.get(job_id), number)
+    headers = {**lasting(image.sha256), "Accept-Ranges": "bytes"}
+    if known(if_none_match, headers):
         return Response(status_code=304, headers=headers)
-    part = _part(range_, image.num_bytes) if if_range in (None, etag) else None
+    part = _part(range_, image.num_bytes) if if_range in (None, headers["ETag"]) else None
     if part and part[0] >= image.num_bytes:
         return Response(status_code=416, headers={"Content-Range": f"bytes */{image.num_bytes}"})
     start, end = part or (0, image.num_bytes - 1)
@@ -66,6 +58,24 @@ async def get_picture(
         return Response(status_code=206 if part else 200, headers=headers, media_type=image.content_type)
     data = await jobs.picture(image, *(part or ()))
     return Response(data, 206 if part else 200, headers, image.content_type)
+
+
+def picture_of(record: JobRecord, number: int) -> ImageRef:
+    """Picture ``number`` of a job, counted from 0; raises PictureNotFound."""
+    images = record.images
+    if not 0 <= number < len(images):
+        raise PictureNotFound(f"job {record.id!r} has {len(images)} pictures, and {number} is none of them: they count from 0")
+    return images[number]
+
+
+def lasting(name: str) -> dict[str, str]:
+    """The headers of what never changes under this name."""
+    return {"ETag": f'"{name}"', "Cache-Control": f"private, max-age={KEPT_S}, immutable", "X-Content-Type-Options": "nosniff"}
+
+
+def known(if_none_match: str | None, headers: dict[str, str]) -> bool:
+    """Whether the client has what these headers belong to."""
+    return headers["ETag"] in {one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")}
 
 
 def _part(range_: str | None, size: int) -> tuple[int, int] | None:

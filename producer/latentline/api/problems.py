@@ -54,7 +54,8 @@ def problem_of(request: Request, error: Exception) -> Problem:
         return _domain_problem(error)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        return _domain_problem(InvalidRequest(str(first["loc"][-1]), first.get("input"), allowed_by(first)))
+        parameter = [part for part in first["loc"] if isinstance(part, str)][-1]  # of a list of values, the place in it follows
+        return _domain_problem(InvalidRequest(parameter, first.get("input"), allowed_by(first)))
     if isinstance(error, HTTPException):
         return _http_problem(request, error)
     log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)  # quoted: a path may hold line ends

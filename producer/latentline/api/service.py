@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -15,7 +15,8 @@ from latentline.event_reader import Listener
 from latentline.jobs import ImageRef, JobRecord, JobRequest, Sending
 from latentline.keys import Credential, Scope
 from latentline.models import ServedModel
-from latentline.records import Overview, not_found
+from latentline.operations import Outcome
+from latentline.records import JobFilter, Overview, not_found
 from latentline.timeline import Timeline
 
 from .auth import Access, Principal, bearer, credential_of
@@ -62,9 +63,36 @@ class JobService:
         found = await self._client.timeline(job_id, sees)
         return found if sees is None else found.for_owner()
 
-    async def list(self, status: str | None, cursor: str | None, limit: int) -> tuple[list[JobRecord], str | None]:
-        """A page of jobs, newest first, and the cursor of the next page."""
-        return await self._client.list(status, cursor, limit, self.principal.sees)
+    async def submit_batch(self, items: Sequence[Any]) -> Sequence[Outcome]:
+        """Enqueue many jobs: for each, in order, the record or the error with which it was refused.
+
+        Raises:
+            RateExceeded: they are more than the key's rate allows now; none was submitted.
+        """
+        await self._access.count(self.principal, len(items))
+        parsed = [self._parsed(item) for item in items]
+        accepted = await self._client.submit_many([one for one in parsed if isinstance(one, JobRequest)], self.principal.limits)
+        following = iter(accepted)
+        return [next(following) if isinstance(one, JobRequest) else one for one in parsed]
+
+    def _parsed(self, item: Any) -> JobRequest | InvalidRequest:
+        try:
+            return JobRequest.parse(self._own(item) if isinstance(item, dict) else item)
+        except InvalidRequest as error:
+            return error
+
+    async def list(
+        self, status: str | None, cursor: str | None, limit: int, tenant: str | None = None, where: JobFilter | None = None
+    ) -> tuple[list[JobRecord], str | None]:
+        """A page of jobs, newest first, and the cursor of the next page.
+
+        Raises:
+            InvalidRequest: another tenant than the key's, unless it is an admin's.
+        """
+        sees = self.principal.sees
+        if sees is not None and tenant not in (None, sees):
+            raise InvalidRequest("tenant", tenant, f"{sees!r}, which is the API key's, or left out")
+        return await self._client.list(status, cursor, limit, sees or tenant, where)
 
     async def ended(self, job_id: str, wait_s: float) -> JobRecord:
         """The record when the job has ended, or after so many seconds; raises JobNotFound."""

@@ -16,6 +16,7 @@ from .jobs import cancel, delete, jobs, status, submit
 from .keys import keys
 from .loras import loras
 from .models import models
+from .secrets import secrets
 from .serve import api, demo, up, worker
 from .timeline import timeline
 from .train import train
@@ -34,6 +35,6 @@ def main() -> None:
 
 for command in (
     submit, grid, status, timeline, verify, cancel, delete, jobs, models, loras,
-    api, worker, callbacks, keys, dead, up, demo, train, evaluate,
+    api, worker, callbacks, keys, secrets, dead, up, demo, train, evaluate,
 ):  # fmt: skip
     main.add_command(command)

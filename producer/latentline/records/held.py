@@ -13,8 +13,8 @@ from redis.client import NEVER_DECODE
 
 from latentline import routing
 from latentline.errors import JobNotFound, StaleToken
-from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Phase, Status
-from latentline.scripts import BEAT, CHECKPOINT, CLAIM, RELEASE, RETRY, SETTLE
+from latentline.jobs import Claim, ImageRef, JobError, JobRecord, JobWarning, Phase, Status
+from latentline.scripts import BEAT, CHECKPOINT, CLAIM, RELEASE, RETRY, SETTLE, WARN
 
 from .dead import bury
 from .driving import Driven, Operation, call_script, call_script_many, driven, pairs
@@ -173,6 +173,12 @@ class HeldJobs(Driven):
         if not reply:
             raise _stale(job_id, token)
         return Status(reply[0]), float(reply[1])
+
+    @driven
+    def warn(self, job_id: str, token: int, warnings: Sequence[JobWarning]) -> Operation[bool]:
+        """Say something about a running job, for its record, its last event and its callback; False for a stale token."""
+        text = json.dumps([warning.model_dump() for warning in warnings])
+        return bool((yield from call_script(WARN, id=job_id, token=token, warnings=text)))
 
     @driven
     def settle(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -16,7 +14,6 @@ from latentline import routing
 from latentline.errors import (
     BrokerUnavailable,
     IdempotencyConflict,
-    InvalidRequest,
     JobNotEnded,
     JobNotFound,
     LatentlineError,
@@ -27,19 +24,18 @@ from latentline.jobs import (
     ImageRef,
     JobError,
     JobRecord,
+    JobWarning,
     Phase,
     ResolvedRequest,
     Status,
     Submission,
 )
 from latentline.keys import ApiKey
-from latentline.scripts import CANCEL, DELETE, END_IF_OVERDUE, PAGE, SUBMIT, VIEW
+from latentline.scripts import CANCEL, DELETE, END_IF_OVERDUE, SUBMIT, VIEW
 
 from .driving import Operation, call_script, call_script_many, hgetall_many, pairs, unavailable
 from .keys import key_of
 
-MAX_PAGE = 200
-MAX_LOOK = 2000  # jobs that one page looks at: a tenant's list by status looks at its other jobs too
 AOF_TIMEOUT_MS = 2000
 
 
@@ -132,40 +128,9 @@ def _seen(job_id: str, reply: Any) -> Operation[JobRecord]:
     now, flat, position = reply
     if not flat:
         raise not_found(job_id)
-    (raw,) = yield from _end_overdue([pairs(flat)], float(now))
+    (raw,) = yield from end_overdue([pairs(flat)], float(now))
     record = record_of(raw)
     return record.model_copy(update={"queue_position": position}) if record.status is Status.QUEUED else record
-
-
-def list_jobs(
-    status: Status | None = None, cursor: str | None = None, limit: int = 50, *, tenant: str | None = None
-) -> Operation[tuple[list[JobRecord], str | None]]:
-    """A page of records, newest first, and the cursor of the next page. It takes one round trip, unless jobs are overdue.
-
-    A page may be shorter than ``limit`` although more follow, as the cursor then says: at most ``MAX_LOOK`` jobs are looked at.
-
-    Args:
-        tenant: only its jobs.
-
-    Raises:
-        InvalidRequest: a limit out of range, or a cursor that no page gave.
-    """
-    if not 1 <= limit <= MAX_PAGE:
-        raise InvalidRequest("limit", limit, f"1 to {MAX_PAGE}")
-    before, last_id = _read_cursor(cursor) if cursor else ("+inf", "")
-    arguments = {"tenant": tenant or "", "status": status or "", "before": before, "last_id": last_id, "limit": limit, "most": MAX_LOOK}
-    ((now, found, following),) = yield from call_script_many(PAGE, [arguments])
-    raws = [pairs(flat) for flat, _ in found]
-    positions = {raw["id"]: position for raw, (_, position) in zip(raws, found, strict=True)}
-    current = yield from _end_overdue(raws, float(now))
-    page: list[JobRecord] = []
-    for raw in current:
-        with contextlib.suppress(JobNotFound):  # a record of a version that this code cannot read is left out
-            record = record_of(raw)
-            if status in (None, record.status):
-                place = positions[record.id] if record.status is Status.QUEUED else None
-                page.append(record.model_copy(update={"queue_position": place}))
-    return page, _cursor(following) if following else None
 
 
 def cancel(job_id: str, retention_s: int) -> Operation[JobRecord]:
@@ -213,12 +178,24 @@ def _arguments(one: Submission, retention_s: int, tenant_cap: int, max_jobs: int
         "callback_events": json.dumps(callback.events) if callback else "",
         "queue_prefix": routing.queue_prefix(request.model, one.level),
         "level": one.level,
+        "labels": labels(request.metadata),
         "digest": one.sending.digest if one.sending else "",
         "sending": one.sending.count if one.sending else 0,
     }
 
 
-def _end_overdue(raws: list[dict[str, str]], now: float) -> Operation[list[dict[str, str]]]:
+def labels(metadata: Mapping[str, Any]) -> str:
+    """Metadata as page.lua looks for it: each entry as ``"key:value"`` in a line of its own; empty without any."""
+    lines = [label(f"{key}:{value if isinstance(value, str) else json.dumps(value)}") for key, value in metadata.items()]
+    return "\n".join(["", *lines, ""]) if lines else ""
+
+
+def label(text: str) -> str:
+    """One entry, ``key:value``, without line ends in it. Values that are not text are written as in JSON."""
+    return json.dumps(text)
+
+
+def end_overdue(raws: list[dict[str, str]], now: float) -> Operation[list[dict[str, str]]]:
     """The records, after those of them that are queued past their deadline were failed."""
     dated = [raw for raw in raws if raw.get("status") == Status.QUEUED and "deadline_at" in raw]
     overdue = [raw["id"] for raw in dated if float(raw["deadline_at"]) <= now]
@@ -252,20 +229,8 @@ def record_of(raw: dict[str, str]) -> JobRecord:
             finished_at=float(raw["finished_at"]) if "finished_at" in raw else None,
             images=tuple(ImageRef.model_validate(image) for image in json.loads(raw.get("images", "[]"))),
             error=JobError.model_validate_json(raw["error"]) if raw.get("error") else None,
+            warnings=tuple(JobWarning.model_validate(warning) for warning in json.loads(raw.get("warnings", "[]"))),
             timings=json.loads(raw.get("timings", "{}")),
         )
     except (KeyError, ValueError, ValidationError) as error:
         raise JobNotFound(f"job {raw.get('id')!r} has a record that this version cannot read") from error
-
-
-def _cursor(last: str) -> str:
-    """``last`` is score:id of the last job of a page."""
-    return base64.urlsafe_b64encode(last.encode()).decode()
-
-
-def _read_cursor(cursor: str) -> tuple[str, str]:
-    try:
-        score, job_id = base64.urlsafe_b64decode(cursor.encode()).decode().split(":", 1)
-        return str(int(score)), job_id
-    except ValueError:
-        raise InvalidRequest("cursor", cursor, "a cursor that an earlier page gave") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from latentline import routing
 from latentline.errors import JobNotFound
@@ -11,6 +11,7 @@ from latentline.scripts import PUT_BACK_CALLBACK, REPLAY_CALLBACK, SETTLE_CALLBA
 
 from .driving import Driven, Operation, call_script, driven, hgetall_many, pairs, set_if_absent
 from .jobs import record_of
+from .secrets import read_secrets
 
 MAX_WAKE_CALLBACKS = 1000  # Max. callbacks woken per call.
 
@@ -26,6 +27,15 @@ def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict
 def replay_callback(callback_id: str) -> Operation[bool]:
     """Send a callback once more, whatever its status, also to a receiver that answered 410 Gone; False when it is not known."""
     return bool((yield from call_script(REPLAY_CALLBACK, id=callback_id)))
+
+
+class Receiver(NamedTuple):
+    """Of a callback that is to be sent."""
+
+    disabled: bool
+    """It has answered 410 Gone."""
+    secrets: list[str]
+    """With which its tenant's callbacks are signed; none where the tenant has no secret of its own."""
 
 
 class Outbox(Driven):
@@ -69,9 +79,18 @@ class Outbox(Driven):
         return int((yield from call_script(WAKE_CALLBACKS, most=MAX_WAKE_CALLBACKS)))
 
     @driven
-    def receiver_disabled(self, url: str) -> Operation[bool]:
-        """Whether this receiver has answered 410 Gone."""
-        return bool((yield lambda client: client.hexists(routing.disabled_receivers_key(), url)))
+    def receiver(self, url: str, tenant: str) -> Operation[Receiver]:
+        """What is to be known before a try, in one round trip; raises ConfigurationError where a secret cannot be read."""
+
+        def call(client: Any) -> Any:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.hexists(routing.disabled_receivers_key(), url)
+            pipeline.lrange(routing.secret_key(tenant), 0, -1)
+            pipeline.time()
+            return pipeline.execute()
+
+        disabled, entries, (seconds, _) = yield call
+        return Receiver(bool(disabled), read_secrets(entries, float(seconds)))
 
 
 def callback_of(raw: dict[str, str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ PAGE = load("page")
 RELEASE = load("release")
 SETTLE = load("settle")
 RETRY = load("retry")
+WARN = load("warn")
 TAKE_UNANSWERED = load("take_unanswered")
 NOTE_ANSWER = load("note_answer")
 
@@ -41,5 +42,5 @@ REPLAY_CALLBACK = load("replay_callback")
 __all__ = [
     "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "DELETE", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
     "HEARTBEAT", "NOTE_ANSWER", "PAGE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE",
-    "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS", "Script",
+    "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS", "WARN", "Script",
 ]  # fmt: skip

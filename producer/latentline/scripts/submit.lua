@@ -18,7 +18,8 @@
 -- uses: clock, events, wakeups
 
 local id, request, num_steps, model, tenant, priority, priority_step, deadline_s, cost, cap, idempotency_key, fingerprint,
-  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level, max_jobs, digest, sending = unpack(ARGV)
+  sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level, max_jobs, labels, digest,
+  sending = unpack(ARGV)
 
 local idempotency = keys.idempotency(tenant, idempotency_key)
 if idempotency_key ~= '' then
@@ -86,6 +87,7 @@ redis.call('HSET', key, 'id', id, 'request', request, 'status', 'queued', 'step'
   'token', 0, 'errors', 0, 'crashes', 0, 'crashes_alone', 0, 'model', model, 'tenant', tenant, 'priority', priority,
   'queue', queue_prefix .. shard, 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order)
 if tonumber(level) > 1 then redis.call('HSET', key, 'level', level) end
+if labels ~= '' then redis.call('HSET', key, 'labels', labels) end -- for page.lua
 if idempotency_key ~= '' then redis.call('HSET', key, 'idempotency_key', idempotency_key) end
 if tonumber(deadline_s) > 0 then
   redis.call('HSET', key, 'deadline_at', clock.after(deadline_s), 'retention_s', retention_s)

@@ -8,7 +8,6 @@ Callbacks form an outbox: a record's transition and the callback that tells of i
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 import threading
@@ -23,11 +22,12 @@ import httpcore
 import httpx
 
 from latentline.addresses import CallbackRule
-from latentline.jobs import JobRecord
+from latentline.errors import ConfigurationError
 from latentline.records import Records
 from latentline.webhooks import sign
 
 from .address import AddressRefused, GuardedBackend
+from .message import Links, message_body
 from .metrics import CallbackMetrics
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,10 @@ class Deliverer:
 
     Args:
         records: the outbox.
-        secrets: ``whsec_...``; each callback is signed with all of them. Without a secret nothing is sent.
+        secrets: ``whsec_...`` for tenants without a secret of their own; each callback is signed with all of them. Without a
+            secret nothing is sent.
         rule: the addresses and ports that callbacks may reach.
+        links: signs the URLs of pictures; None leaves them out.
         schedule_s: seconds before each try.
         timeout_s: limit of one try.
         backend: makes the connections; tests replace it.
@@ -65,6 +67,7 @@ class Deliverer:
         secrets: Sequence[str],
         rule: CallbackRule,
         *,
+        links: Links | None = None,
         timeout_s: float = TIMEOUT_S,
         schedule_s: Sequence[float] = SCHEDULE_S,
         backend: httpcore.AsyncNetworkBackend | None = None,
@@ -73,6 +76,7 @@ class Deliverer:
         self._metrics = metrics or CallbackMetrics()
         for secret in secrets:
             sign(secret, "check", 0, b"")  # a malformed secret must stop the process at its start
+        self._links = links
         self._records, self._secrets, self._timeout_s, self._schedule_s = records, list(secrets), timeout_s, schedule_s
         self._backend = GuardedBackend(backend or httpcore.AnyIOBackend(), rule)
         self._busy: Counter[str] = Counter()  # host -> tries in progress; hosts without any have no entry
@@ -86,11 +90,17 @@ class Deliverer:
         if taken["record"] is None:
             self._settle(taken, "failed", "the record is of a version that this deliverer cannot read")
             return
-        if self._records.receiver_disabled(taken["url"]):
+        try:
+            receiver = self._records.receiver(taken["url"], taken["record"].request.tenant)
+        except ConfigurationError as error:
+            self._later(taken, error.message)
+            return
+        secrets = receiver.secrets or self._secrets
+        if receiver.disabled:
             self._settle(taken, "gone", "the receiver has answered 410 before")
             return
-        if not self._secrets:
-            self._settle(taken, "failed", "LATENTLINE_CALLBACK_SECRET is not set")
+        if not secrets:
+            self._settle(taken, "failed", "LATENTLINE_CALLBACK_SECRET is not set, and the tenant has no secret of its own")
             return
         try:
             host = httpx.URL(taken["url"]).host
@@ -102,18 +112,18 @@ class Deliverer:
             return
         try:
             with self._metrics.seconds.time():
-                self._try(taken)
+                self._try(taken, secrets)
         finally:
             self._leave(host)
 
-    def _try(self, taken: dict[str, Any]) -> None:
-        body = message_body(taken)
+    def _try(self, taken: dict[str, Any], secrets: Sequence[str]) -> None:
         retry_after_s = 0.0
         try:
+            body = message_body(taken, self._links)
             if len(body) > MAX_BODY_BYTES:
                 self._settle(taken, "failed", f"the body would have {len(body)} bytes; allowed: {MAX_BODY_BYTES}")
                 return
-            status, retry_after_s = asyncio.run(self._post(taken["url"], taken["id"], body))
+            status, retry_after_s = asyncio.run(self._post(taken["url"], taken["id"], body, secrets))
         except AddressRefused as error:
             self._settle(taken, "refused", error.message)
             return
@@ -126,6 +136,10 @@ class Deliverer:
             if 200 <= status < 300 or status == 410:
                 self._settle(taken, "gone" if status == 410 else "delivered", reason)
                 return
+        self._later(taken, reason, retry_after_s)
+
+    def _later(self, taken: dict[str, Any], reason: str, retry_after_s: float = 0.0) -> None:
+        """This try has failed: the next one comes by the schedule, if there is one."""
         tries = taken["tries"]
         if tries >= len(self._schedule_s):
             self._settle(taken, "failed", reason)
@@ -153,7 +167,7 @@ class Deliverer:
             if not self._busy[host]:
                 del self._busy[host]
 
-    async def _post(self, url: str, message_id: str, body: bytes) -> tuple[int, float]:
+    async def _post(self, url: str, message_id: str, body: bytes, secrets: Sequence[str]) -> tuple[int, float]:
         """The answer's status, and its Retry-After in seconds (0 without one)."""
         target = httpx.URL(url)  # also encodes international names as DNS and TLS expect them
         headers: dict[bytes | str, bytes | str] = {
@@ -164,7 +178,7 @@ class Deliverer:
             "connection": "close",
         }
         timestamp = int(time.time())
-        signed = [sign(secret, message_id, timestamp, body) for secret in self._secrets]
+        signed = [sign(secret, message_id, timestamp, body) for secret in secrets]
         for name, value in signed[0].items():
             headers[name] = value
         headers["webhook-signature"] = " ".join(one["webhook-signature"] for one in signed)
@@ -191,25 +205,3 @@ def _retry_after(value: bytes | None) -> float:
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), 86400.0)
-
-
-def message_body(taken: dict[str, Any]) -> bytes:
-    """The JSON of a callback: the job's record as it was at the event. ``seq`` orders the events of one job."""
-    record: JobRecord = taken["record"]
-    data = {
-        "id": record.id,
-        "status": record.status.value,
-        "model": record.request.model,
-        "attempt": record.attempt,
-        "step": record.step,
-        "num_steps": record.num_steps,
-        "created_at": record.created_at,
-        "started_at": record.started_at,
-        "finished_at": record.finished_at,
-        "images": [image.model_dump(mode="json") for image in record.images],
-        "error": record.error.model_dump(mode="json") if record.error else None,
-        "tenant": record.request.tenant,
-        "metadata": record.request.metadata,
-    }
-    timestamp = datetime.fromtimestamp(taken["at"], UTC).isoformat().replace("+00:00", "Z")
-    return json.dumps({"id": taken["id"], "type": taken["type"], "timestamp": timestamp, "seq": taken["seq"], "data": data}).encode()

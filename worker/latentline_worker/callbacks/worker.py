@@ -16,6 +16,7 @@ from latentline_worker.settings import ProcessSettings
 from latentline_worker.transport.app import NO_GOSSIP, create_app
 
 from .deliverer import Deliverer
+from .message import Links
 from .metrics import CallbackMetrics, OutboxMetrics
 
 CONCURRENCY = 16  # concurrent tries of one process
@@ -32,7 +33,8 @@ def serve(settings: ProcessSettings) -> int:
     metrics, outbox = CallbackMetrics(), OutboxMetrics(records)
     metrics.registry.register(outbox)
     serve_metrics(settings, metrics.registry)
-    deliverer = Deliverer(records, [one.strip() for one in secrets if one.strip()], settings.callback_rule, metrics=metrics)
+    common = [one.strip() for one in secrets if one.strip()]
+    deliverer = Deliverer(records, common, settings.callback_rule, links=Links.of(settings), metrics=metrics)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK)
     name = f"callbacks@{socket.gethostname()}"

@@ -79,7 +79,8 @@ class Stack:
             self._take_port()
             keys = self._credentials()
             self._broker = Broker(self._folder / "broker", keys["password"])
-            self._store = Store(self._folder / "store", keys["access_key"], keys["secret_key"])
+            reader = keys["reader_key"], keys["reader_secret"]
+            self._store = Store(self._folder / "store", keys["access_key"], keys["secret_key"], reader=reader)
             with self._starting("broker", "starts"):
                 self._broker.start()
                 with contextlib.closing(connect(self._broker.url)) as client:
@@ -92,7 +93,7 @@ class Stack:
             assert self._socket is not None  # _take_port made it
             fd = self._socket.fileno()
             command = [sys.executable, "-m", "latentline.cli", "callbacks", "serve"]
-            self._callbacks = Child("the callback deliverer", command, self._folder / "callbacks.log", env)
+            self._callbacks = Child("the callback deliverer", command, self._folder / "callbacks.log", env | self._store.reader_environment)
             api = [sys.executable, "-m", "latentline.cli", "api", "--fd", str(fd)]
             self._api = Child("the API", api, self._folder / "api.log", env, pass_fds=[fd])
             with self._starting("API", f"starts on {self.url}"):
@@ -173,17 +174,18 @@ class Stack:
 
     def _credentials(self) -> dict[str, str]:
         path = self._folder / "credentials.json"
-        if path.exists():
-            kept: dict[str, str] = json.loads(path.read_text())
-            return kept
         from latentline.webhooks import generate_secret
 
         made = {
             "password": secrets.token_hex(16),
             "access_key": secrets.token_hex(10),
             "secret_key": secrets.token_hex(20),
+            "reader_key": secrets.token_hex(10),
+            "reader_secret": secrets.token_hex(20),
             "callback_secret": generate_secret(),
         }
+        if path.exists():
+            made |= json.loads(path.read_text())  # of an earlier run, which may not have known all of them
         path.touch(mode=0o600)
         path.write_text(json.dumps(made))
         return made

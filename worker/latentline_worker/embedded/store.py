@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -17,13 +18,20 @@ GRPC_OFFSET = 10000  # each of its ports has a gRPC port this far above
 
 
 class Store(EmbeddedService):
-    """A real S3 store on free loopback ports, with its own keys and its data in ``folder``."""
+    """A real S3 store on free loopback ports, with its own keys and its data in ``folder``.
+
+    Args:
+        reader: access key and secret key with which objects can be read and nothing else.
+    """
 
     START_TIMEOUT_S = 40.0
     PORT_TAKEN = ("address already in use", "Port allocation failed")
 
-    def __init__(self, folder: Path, access_key: str, secret_key: str, bucket: str = "images") -> None:
+    def __init__(
+        self, folder: Path, access_key: str, secret_key: str, bucket: str = "images", reader: tuple[str, str] | None = None
+    ) -> None:
         super().__init__()
+        self._reader = reader
         self._folder, self._access_key, self._secret_key, self._bucket = folder, access_key, secret_key, bucket
 
     @property
@@ -36,6 +44,12 @@ class Store(EmbeddedService):
             "LATENTLINE_S3_ACCESS_KEY_ID": self._access_key,
             "LATENTLINE_S3_SECRET_ACCESS_KEY": self._secret_key,
         }
+
+    @property
+    def reader_environment(self) -> dict[str, str]:
+        """The same of a process that may only read objects."""
+        key, secret = self._reader or ("", "")
+        return self.environment | {"LATENTLINE_S3_ACCESS_KEY_ID": key, "LATENTLINE_S3_SECRET_ACCESS_KEY": secret}
 
     @property
     def settings(self) -> Settings:
@@ -55,10 +69,25 @@ class Store(EmbeddedService):
         command = [
             str(_binary()), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={self._bucket}",
             *(f"-{name}.port={port}" for name, port in ports.items()),
+            f"-s3.config={self._write_identities()}",
             "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
         ]  # fmt: skip
-        env = clean_env(AWS_ACCESS_KEY_ID=self._access_key, AWS_SECRET_ACCESS_KEY=self._secret_key, TMPDIR=str(self._folder))
+        env = clean_env(TMPDIR=str(self._folder))
         return Child("the object store", command, self._folder / "seaweedfs.log", env)
+
+    def _write_identities(self) -> Path:
+        """The file that says whose keys may do what."""
+        keys = {"Admin": (self._access_key, self._secret_key)}
+        if self._reader:
+            keys[f"Read:{self._bucket}"] = self._reader
+        identities = [
+            {"name": action.partition(":")[0].lower(), "credentials": [{"accessKey": key, "secretKey": secret}], "actions": [action]}
+            for action, (key, secret) in keys.items()
+        ]
+        path = self._folder / "s3.json"
+        path.touch(mode=0o600)
+        path.write_text(json.dumps({"identities": identities}))
+        return path
 
     def _answers(self) -> bool:
         """Whether the bucket answers."""

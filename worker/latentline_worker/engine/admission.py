@@ -118,7 +118,7 @@ class Admission:
             return False
         rows = family.rows(work.request, encoded)
         request.signature = common_signature(work.model, rows, len(work.texts))
-        request.conditions, request.prompt_tokens = rows, encoded[0].tokens
+        request.conditions, request.tokens = rows, tuple(one.tokens for one in encoded)
         request.reached("encoded")
         self._publisher.conditions(request)
         return True

@@ -153,7 +153,7 @@ class Request:
     preview: Preview | None = None  # the newest that is complete
     checkpoint: Checkpoint | None = None  # the newest that is complete
     checkpoint_at: float = field(default_factory=time.monotonic)  # when the last one was begun
-    prompt_tokens: tuple[int, int] = (0, 0)  # tokens in the prompt, and how many of them the text encoder reads
+    tokens: tuple[tuple[int, int], ...] = ()  # of each of the work's texts: tokens in it, and how many the text encoder reads
     conditions: Sequence[Row] = ()  # one row per guidance branch: from when the texts are encoded until the lane holds them
     signature: Signature = ()  # of those rows
     broken: Exception | None = None  # what is wrong with them, once it is known: the device was not waited for

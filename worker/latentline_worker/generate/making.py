@@ -22,7 +22,7 @@ VERSIONS = {
 def made_with(request: Request, family: Family, fixed_rows: int | None) -> Made:
     """What the engine made a request with; ``fixed_rows`` as in :class:`~latentline_worker.engine.engine.Engine`."""
     work = request.work
-    tokens, read = request.prompt_tokens
+    tokens, read = request.tokens[0] if request.tokens else (0, 0)
     return Made(
         weights=family.revision,
         dtype=str(family.dtype).removeprefix("torch."),

@@ -26,6 +26,7 @@ from latentline_worker.samplers import CompileError
 
 from . import outcome
 from .account import account_of
+from .cut_texts import cut_texts
 from .exclusive import SharedExclusiveLock
 from .leased_job import LeasedJob
 from .leases import Leases
@@ -180,9 +181,8 @@ class JobRunner:
         finally:
             timings.update(_timings(request))
             job.made = made_with(request, family, self._engine.fixed_rows)
-        used, read = request.prompt_tokens
-        if used > read:
-            log.info("job %s: the prompt has %d tokens, %s reads the first %d", record.id, used, record.request.model, read)
+        if warnings := cut_texts(request):
+            self._insist(lambda: self._records.warn(record.id, job.claim.token, warnings))
         if job.stop_reason:
             raise Cancelled(job.stop_reason)
         return pixels

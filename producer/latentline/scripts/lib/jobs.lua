@@ -31,8 +31,8 @@ end
 -- End the job. `err` ({code, message}) or nil; `account` as in lib/events.lua.
 function jobs.finish(id, status, err, retention_s, account)
   local key = keys.job(id)
-  local job = redis.call('HMGET', key, 'model', 'score', 'tenant', 'cost', 'idempotency_key')
-  local model, score, tenant, cost, idempotency_key = job[1], job[2], job[3], job[4], job[5]
+  local job = redis.call('HMGET', key, 'model', 'score', 'tenant', 'cost', 'idempotency_key', 'warnings')
+  local model, score, tenant, cost, idempotency_key, warnings = job[1], job[2], job[3], job[4], job[5], job[6]
   jobs.leave(id, model)
   redis.call('ZADD', keys.index(status), score, id)
   redis.call('HDEL', key, 'phase', 'lease_until')
@@ -43,6 +43,7 @@ function jobs.finish(id, status, err, retention_s, account)
     redis.call('HSET', key, 'error', cjson.encode(err))
     data.error = err
   end
+  if warnings then data.warnings = cjson.decode(warnings) end
   if redis.call('HINCRBY', keys.tenants(), tenant, -cost) <= 0 then redis.call('HDEL', keys.tenants(), tenant) end
   if redis.call('HINCRBY', keys.open(model), tenant, -1) <= 0 then
     redis.call('HDEL', keys.open(model), tenant)
