@@ -24,12 +24,26 @@ from .errors import (
     TenantQuotaExceeded,
     WaitTimeout,
 )
-from .jobs import Callback, ImageRef, JobError, JobEvent, JobRecord, JobRequest, ModelInfo, Output, Phase, ResolvedRequest, Status
+from .jobs import (
+    Callback,
+    ImageRef,
+    JobError,
+    JobEvent,
+    JobRecord,
+    JobRequest,
+    JobWarning,
+    ModelInfo,
+    Output,
+    Phase,
+    ResolvedRequest,
+    Status,
+)
 from .models import ServedModel
 
 if TYPE_CHECKING:
     from .client import AsyncClient, Client
     from .operations import Outcome
+    from .records import JobFilter
     from .settings import Settings
 
 __version__ = "0.1.0"
@@ -46,10 +60,12 @@ __all__ = [
     "JobError",
     "JobEvent",
     "JobFailed",
+    "JobFilter",
     "JobNotEnded",
     "JobNotFound",
     "JobRecord",
     "JobRequest",
+    "JobWarning",
     "LatentlineError",
     "ModelInfo",
     "NoWorker",
@@ -67,7 +83,7 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"Client": "client", "AsyncClient": "client", "Outcome": "operations", "Settings": "settings"}
+_LAZY = {"Client": "client", "AsyncClient": "client", "JobFilter": "records", "Outcome": "operations", "Settings": "settings"}
 
 
 def __getattr__(name: str) -> Any:

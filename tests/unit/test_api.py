@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from pydantic import ValidationError
 from support.live_api import Live, live_api, problem
@@ -547,6 +548,50 @@ def test_every_reference_of_the_document_leads_somewhere(live: Live) -> None:
 
 def test_the_document_knows_one_shape_of_errors(live: Live) -> None:
     assert "HTTPValidationError" not in live.http.get("/openapi.json").json()["components"]["schemas"]
+
+
+def test_the_document_types_callbacks_events_and_headers(live: Live) -> None:
+    document = live.http.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    schemas = document["components"]["schemas"]
+    assert set(document["webhooks"]) == {"job.running", "job.succeeded", "job.failed", "job.cancelled"}
+    told = document["webhooks"]["job.succeeded"]["post"]
+    assert {one["name"] for one in told["parameters"]} == {"webhook-id", "webhook-timestamp", "webhook-signature"}
+    assert told["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/CallbackMessage")
+    assert {"url", "url_expires_at", "sha256"} <= set(schemas["CallbackImage"]["properties"]) and "warnings" in schemas["CallbackData"][
+        "required"
+    ]
+    streams = [
+        answer["content"]["text/event-stream"]
+        for path in document["paths"].values()
+        for operation in path.values()
+        for answer in operation["responses"].values()
+        if "text/event-stream" in answer.get("content", {})
+    ]
+    assert streams and all(stream["x-event-data"]["$ref"].endswith("/JobEventData") for stream in streams)
+    submit, read = document["paths"]["/v1/jobs"]["post"], document["paths"]["/v1/jobs/{job_id}"]["get"]
+    assert "Location" in submit["responses"]["202"]["headers"] and "Retry-After" in submit["responses"]["429"]["headers"]
+    assert "ETag" in read["responses"]["200"]["headers"] and "ETag" in read["responses"]["304"]["headers"]
+
+
+def test_what_is_sent_is_what_the_document_says(live: Live) -> None:
+    """Every event of a job, and its answer, against the schemas."""
+    document = live.http.get("/openapi.json").json()
+    job_id = live.submit(preview_every=1)["id"]
+    live.worker.run_all()
+    events = sse(live.http.get(f"/v1/jobs/{job_id}/events").text)
+
+    def check(name: str, value: Any) -> None:
+        schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+        jsonschema.Draft202012Validator(schema).validate(value)
+
+    known = set(document["components"]["schemas"]["JobEventData"]["properties"])
+    for _, event, data in events:
+        if event.startswith("job."):
+            check("JobEventData", data)
+            assert set(data) <= known, event
+    check("JobAnswer", live.http.get(f"/v1/jobs/{job_id}").json())
+    check("JobPage", live.http.get("/v1/jobs").json())
 
 
 # Long polls, deletion, pictures and other origins

@@ -41,8 +41,8 @@ def test_producer_imports_nothing_heavy(module: str) -> None:
 
 PUBLIC = {
     "AsyncClient", "BrokerUnavailable", "Callback", "Client", "ConfigurationError", "IdempotencyConflict", "ImageRef",
-    "InvalidRequest", "JobError", "JobEvent", "JobFailed", "JobNotEnded", "JobNotFound", "JobRecord", "JobRequest", "LatentlineError",
-    "ModelInfo",
+    "InvalidRequest", "JobError", "JobEvent", "JobFailed", "JobFilter", "JobNotEnded", "JobNotFound", "JobRecord", "JobRequest",
+    "JobWarning", "LatentlineError", "ModelInfo",
     "NoWorker", "Outcome", "Output", "Phase", "ResolvedRequest", "ServedModel", "ServiceUnavailable", "Settings", "Status",
     "StoreUnavailable",
     "TenantQuotaExceeded", "WaitTimeout", "__version__",

@@ -14,12 +14,12 @@ from starlette.middleware.cors import CORSMiddleware
 from latentline import __version__
 from latentline.client import AsyncClient
 from latentline.errors import LatentlineError
-from latentline.jobs import JobRequest
 from latentline.settings import Settings
 
 from . import batch, events, fleet, jobs, pictures, session, thumbnails, timelines
 from .auth import Access, LoopbackHosts
 from .dialects import mount_dialects
+from .document import complete_document
 from .leavers import Leavers
 from .methods import Methods
 from .metrics import ApiMetrics, Measured
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
             reasons.append(error.message)
         return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
 
-    _document_request(app)
+    complete_document(app)
     mount_dialects(app, settings)
     app.add_middleware(Methods, routes=[*app.routes, *(route for router in routers for route in router.routes)])
     origins = [origin for origin in settings.cors_origins.split(",") if origin]
@@ -95,20 +95,6 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     if metrics:
         app.add_middleware(Measured, metrics=metrics)  # the last one, so the outermost: answers of the other middleware count as well
     return app
-
-
-def _document_request(app: FastAPI) -> None:
-    """Add the request's schema to the OpenAPI document: the body is parsed by hand, so FastAPI cannot derive it."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = generate()
-            schema = JobRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            document["components"]["schemas"] |= {**schema.pop("$defs", {}), "JobRequest": schema}
-        return generate()
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def error_answer(status: int, code: str, message: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
