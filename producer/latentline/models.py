@@ -55,9 +55,11 @@ class ModelInfo(Message):
     default_guidance_scale: Guidance = DEFAULT_GUIDANCE
     default_scheduler: Scheduler = DEFAULT_SCHEDULER
     rows_unguided: PositiveInt = 1
-    """Network rows that a step of one image takes at a guidance scale of 1 and below."""
+    """Network rows that a step of one image takes at a guidance scale of ``guided_above`` and below."""
     rows_guided: PositiveInt = 2
-    """The same above 1: a row per guidance branch. 1 for a model whose guidance is an input of the network."""
+    """The same above it: a row per guidance branch. 1 for a model whose guidance is an input of the network."""
+    guided_above: float = 1.0
+    """The largest guidance scale that has no effect."""
     loras: tuple[str, ...] = ()
     """The adapters that a request may name."""
     negative_prompts: bool = True
@@ -70,7 +72,7 @@ class ModelInfo(Message):
 
     def rows(self, guidance_scale: float) -> int:
         """Network rows that a step of one image takes."""
-        return self.rows_guided if guidance_scale > 1 else self.rows_unguided
+        return self.rows_guided if guidance_scale > self.guided_above else self.rows_unguided
 
     def size_of(self, request: JobRequest | ResolvedRequest) -> tuple[int, int]:
         """(width, height) that this model makes for a request.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from support.engines import FIXED_ROWS, RELATIVE, drain, make_engine, run, snapshot, solo, work
-from support.tiny_families import TINY
+from support.tiny_families import TINY, unpacked
 
 from latentline.errors import InvalidRequest, ModelError
 from latentline_worker.engine.checkpoint import Checkpoint
@@ -60,18 +60,20 @@ def alone(pipeline: Any, family: Family, one: Work, output: str = "latent") -> A
         # What a stock StableDiffusionPipeline misses at the FlowMatch classes.
         pipeline.scheduler.init_noise_sigma, pipeline.scheduler.scale_model_input = 1.0, lambda x, _: x
     generators = [torch.Generator().manual_seed(seed) for seed in one.seeds]
-    if not pipeline.scheduler.config.get("use_dynamic_shifting"):
-        _take_no_mu(pipeline.scheduler, bool(family.scheduler_config.get("use_dynamic_shifting")))  # type: ignore[attr-defined]
-    if family.info.family in ("sd3", "flux"):
+    if family.info.family not in ("sd", "sdxl"):
+        _take_what_it_can(pipeline.scheduler, bool(family.scheduler_config.get("use_dynamic_shifting")))  # type: ignore[attr-defined]
+    if family.info.family in ("sd3", "flux", "z-image", "qwen-image"):
         # These pipelines give the scheduler no generator, so that a sampler's noise would come from the global one.
         noise = functools.partial(_noise, family, one, generators)
         patch = mock.patch.object(sys.modules[type(pipeline.scheduler).__module__], "randn_tensor", noise, create=True)
     else:
         patch = contextlib.nullcontext()  # type: ignore[assignment]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"guidance_scale": request.guidance_scale}
     if family.info.negative_prompts:
         # diffusers tells no negative prompt from an empty one only by None, and SDXL gives zeros for the former.
         options["negative_prompt"] = [request.negative_prompt] * len(one.seeds) if request.negative_prompt else None
+        if family.info.family == "qwen-image":  # is guided with a negative prompt only, and its guidance_scale is another
+            options = {"true_cfg_scale": request.guidance_scale, "negative_prompt": [request.negative_prompt] * len(one.seeds)}
     elif not pipeline.transformer.config.guidance_embeds:
         options["max_sequence_length"] = 256  # schnell's own
     try:
@@ -79,7 +81,6 @@ def alone(pipeline: Any, family: Family, one: Work, output: str = "latent") -> A
             images = pipeline(
                 [request.prompt] * len(one.seeds),
                 num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
                 width=request.width,
                 height=request.height,
                 generator=generators,
@@ -88,26 +89,33 @@ def alone(pipeline: Any, family: Family, one: Work, output: str = "latent") -> A
             ).images
     finally:
         pipeline.scheduler = kept
-    if output == "latent" and family.info.family == "flux":
-        return pipeline._unpack_latents(images, request.height, request.width, pipeline.vae_scale_factor)
-    return images
+    return unpacked(pipeline, images, request.width, request.height) if output == "latent" else images
 
 
 def _noise(family: Family, one: Work, generators: list[torch.Generator], *_: Any, **__: Any) -> torch.Tensor:
-    """Each image's noise from its own generator, in the shape of its latents; packed for FLUX.1."""
+    """Each image's noise from its own generator, in the shape of its latents; packed where the pipeline keeps them so."""
     shape = one.latent_shape
     drawn = torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
-    return FluxPipeline._pack_latents(drawn, len(drawn), *shape) if family.info.family == "flux" else drawn
+    return FluxPipeline._pack_latents(drawn, len(drawn), *shape) if family.info.family in ("flux", "qwen-image") else drawn
 
 
-def _take_no_mu(scheduler: Any, shifts: bool) -> None:
-    """FluxPipeline asks every scheduler to shift with the size, also one that cannot do it, or whose model does not shift."""
+def _take_what_it_can(scheduler: Any, shifts: bool) -> None:
+    """The pipelines give every scheduler noise levels and a shift for the size, also one that takes none, or whose model does not shift.
+
+    FluxPipeline alone leaves out the levels where a scheduler makes those of flow matching itself; here all do.
+    """
     real = scheduler.set_timesteps
 
     def set_timesteps(steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None) -> None:
-        if mu is not None and shifts:
+        given: dict[str, Any] = {"num_inference_steps": steps}
+        if sigmas is not None:
+            flow = scheduler.config.get("use_flow_sigmas")
+            given = {"num_inference_steps": len(sigmas)} if flow else {"sigmas": sigmas}
+        if mu is not None and scheduler.config.get("use_dynamic_shifting"):
+            given["mu"] = mu
+        elif mu is not None and shifts:
             scheduler.register_to_config(flow_shift=math.exp(mu))  # the formula of the schedulers that can
-        real(steps, device=device, **({"sigmas": sigmas} if sigmas is not None else {}))
+        real(device=device, **given)
 
     scheduler.set_timesteps = set_timesteps
 
@@ -116,25 +124,32 @@ def job(family: Family, scheduler: str, number: int, **options: Any) -> Work:
     steps, guidance, count, negative = UNLIKE[number % len(UNLIKE)]
     seeds = tuple(range(10 * number, 10 * number + count))
     negative = negative if family.info.negative_prompts else ""
-    return work(
-        family, f"thing {'abcdefghi'[number]}", scheduler, steps, guidance, seeds, (SIZE, SIZE), negative_prompt=negative, **options
-    )
+    prompt = "thing " + "abcdefghi"[number] * (1 + 5 * number)  # texts of unlike lengths share a batch
+    size = options.pop("size", (SIZE, SIZE))
+    return work(family, prompt, scheduler, steps, guidance, seeds, size, negative_prompt=negative, **options)
 
 
-def test_every_sampler_in_one_batch_equals_the_plain_pipeline(loaded: tuple[Any, Family]) -> None:
+def test_every_sampler_in_one_batch_and_resumed_equals_the_plain_pipeline(loaded: tuple[Any, Family]) -> None:
     pipeline, family = loaded
     works = [job(family, name, number % 8) for number, name in enumerate(family.info.schedulers)]
-    engine = make_engine(family)
-    requests = []
-    for one in works:  # each joins a step after the last
-        requests.append(engine.submit(one))
+    engine, coming, requests, halfway = make_engine(family), list(works), [], {}
+    while coming or not engine.idle:
+        if coming:  # each joins a step after the last
+            requests.append(engine.submit(coming.pop(0)))
         engine.step()
-    drain(engine)
+        for request in requests:
+            if request.slots and request.step >= request.num_steps // 2 and request not in halfway:
+                halfway[request] = snapshot(engine, request).to_bytes(request.work)
     assert engine.num_shared_steps > len(works), "they ran alone: the test shows nothing"
+    assert len(halfway) == len(works)
+    resumed = [dataclasses.replace(one.work, resume=Checkpoint.from_bytes(data, one.work)) for one, data in halfway.items()]
+    assert all(one.resume is not None and 0 < one.resume.step < one.table.num_steps for one in resumed)
+    again = dict(zip(halfway, run(make_engine(family), *resumed), strict=True))
     for one, request in zip(works, requests, strict=True):
         expected = alone(pipeline, family, one)
-        error = (request.result(0) - expected).abs().max() / expected.abs().max()
-        assert error <= RELATIVE, f"{one.request.scheduler}: {error:.1e}"
+        for way, result in (("", request), ("resumed", again[request])):
+            error = (result.result(0) - expected).abs().max() / expected.abs().max()
+            assert error <= RELATIVE, f"{one.request.scheduler} {way}: {error:.1e}"
 
 
 def test_pixels_equal_the_plain_pipelines(loaded: tuple[Any, Family]) -> None:
@@ -168,9 +183,10 @@ def test_the_forward_is_recorded_for_every_size(loaded: tuple[Any, Family], capl
     engine = make_engine(family, max_rows=2)
     engine.warm_up()
     assert not [record for record in caplog.records if "recorded" in record.getMessage()]
-    one = job(family, "dpmpp_2m", 1)
-    expected = alone(pipeline, family, one)
-    assert (run(engine, one)[0].result(0) - expected).abs().max() <= RELATIVE * expected.abs().max()
+    for size in ((SIZE, SIZE), (SIZE, SIZE // 2), (SIZE // 2, SIZE)):
+        one = job(family, "dpmpp_2m", 1, size=size)
+        expected = alone(pipeline, family, one)
+        assert (run(engine, one)[0].result(0) - expected).abs().max() <= RELATIVE * expected.abs().max(), size
 
 
 def test_a_scheduler_without_meaning_is_refused_with_those_that_have_one(loaded: tuple[Any, Family]) -> None:

@@ -46,7 +46,7 @@ def batch_of(family: Family, count: int) -> tuple[torch.Tensor, torch.Tensor, Ro
 @once
 def test_branches_and_sizes_are_those_announced(any_family: Family) -> None:
     info = any_family.info
-    for guidance in (0.0, 7.0):
+    for guidance in (0.0, 0.5, 1.0, 1.5, 7.0):
         texts = work(any_family, guidance=guidance, size=SIZE).texts
         assert len(texts) == info.rows(guidance)
         assert texts == work(any_family, guidance=guidance, size=SIZE).texts, "equal requests have equal texts: they are cached by them"

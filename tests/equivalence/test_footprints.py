@@ -23,8 +23,10 @@ from latentline_worker.engine.rows import signature_of
 from latentline_worker.models import bundled_model
 from latentline_worker.models.base import Family
 from latentline_worker.models.flux import Flux
+from latentline_worker.models.qwen_image import QwenImage
 from latentline_worker.models.sd3 import StableDiffusion3
 from latentline_worker.models.sdxl import StableDiffusionXL
+from latentline_worker.models.z_image import ZImage
 
 CPU = torch.device("cpu")
 # 4 x 16 x 16 = 1024 values: 32 px pictures of the tiny model, which has 2 x 2 pixels a latent.
@@ -172,6 +174,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "sd3": lambda: StableDiffusion3("sd3", tiny_families.sd3(), CPU, torch.float32),
     "flux": lambda: Flux("flux", tiny_families.flux(), CPU, torch.float32),
     "flux in half precision": lambda: Flux("flux", tiny_families.flux(), CPU, torch.bfloat16),
+    "z-image": lambda: ZImage("z-image", tiny_families.z_image(), CPU, torch.float32),
+    "qwen-image": lambda: QwenImage("qwen-image", tiny_families.qwen_image(), CPU, torch.float32),
     "odd": lambda: OddFamily(),
 }
 

@@ -15,19 +15,23 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from support.engines import FIXED_ROWS, RELATIVE, drain, make_engine, run, snapshot, solo, work
 from support.tiny import tiny_pipeline
-from support.tiny_families import TINY
+from support.tiny_families import TINY, unpacked
 
-from latentline.errors import InvalidRequest
+from latentline.errors import InvalidRequest, ModelError
 from latentline.jobs import StoredLora
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.models import registry
 from latentline_worker.models.base import Family
 from latentline_worker.models.lora import Folder, read
 from latentline_worker.models.lora import adapters as adapters_module
+from latentline_worker.models.parts import lora_target
 
 CPU = torch.device("cpu")
 SIZE = 64
-DENOISER = {"sd": "unet", "sdxl": "unet", "sd3": "transformer", "flux-dev": "transformer"}
+DENOISER = {
+    "sd": "unet", "sdxl": "unet", "sd3": "transformer", "flux-dev": "transformer", "z-image": "transformer", "qwen-image": "transformer",
+}  # fmt: skip
+NO_TEXT = ("z-image", "qwen-image")  # diffusers loads adapters of the transformer alone
 Updates = dict[str, torch.Tensor]
 
 
@@ -60,12 +64,18 @@ def to_kohya(updates: Updates, alpha: float) -> Updates:
 def make_adapters(pipeline: Any, kind: str, folder: Path) -> None:
     """Three adapters: on attention; on feed-forward and convolutions, of another rank; on a text encoder as well."""
     denoiser = DENOISER[kind]
-    wide = {"sd": "ff.net.0.proj|conv1|proj_in", "sdxl": "ff.net.2|conv2|conv_shortcut", "flux-dev": "ff.net.2|proj_mlp"}
+    wide = {
+        "sd": "ff.net.0.proj|conv1|proj_in", "sdxl": "ff.net.2|conv2|conv_shortcut", "flux-dev": "ff.net.2|proj_mlp",
+        "z-image": "feed_forward.w2|cap_embedder.1|all_x_embedder.2-1|t_embedder.mlp.0|adaLN_modulation.[01]",
+        "qwen-image": "img_mlp.net.2|txt_mlp.net.0.proj|img_in|img_mod.1|norm_out.linear",
+    }  # fmt: skip
     files = {
         "attention": updates_of(pipeline, denoiser, "to_q|to_k|to_v|to_out.0", 4, 1),
         "wide": updates_of(pipeline, denoiser, wide.get(kind, "ff.net.0.proj"), 8, 2),
-        "text": updates_of(pipeline, "text_encoder", "q_proj|fc1", 3, 3) | updates_of(pipeline, denoiser, "to_q", 3, 4),
+        "text": updates_of(pipeline, denoiser, "to_q", 3, 4),
     }
+    if kind not in NO_TEXT:
+        files["text"] |= updates_of(pipeline, "text_encoder", "q_proj|fc1", 3, 3)
     for name, updates in files.items():
         save_file(updates, folder / f"{name}.safetensors")
 
@@ -86,9 +96,7 @@ class Loaded:
             images = self.pipeline(width=SIZE, height=SIZE, output_type="latent", **options).images
         finally:
             self.pipeline.unload_lora_weights()
-        if self.family.info.family == "flux":
-            return self.pipeline._unpack_latents(images, SIZE, SIZE, self.pipeline.vae_scale_factor)  # type: ignore[no-any-return]
-        return images  # type: ignore[no-any-return]
+        return unpacked(self.pipeline, images, SIZE, SIZE)
 
 
 @pytest.fixture(scope="module", params=DENOISER)
@@ -158,7 +166,9 @@ def test_eight_jobs_with_adapters_of_their_own_equal_diffusers(loaded: Loaded) -
 def asked(loaded: Loaded, number: int, loras: dict[str, float]) -> dict[str, Any]:
     """The same job for a plain pipeline."""
     request = job(loaded.family, number, loras).request
-    options: dict[str, Any] = {} if loaded.family.info.negative_prompts is False else {"negative_prompt": None}
+    options: dict[str, Any] = {"guidance_scale": request.guidance_scale}
+    if loaded.family.info.family == "qwen-image":
+        options = {"true_cfg_scale": request.guidance_scale, "negative_prompt": ""}
     if loaded.family.info.family == "sd":
         from latentline_worker.samplers import make_scheduler
 
@@ -166,7 +176,6 @@ def asked(loaded: Loaded, number: int, loras: dict[str, float]) -> dict[str, Any
     return {
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
         "generator": torch.Generator().manual_seed(request.seed),
         **options,
     }
@@ -218,6 +227,31 @@ def test_kohyas_format_with_an_alpha_of_each_layer(sd: Loaded, tmp_path: Path) -
         alpha = float(renamed[f"lora_unet_{name.replace('.', '_')}.alpha"])
         whole = updates[f"unet.{name}.lora_B.weight"] @ updates[f"unet.{name}.lora_A.weight"]
         assert torch.allclose(up @ down, whole * alpha / 4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_kohyas_format_of_a_transformer(kind: str, tmp_path: Path) -> None:
+    pipeline = TINY[kind]()
+    updates = updates_of(pipeline, "transformer", "to_q|to_out.0|add_k_proj|img_mlp.net.2|feed_forward.w1", 4, 1)
+    ends = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+    renamed = {}
+    for key, tensor in updates.items():
+        layer, end = key.removeprefix("transformer.")[: -len(".lora_A.weight")].replace(".", "_"), key[-len(".lora_A.weight") :]
+        renamed |= {f"lora_unet_{layer}{ends[end]}": tensor, f"lora_unet_{layer}.alpha": torch.tensor(2.0)}
+    save_file(renamed, tmp_path / "kohya.safetensors")
+    layers = read(tmp_path / "kohya.safetensors", "kohya", lora_target(pipeline, ("transformer",))).layers["transformer"]
+    assert len(layers) == len(updates) // 2
+    for name, (down, up) in layers.items():
+        whole = updates[f"transformer.{name}.lora_B.weight"] @ updates[f"transformer.{name}.lora_A.weight"]
+        assert torch.allclose(up @ down, whole / 2, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_an_adapter_of_a_text_encoder_that_diffusers_would_not_load_is_refused(kind: str, tmp_path: Path) -> None:
+    pipeline = TINY[kind]()
+    save_file(updates_of(pipeline, "text_encoder", "q_proj", 2, 1), tmp_path / "text.safetensors")
+    with pytest.raises(ModelError, match=r"adapter text: text_encoder\..*q_proj.*; allowed: updates of the transformer"):
+        read(tmp_path / "text.safetensors", "text", lora_target(pipeline, ("transformer",)))
 
 
 def test_an_adapter_of_our_own_training_is_read_with_its_alpha(sd: Loaded, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class OddFamily:
             size_multiple=8,
             max_pixels=128 * 128,
             default_guidance_scale=0.5,
+            guided_above=0.0,
         )
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.revision = "odd 1"

@@ -277,9 +277,12 @@ def test_what_the_client_leaves_out_is_the_models_own() -> None:
 
 @pytest.mark.parametrize(
     ("guidance", "rows", "cost"),
-    [(1.0, {}, 10), (1.1, {}, 20), (7.0, {"rows_guided": 1}, 10), (7.0, {"rows_guided": 3}, 30), (0.0, {"rows_unguided": 2}, 20)],
-)
-def test_the_cost_counts_the_models_own_rows(guidance: float, rows: dict[str, int], cost: int) -> None:
+    [
+        (1.0, {}, 10), (1.1, {}, 20), (7.0, {"rows_guided": 1}, 10), (7.0, {"rows_guided": 3}, 30), (0.0, {"rows_unguided": 2}, 20),
+        (0.0, {"guided_above": 0.0}, 10), (0.5, {"guided_above": 0.0}, 20),
+    ],
+)  # fmt: skip
+def test_the_cost_counts_the_models_own_rows(guidance: float, rows: dict[str, Any], cost: int) -> None:
     assert resolve(request(num_inference_steps=5, num_images=2, guidance_scale=guidance), info(**rows)).cost == cost
 
 

@@ -85,8 +85,9 @@ class Network:
             try:
                 traced = torch.jit.trace(_Module(forward).eval(), flat, check_trace=False)
                 traced = torch.jit.freeze(traced)
-                others = torch.cat([x, x, x]).repeat(1, 1, 2, 1), *(torch.cat([tensor] * 3) for tensor in flat[1:])
-                same = all(torch.equal(traced(*one), forward(*one)) for one in (flat, others))
+                more = [torch.cat([tensor] * 3) for tensor in flat]
+                tall, wide = (more[0].repeat(1, 1, *times) for times in ((2, 1), (1, 2)))
+                same = all(torch.equal(traced(*one), forward(*one)) for one in (flat, (tall, *more[1:]), (wide, *more[1:])))
             except Exception as error:  # a forward may do many things that cannot be recorded
                 log.warning("the forward cannot be recorded (%s): it runs through Python", type(error).__name__)
                 return

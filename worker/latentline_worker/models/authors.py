@@ -28,6 +28,7 @@ ADVICE: dict[str, Advice] = {
     "stabilityai/sdxl-turbo": Advice("euler_ancestral", 1, 0.0, _TRAILING),
     "stabilityai/sd-turbo": Advice("euler", 1, 0.0, _TRAILING),
     "ByteDance/SDXL-Lightning": Advice("euler", 4, 0.0, _TRAILING),
+    "Tongyi-MAI/Z-Image-Turbo": Advice("euler", 8, 0.0),
 }
 _FILES = {
     r"sd_xl_turbo_1\.0.*": ADVICE["stabilityai/sdxl-turbo"],

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from latentline.jobs import ResolvedRequest
+from latentline_worker.samplers import SamplerTable, names_for, sampler_table
+
 
 def with_flow(config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's configuration that says that it is one of flow matching; the FlowMatch classes leave it to their name."""
@@ -30,3 +35,19 @@ def mu_of(config: Mapping[str, Any], num_tokens: int, max_shift: float) -> float
     low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (high - low) / (most - fewest)
     return float(num_tokens * slope + (low - slope * fewest))
+
+
+def names_with_levels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The schedulers of a family whose pipeline gives its own noise levels; FlowMatchHeunDiscreteScheduler takes none."""
+    return tuple(name for name in names_for(config) if name != "heun")
+
+
+def table_with_levels(request: ResolvedRequest, config: Mapping[str, Any], num_tokens: int) -> SamplerTable:
+    """The table of a request where the pipeline gives its own noise levels, 1 to 1 / steps, before they are shifted.
+
+    Raises:
+        CompileError: the scheduler cannot be used in this way; the message says why.
+    """
+    steps = request.num_inference_steps
+    levels = np.linspace(1.0, 1 / steps, steps).tolist()
+    return sampler_table(request.scheduler, config, steps, sigmas=levels, mu=mu_of(config, num_tokens, max_shift=1.15))

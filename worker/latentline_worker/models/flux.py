@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from diffusers import FluxPipeline
 
 from latentline.jobs import MAX_SIZE_PX, MIN_SIZE_PX, ModelInfo, ResolvedRequest
-from latentline_worker.samplers import SamplerTable, names_for, sampler_table
+from latentline_worker.samplers import SamplerTable
 
 from . import checksums
 from .base import Encoded, Row, Text
-from .flow import mu_of, with_flow
+from .flow import names_with_levels, table_with_levels, with_flow
 from .lora import Adapters, Target
 from .parts import decoded, decoder_dtype, first_noise, load_pipeline, lora_target, place
+from .patches import PATCH, pack, unpack
 from .sources import ModelFiles
 
 PARTS = ("vae", "transformer", "text_encoder", "text_encoder_2")
-PATCH = 2  # latents along the side of a token
 T5_TOKENS_DEV, T5_TOKENS_SCHNELL = 512, 256  # that the two were trained with
 
 
@@ -56,8 +55,7 @@ class Flux:
             default_height=side,
             size_multiple=max(8, PATCH * self.vae_scale_factor),
             max_pixels=MAX_SIZE_PX**2,
-            # FlowMatchHeunDiscreteScheduler takes no noise levels, and this family gives its own.
-            schedulers=tuple(name for name in names_for(self.scheduler_config) if name != "heun"),
+            schedulers=names_with_levels(self.scheduler_config),
             default_num_inference_steps=28 if self._guidance_is_input else 4,
             default_guidance_scale=3.5 if self._guidance_is_input else 0.0,
             default_scheduler="euler",
@@ -85,9 +83,7 @@ class Flux:
     def table(self, request: ResolvedRequest) -> SamplerTable:
         assert request.width is not None and request.height is not None
         _, rows, columns = self.latent_shape(request.width, request.height)
-        mu = mu_of(self.scheduler_config, (rows // PATCH) * (columns // PATCH), max_shift=1.15)
-        steps = request.num_inference_steps
-        return sampler_table(request.scheduler, self.scheduler_config, steps, sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+        return table_with_levels(request, self.scheduler_config, (rows // PATCH) * (columns // PATCH))
 
     def texts(self, request: ResolvedRequest) -> tuple[Text, ...]:
         return (Text(request.prompt),)
@@ -109,11 +105,9 @@ class Flux:
         return first_noise(self, request, generator)
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
-        count, channels, height, width = latents.shape
-        tokens = latents.to(self.dtype).view(count, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-        tokens = tokens.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // PATCH) * (width // PATCH), channels * PATCH**2)
+        height, width = latents.shape[-2:]
         out: torch.Tensor = self.transformer(
-            hidden_states=tokens,
+            hidden_states=pack(latents.to(self.dtype)),
             timestep=timesteps.to(self.dtype) / 1000,  # diffusers casts before it divides: in bf16 the order tells
             guidance=rows.get("guidance"),
             pooled_projections=rows["pooled"],
@@ -122,8 +116,7 @@ class Flux:
             img_ids=self._image_ids(height // PATCH, width // PATCH, latents.device),
             return_dict=False,
         )[0]
-        out = out.view(count, height // PATCH, width // PATCH, channels, PATCH, PATCH)
-        return out.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, height, width)
+        return unpack(out, latents.shape)
 
     def _image_ids(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
         """(tokens, 3): nothing, row and column of each token."""

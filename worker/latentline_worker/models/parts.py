@@ -112,9 +112,10 @@ def lora_target(pipeline: Any, parts: Iterable[str]) -> Target:
 
 
 def decoded(vae: Any, z: torch.Tensor, *, tiled: bool) -> torch.Tensor:
-    """The VAE's pictures of latents as it takes them, (n, height, width, 3) uint8."""
+    """The VAE's pictures of latents as it takes them, (n, height, width, 3) uint8; the first frame of each where it makes videos."""
     vae.use_tiling = tiled
-    return to_pixels(vae.decode(z, return_dict=False)[0])
+    images = vae.decode(z, return_dict=False)[0]
+    return to_pixels(images if images.ndim == 4 else images[:, :, 0])
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,11 @@ from .base import Family
 from .catalog import ModelEntry
 from .flux import Flux
 from .lora import Adapters, Folder, Source
+from .qwen_image import QwenImage
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
+from .z_image import ZImage
 
 # By the pipeline's class in model_index.json. A new family is one file and a line here.
 FAMILIES: dict[str, Any] = {
@@ -29,6 +31,8 @@ FAMILIES: dict[str, Any] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "ZImagePipeline": ZImage,
+    "QwenImagePipeline": QwenImage,
 }
 
 

@@ -177,6 +177,8 @@ def _layers(name: str, state: dict[str, torch.Tensor], target: Target) -> Layers
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in translated.items():
         part, _, rest = key.partition(".")
+        if part.startswith("text_encoder") and part not in target.modules:
+            raise ModelError(f"adapter {name}: {key} changes a text encoder; allowed: updates of the {' and '.join(target.modules)}")
         if part not in target.modules:  # a file of the denoiser alone
             part, rest = denoiser, key
         parts.setdefault(part, {})[rest] = tensor
