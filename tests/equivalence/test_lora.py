@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
+from support.adapters import Updates, updates_of
 from support.engines import FIXED_ROWS, RELATIVE, drain, make_engine, run, snapshot, solo, work
 from support.tiny import tiny_pipeline
 from support.tiny_families import TINY, unpacked
@@ -32,20 +33,6 @@ DENOISER = {
     "sd": "unet", "sdxl": "unet", "sd3": "transformer", "flux-dev": "transformer", "z-image": "transformer", "qwen-image": "transformer",
 }  # fmt: skip
 NO_TEXT = ("z-image", "qwen-image")  # diffusers loads adapters of the transformer alone
-Updates = dict[str, torch.Tensor]
-
-
-def updates_of(pipeline: Any, part: str, ends: str, rank: int, seed: int) -> Updates:
-    """Random updates in peft's format for the layers of a part whose names match."""
-    generator, made = torch.Generator().manual_seed(seed), {}
-    for name, layer in getattr(pipeline, part).named_modules():
-        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and re.search(rf"({ends})$", name):
-            weight = layer.weight
-            one = (1, 1) if isinstance(layer, torch.nn.Conv2d) else ()
-            made[f"{part}.{name}.lora_A.weight"] = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.3
-            made[f"{part}.{name}.lora_B.weight"] = torch.randn(len(weight), rank, *one, generator=generator) * 0.3
-    assert made, f"no layer of {part} matches {ends}"
-    return made
 
 
 def to_kohya(updates: Updates, alpha: float) -> Updates:
