@@ -14,6 +14,7 @@ import pytest
 from support.cluster import Cluster
 from support.receiver import Receiver
 from support.tiny import tiny_pipeline
+from support.tiny_families import TINY
 
 from latentline.errors import MissingExtra
 from latentline_worker.embedded.broker import Broker
@@ -38,6 +39,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of flow matching, with two guidance branches."""
+    folder = tmp_path_factory.mktemp("models") / "flow"
+    TINY["sd3"]().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker, Store]]:
     folder = tmp_path_factory.mktemp("services")
     broker, store = Broker(folder / "broker", "secret"), Store(folder / "store", "k" * 20, "s" * 40)
@@ -55,8 +64,9 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker,
 
 
 @pytest.fixture
-def cluster(services: tuple[Broker, Store], tiny_model: Path, tmp_path: Path) -> Iterator[Cluster]:
-    running = Cluster(tmp_path, *services, tiny_model)
+def cluster(request: pytest.FixtureRequest, services: tuple[Broker, Store], tmp_path: Path) -> Iterator[Cluster]:
+    """Of the tiny model, or of the model whose fixture a test names (``support.cluster.EACH_MODEL``)."""
+    running = Cluster(tmp_path, *services, request.getfixturevalue(getattr(request, "param", "tiny_model")))
     yield running
     running.close()
 
@@ -82,7 +92,7 @@ FULL_TIMEOUT_S = 3600  # of one test at full counts; what waits in it has its ow
 
 QUICK = (
     "test_a_killed_workers_jobs",
-    "test_only_the_guilty_job_dies[error]",
+    "test_only_the_guilty_job_dies[error",
     "test_the_picture_of_a_resumed_job",
     "test_lost_messages",
     "test_scripts_that_the_broker_forgets",

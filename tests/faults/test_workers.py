@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
-from support.cluster import LEASE_S, Cluster
+from support.cluster import EACH_MODEL, LEASE_S, Cluster
 from support.receiver import Receiver
 
 from latentline import records, routing
@@ -26,10 +26,17 @@ from latentline.jobs import Status
 Figure = Callable[..., None]
 
 
+def of(cluster: Cluster) -> str:
+    """For a row of the report."""
+    return " (flow matching)" if cluster.flow else ""
+
+
+@EACH_MODEL
 def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
     cluster: Cluster, receiver: Receiver, full: bool, figure: Figure
 ) -> None:
     """kill -9 under load, over and over: nothing lost, nothing doubled, few steps done twice."""
+    full = full and not cluster.flow
     kills = 100 if full else 1
     rng = random.Random(0)
     cluster.start_worker()
@@ -70,7 +77,7 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
     cluster.until(lambda: len(receiver.answered) == len(cluster.accepted))
     ended = cluster.check_invariants()
     figure(
-        "kill -9 a worker under load",
+        f"kill -9 a worker under load{of(cluster)}",
         kills=kills,
         jobs=len(cluster.accepted),
         ended=ended,
@@ -126,10 +133,11 @@ def test_a_worker_told_to_end_hands_its_jobs_over_at_once(cluster: Cluster, full
     assert not full or took <= 5 + 2, "drain + 2 s"
 
 
+@EACH_MODEL
 @pytest.mark.parametrize("fault", ["oom", "nan", "error", "kill"])
 def test_only_the_guilty_job_dies(cluster: Cluster, full: bool, figure: Figure, fault: str) -> None:
-    """Out of memory at step n; NaN; an error; a job that kills its process. Always at the fourth of ten steps."""
-    rounds = 20 if full else 1
+    """Out of memory at step n; NaN; an error; a job that kills its process. Always at the same of ten steps."""
+    rounds = 20 if full and not cluster.flow else 1
     innocents = guilty = lost_workers = 0
     cluster.start_worker()
     for _ in range(rounds):
@@ -147,7 +155,13 @@ def test_only_the_guilty_job_dies(cluster: Cluster, full: bool, figure: Figure, 
     codes = {"oom": "out_of_memory", "nan": "numerical_error", "error": "internal_error", "kill": "worker_lost"}
     assert cluster.get(bad).error is not None and cluster.get(bad).error.code == codes[fault]  # type: ignore[union-attr]
     cluster.check_invariants((Status.SUCCEEDED, Status.FAILED))
-    figure(f"a job with {fault} at timestep 700", rounds=rounds, guilty_failed=guilty, innocents_lost=innocents, workers_lost=lost_workers)
+    figure(
+        f"a job with {fault} at timestep 700{of(cluster)}",
+        rounds=rounds,
+        guilty_failed=guilty,
+        innocents_lost=innocents,
+        workers_lost=lost_workers,
+    )
     assert (guilty, innocents) == (rounds, 0)
 
 
@@ -218,9 +232,10 @@ def test_a_clock_that_is_a_minute_ahead_doubles_nothing(cluster: Cluster, figure
     figure("a worker's clock 60 s ahead", jobs=len(ids), ended=ended, most_attempts=1)
 
 
+@EACH_MODEL
 def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster, figure: Figure, tmp_path: Path) -> None:
-    """Bit-identical in the reproducible mode, noise of an ancestral sampler included; so `latentline verify` finds as well."""
-    fields = {"num_inference_steps": 150, "scheduler": "euler_ancestral", "num_images": 2}
+    """Bit-identical in the reproducible mode, the sampler's noise included; so `latentline verify` finds as well."""
+    fields = {"num_inference_steps": 150, "scheduler": cluster.noisy, "num_images": 2}
     mode = {"LATENTLINE_REPRODUCIBLE_ROWS": "4"}
     worker = cluster.start_worker(**mode)
     (alone,) = cluster.submit(1, **fields)
@@ -250,7 +265,7 @@ def test_the_picture_of_a_resumed_job_is_the_uninterrupted_one(cluster: Cluster,
     assert timeline.attempts[1].resumed_from == resumed.timings["resumed_from"]
     assert sum(run.count for run in timeline.attempts[1].steps) == resumed.timings["denoise_steps"]
     assert timeline.attempts[0].steps and timeline.attempts[0].made is None, "what it had reported is kept"
-    figure("a resumed job's picture", bit_identical=True, resumed_from=resumed.timings["resumed_from"])
+    figure(f"a resumed job's picture{of(cluster)}", bit_identical=True, resumed_from=resumed.timings["resumed_from"])
 
 
 def verified(http: httpx.Client, folder: Path, picture: bytes) -> dict[str, Any]:

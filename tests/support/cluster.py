@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from latentline import Client, records, routing
 from latentline.connection import connect
@@ -35,6 +36,10 @@ PATIENCE_S = 120.0
 ROLE_PASSWORD = "a-role"  # of the broker's users, where a test has set them up
 # The receivers of the tests listen on loopback, at any port: whoever submits and whoever delivers must allow that.
 RECEIVERS = {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1", "LATENTLINE_CALLBACK_PORTS": "1-65535"}
+
+
+# For tests that depend on the model: fixtures of tests/faults.
+EACH_MODEL = pytest.mark.parametrize("cluster", ["tiny_model", "flow_model"], indirect=True, ids=["sd", "flow"])
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Cluster:
         self.client = Client(Settings.from_variables({"LATENTLINE_REDIS_URL": broker.url, **store.environment, **RECEIVERS}))
         self.accepted: list[str] = []
         self._names = itertools.count()
+        self.flow = model.name == "flow"
+        self.noisy = "lcm" if self.flow else "euler_ancestral"  # a scheduler of the model that draws noise at each step
 
     def environment(self, role: str | None = None, **extra: str) -> dict[str, str]:
         """Of a worker or service process; ``role`` is the broker's user as which it connects."""
@@ -152,7 +159,7 @@ class Cluster:
 
     def submit(self, count: int = 1, **fields: Any) -> list[str]:
         """Accepted job ids; prompts and seeds differ."""
-        base = {"prompt": "a cat", "num_inference_steps": 40, "scheduler": "euler_ancestral", "model": self.model.name} | fields
+        base = {"prompt": "a cat", "num_inference_steps": 40, "scheduler": self.noisy, "model": self.model.name} | fields
         requests = [JobRequest.parse(base | {"seed": len(self.accepted) + i}) for i in range(count)]
         self.offer()
         ids = [record.id for record in accepted(self.client.submit_many(requests))]

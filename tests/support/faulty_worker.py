@@ -32,7 +32,6 @@ def main() -> int:
     from latentline_worker.generate import launch
     from latentline_worker.models import registry
     from latentline_worker.models.base import Encoded, Row, Text
-    from latentline_worker.models.sd import StableDiffusion
 
     real_load = registry.load_entry
 
@@ -41,36 +40,45 @@ def main() -> int:
         return real_load(*args)
 
     registry.load_entry = load_entry
-    real_encode, real_denoise = StableDiffusion.encode, StableDiffusion.denoise
     poison: dict[str, tuple[torch.Tensor, str, int]] = {}
 
-    def encode(self: StableDiffusion, texts: Sequence[Text]) -> list[Encoded]:
-        encoded = real_encode(self, texts)
-        for text, one in zip(texts, encoded, strict=True):
-            if found := re.search(r"\[(oom|nan|error|kill|wedge)@(\d+)\]", text.prompt):
-                poison[text.prompt] = (one.row["prompt_embeds"].clone(), found[1], int(found[2]))
-        return encoded
+    def faulty(family: Any) -> None:
+        """Patch a family's class."""
+        real_encode, real_denoise = family.encode, family.denoise
 
-    def denoise(self: StableDiffusion, latents: torch.Tensor, timesteps: torch.Tensor, given: Row) -> torch.Tensor:
-        time.sleep(STEP_S)
-        out, states = real_denoise(self, latents, timesteps, given), given["prompt_embeds"]
-        for state, kind, when in poison.values():
-            rows = [i for i, row in enumerate(states) if torch.equal(row, state) and timesteps[i] <= when]
-            if not rows:
-                continue
-            if kind == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kind == "wedge":
-                threading.Event().wait()
-            if kind == "oom":
-                raise torch.OutOfMemoryError("out of memory, as asked for")
-            if kind == "error":
-                raise RuntimeError("failed, as asked for")
-            out = out.clone()
-            out[rows] = float("nan")
+        def encode(self: Any, texts: Sequence[Text]) -> list[Encoded]:
+            encoded: list[Encoded] = real_encode(self, texts)
+            for text, one in zip(texts, encoded, strict=True):
+                if found := re.search(r"\[(oom|nan|error|kill|wedge)@(\d+)\]", text.prompt):
+                    poison[text.prompt] = (one.row["prompt_embeds"].clone(), found[1], int(found[2]))
+            return encoded
+
+        def denoise(self: Any, latents: torch.Tensor, timesteps: torch.Tensor, given: Row) -> torch.Tensor:
+            time.sleep(STEP_S)
+            out: torch.Tensor = real_denoise(self, latents, timesteps, given)
+            for state, kind, when in poison.values():
+                rows = [i for i, row in enumerate(given["prompt_embeds"]) if torch.equal(row, state) and timesteps[i] <= when]
+                if rows:
+                    out = failed(out, rows, kind)
+            return out
+
+        family.encode, family.denoise = encode, denoise
+
+    def failed(out: torch.Tensor, rows: list[int], kind: str) -> torch.Tensor:
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "wedge":
+            threading.Event().wait()
+        if kind == "oom":
+            raise torch.OutOfMemoryError("out of memory, as asked for")
+        if kind == "error":
+            raise RuntimeError("failed, as asked for")
+        out = out.clone()
+        out[rows] = float("nan")
         return out
 
-    StableDiffusion.encode, StableDiffusion.denoise = encode, denoise
+    for family in set(registry.FAMILIES.values()):
+        faulty(family)
     Network.trace = lambda *_: None  # a recording would leave the faults out
     return launch.main(sys.argv[1:])
 
