@@ -56,6 +56,9 @@ def alone(pipeline: Any, family: Family, one: Work, output: str = "latent") -> A
     """What the plain pipeline gives, drawing the noise of its sampler from the job's generator as well."""
     request, kept = one.request, pipeline.scheduler
     pipeline.scheduler = make_scheduler(request.scheduler, family.scheduler_config)  # type: ignore[attr-defined]
+    # As from_config keeps what a class does not know: the pipeline reads from it how the shift depends on the size.
+    kept_by_name = {name: value for name, value in family.scheduler_config.items() if name.endswith(("_shift", "_seq_len"))}  # type: ignore[attr-defined]
+    pipeline.scheduler.register_to_config(**kept_by_name)
     if family.info.family == "sd" and not hasattr(pipeline.scheduler, "init_noise_sigma"):
         # What a stock StableDiffusionPipeline misses at the FlowMatch classes.
         pipeline.scheduler.init_noise_sigma, pipeline.scheduler.scale_model_input = 1.0, lambda x, _: x

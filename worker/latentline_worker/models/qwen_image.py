@@ -22,10 +22,10 @@ from .lora import Adapters, Target
 from .parts import decoded, first_noise, load_pipeline, lora_target, place
 from .patches import PATCH, pack, unpack
 from .sources import ModelFiles
+from .texts import LENGTHS, levelled, padded
 from .transfer import to_device
 
 PARTS = ("vae", "transformer", "text_encoder")
-TOKENS = 512  # of a text, as QwenImagePipeline encodes it
 # Of other pipelines' models: guidance as an input, an edited picture's tokens, layers.
 OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
@@ -33,8 +33,7 @@ OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3
 class QwenImage:
     """The :class:`~latentline_worker.models.base.Family` of Qwen-Image.
 
-    A row holds ``prompt_embeds`` (512, 3584) and ``prompt_mask`` (512,), which tells the text from its padding. Texts of any length
-    share a batch.
+    A row holds ``prompt_embeds`` (128 to 512, 3584), of which ``num_tokens`` () are the text.
     """
 
     def __init__(self, model_id: str, pipeline: QwenImagePipeline, device: torch.device, dtype: torch.dtype) -> None:
@@ -96,28 +95,23 @@ class QwenImage:
         return (prompt, Text(request.negative_prompt, negative=True)) if request.guidance_scale > 1 else (prompt,)
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        # The same computation as QwenImagePipeline.encode_prompt, without cutting each text to its length: that would wait for the
-        # device. The encoder looks backwards only, so a text that is cut before it gives the states of one that is cut after it.
+        # The same computation as QwenImagePipeline.encode_prompt, which asks the device for each text's length. The encoder looks backwards
+        # only, so that a text that is cut before it gives the states of one that is cut after it.
         pipeline = self._pipeline
         skipped = pipeline.prompt_template_encode_start_idx  # tokens of the template before the prompt
         prompts = [pipeline.prompt_template_encode.format(text.prompt) for text in texts]
         counts = [len(ids) - skipped for ids in pipeline.tokenizer(prompts, truncation=False, verbose=False).input_ids]
-        tokens = pipeline.tokenizer(
-            prompts, padding=True, max_length=TOKENS + skipped, truncation=True, padding_side="right", return_tensors="pt"
-        )
+        most = LENGTHS[-1] + skipped
+        tokens = pipeline.tokenizer(prompts, padding=True, max_length=most, truncation=True, padding_side="right", return_tensors="pt")
         ids, mask = to_device(tokens.input_ids, self.device), to_device(tokens.attention_mask, self.device)
         states = pipeline.text_encoder(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, logits_to_keep=1
         ).hidden_states[-1]
-        mask = mask[:, skipped:].bool()
-        states = torch.where(mask[..., None], states[:, skipped:], 0).to(self.dtype)
-        missing = TOKENS - states.shape[1]
-        states, mask = torch.nn.functional.pad(states, (0, 0, 0, missing)), torch.nn.functional.pad(mask, (0, missing))
-        rows = zip(states, mask, counts, strict=True)
-        return [Encoded({"prompt_embeds": one, "prompt_mask": two}, (count, TOKENS)) for one, two, count in rows]
+        rows = padded(states[:, skipped:].to(self.dtype), (tokens.attention_mask.sum(1) - skipped).tolist())
+        return [Encoded(row, (count, LENGTHS[-1])) for row, count in zip(rows, counts, strict=True)]
 
     def rows(self, request: ResolvedRequest, encoded: Sequence[Encoded]) -> list[Row]:
-        return [one.row for one in encoded]
+        return levelled(encoded)
 
     def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
         return first_noise(self, request, generator)
@@ -131,13 +125,14 @@ class QwenImage:
         net = self.transformer
         picture = net.img_in(pack(latents.to(self.dtype)))
         text = net.txt_in(net.txt_norm(rows["prompt_embeds"]))
+        mask = torch.arange(text.shape[1], device=text.device) < rows["num_tokens"][:, None]
         time = net.time_text_embed(timesteps.to(self.dtype) / 1000, picture)  # in bf16 the order tells
         turns = self._rotations(latents.shape[-2] // PATCH, latents.shape[-1] // PATCH, text.shape[1])
         for block in net.transformer_blocks:
             text, picture = block(
                 hidden_states=picture,
                 encoder_hidden_states=text,
-                encoder_hidden_states_mask=rows["prompt_mask"],
+                encoder_hidden_states_mask=mask,
                 temb=time,
                 image_rotary_emb=turns,
             )

@@ -20,11 +20,11 @@ from .flow import names_with_levels, table_with_levels, with_flow
 from .lora import Adapters, Target
 from .parts import decoded, decoder_dtype, first_noise, load_pipeline, lora_target, place
 from .sources import ModelFiles
+from .texts import LENGTHS, levelled, padded
 from .transfer import to_device
 
 PARTS = ("vae", "transformer", "text_encoder")
 PATCH = 2  # latents along the side of a token
-TOKENS = 512  # of a text, as ZImagePipeline encodes it
 MULTIPLE = 32  # the network takes texts and pictures in multiples of this many tokens (SEQ_MULTI_OF of diffusers)
 SIDE_PX = 1024  # the pipeline's own
 
@@ -32,7 +32,7 @@ SIDE_PX = 1024  # the pipeline's own
 class ZImage:
     """The :class:`~latentline_worker.models.base.Family` of Z-Image.
 
-    A row holds ``prompt_embeds`` (512, 2560), of which ``num_tokens`` () are the text. Texts of any length share a batch.
+    A row holds ``prompt_embeds`` (128 to 512, 2560), of which ``num_tokens`` () are the text.
     """
 
     def __init__(self, model_id: str, pipeline: ZImagePipeline, device: torch.device, dtype: torch.dtype) -> None:
@@ -95,28 +95,29 @@ class ZImage:
         return (prompt, Text(request.negative_prompt, negative=True)) if request.guidance_scale > 0 else (prompt,)
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        # The same computation as ZImagePipeline.encode_prompt, without cutting each text to its length: that would wait for the device.
+        # The same computation as ZImagePipeline.encode_prompt, which asks the device for each text's length. The encoder looks backwards
+        # only, so that padding to another length changes no state of a text.
         tokenizer = self._pipeline.tokenizer
         chats = [[{"role": "user", "content": text.prompt}] for text in texts]
         prompts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True, enable_thinking=True) for one in chats]
         counts = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids]
-        tokens = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, padding_side="right", return_tensors="pt")
-        mask = to_device(tokens.attention_mask, self.device).bool()
+        tokens = tokenizer(prompts, padding=True, max_length=LENGTHS[-1], truncation=True, padding_side="right", return_tensors="pt")
+        ids, mask = to_device(tokens.input_ids, self.device), to_device(tokens.attention_mask, self.device).bool()
         encoder = self._pipeline.text_encoder
-        states = encoder(to_device(tokens.input_ids, self.device), mask, output_hidden_states=True, use_cache=False).hidden_states[-2]
-        rows = zip(states.to(self.dtype), to_device(tokens.attention_mask.sum(1), self.device), counts, strict=True)
-        return [Encoded({"prompt_embeds": one, "num_tokens": number}, (count, TOKENS)) for one, number, count in rows]
+        states = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[-2]
+        rows = padded(states.to(self.dtype), tokens.attention_mask.sum(1).tolist())
+        return [Encoded(row, (count, LENGTHS[-1])) for row, count in zip(rows, counts, strict=True)]
 
     def rows(self, request: ResolvedRequest, encoded: Sequence[Encoded]) -> list[Row]:
-        return [one.row for one in encoded]
+        return levelled(encoded)
 
     def start(self, request: ResolvedRequest, index: int, generator: torch.Generator) -> torch.Tensor:
         return first_noise(self, request, generator, torch.float32)  # whatever the network's type
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Row) -> torch.Tensor:
-        """As ``ZImageTransformer2DModel.forward``, over tensors instead of lists of texts.
+        """As ``ZImageTransformer2DModel.forward``, over tensors instead of lists of texts, which are padded and masked.
 
-        Texts are padded to one length and masked. So nothing waits for the device to tell a text's length, the forward can be recorded
+        So nothing waits for the device to tell a text's length, the forward can be recorded
         and captured, and every layer sees a row axis, which adapters need.
         """
         net = self.transformer
