@@ -1,4 +1,4 @@
-"""One worker process with models of every family, of which all but one fit, through the whole stack: each has queues, and they take turns."""
+"""One worker with models of every family, of which all but one fit, through the whole stack: each has queues, and they take turns."""
 
 from __future__ import annotations
 
