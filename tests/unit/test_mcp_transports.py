@@ -1,0 +1,136 @@
+"""The MCP server as a process, over both transports and in both protocol versions: the unmodified client, a real API, the fake worker."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import anyio
+import pytest
+from mcp import Client, MCPError, StdioServerParameters
+from mcp_types import ImageContent, ResourceLink
+from support.live_api import Live, live_api
+
+from latentline.testing import TINY_PNG
+
+COMMAND = [sys.executable, "-m", "latentline.cli", "mcp"]
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with pytest.MonkeyPatch.context() as monkeypatch, live_api(monkeypatch) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def environment(live: Live) -> dict[str, str]:
+    return os.environ | {"LATENTLINE_URL": str(live.http.base_url)}
+
+
+@pytest.fixture(scope="module")
+def http_server(environment: dict[str, str]) -> Iterator[str]:
+    """The address of the server over streamable HTTP."""
+    server = subprocess.Popen([*COMMAND, "--http", "--port", "0"], env=environment, stderr=subprocess.PIPE, text=True)
+    assert server.stderr
+    ready = server.stderr.readline()
+    assert ready.startswith("ready http://127.0.0.1:"), ready + server.stderr.read()
+    yield ready.split()[1]
+    server.terminate()
+    said = server.stderr.read()
+    assert server.wait(20) in (0, -15), said
+    assert "Traceback" not in said
+    server.stderr.close()
+
+
+@pytest.fixture(params=["stdio", "http"])
+def server(request: pytest.FixtureRequest, environment: dict[str, str]) -> Any:
+    if request.param == "http":
+        return request.getfixturevalue("http_server")
+    return StdioServerParameters(command=COMMAND[0], args=COMMAND[1:], env=environment)
+
+
+def working(live: Live) -> threading.Thread:
+    """The fake worker runs the next job, in a thread."""
+
+    def work() -> None:
+        while not live.worker.run_all():
+            pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def using(server: Any, mode: Any, use: Callable[[Client], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with Client(server, mode=mode) as client:
+            await use(client)
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize(("mode", "version"), [("legacy", "2025-11-25"), ("auto", "2026-07-28")])
+def test_a_picture_with_progress(live: Live, server: Any, mode: str, version: str) -> None:
+    async def use(client: Client) -> None:
+        assert client.protocol_version == version
+        assert {tool.name for tool in (await client.list_tools()).tools} == {"generate_image", "get_image", "list_models", "cancel_job"}
+        models = await client.call_tool("list_models", {})
+        assert "latentline-emoji" in [model["id"] for model in models.structured_content["models"]]
+        told: list[float] = []
+
+        async def progress(value: float, total: float | None, message: str | None) -> None:
+            assert total == 6 and message
+            told.append(value)
+
+        arguments = {"prompt": "a red apple", "num_inference_steps": 6, "seed": 3}
+        worker = working(live)
+        result = await client.call_tool("generate_image", arguments, progress_callback=progress)
+        worker.join()
+        assert not result.is_error, result.content
+        (picture,) = [one for one in result.content if isinstance(one, ImageContent)]
+        assert picture.mime_type == "image/webp"
+        assert len(told) >= 2 and told == sorted(set(told)) and told[-1] == 6
+        (link,) = [one for one in result.content if isinstance(one, ResourceLink)]
+        (full,) = (await client.read_resource(link.uri)).contents
+        assert base64.b64decode(full.blob) == TINY_PNG  # type: ignore[union-attr]
+
+    using(server, mode, use)
+
+
+def test_a_time_out_and_a_cancel(live: Live, server: Any) -> None:
+    """What the client gives up goes on, and is there when the model asks for it; what the model cancels ends."""
+
+    async def use(client: Client) -> None:
+        with pytest.raises(MCPError):
+            await client.call_tool("generate_image", {"prompt": "a panda", "seed": 1}, read_timeout_seconds=1.5)
+        (job, *_) = live.http.get("/v1/jobs").json()["jobs"]
+        assert job["request"]["seed"] == 1 and job["status"] == "queued" and not job["cancel_requested"]
+        worker = working(live)
+        result = await client.call_tool("get_image", {})
+        worker.join()
+        assert (result.structured_content["status"], result.structured_content["job_id"]) == ("succeeded", job["id"])
+
+        begun = anyio.Event()
+
+        async def progress(value: float, total: float | None, message: str | None) -> None:
+            begun.set()
+
+        async def generate() -> None:
+            result = await client.call_tool("generate_image", {"prompt": "a panda"}, progress_callback=progress)
+            assert result.is_error and "was cancelled" in str(result.content)
+
+        async with anyio.create_task_group() as calls:
+            calls.start_soon(generate)
+            await begun.wait()
+            (newest,) = live.http.get("/v1/jobs", params={"limit": 1}).json()["jobs"]
+            ended = await client.call_tool("cancel_job", {"job_id": newest["id"]})
+            assert ended.structured_content["status"] == "cancelled"
+
+    using(server, "auto", use)
+    while live.worker.take():  # the wake-up of what was cancelled
+        pass
