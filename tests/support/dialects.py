@@ -39,6 +39,7 @@ class Speaker:
     waits = False  # whether a request is answered when its job has ended
     shows_running = False  # whether it shows a job only while that runs
     statuses: ClassVar[dict[str, int]] = {}  # native code -> status, where it is not the native one
+    words: ClassVar[tuple[str, ...]] = ()  # native words that are this dialect's own too
 
     def headers(self, key: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {key}"}
@@ -183,4 +184,44 @@ class A1111(Speaker):
         return bool(http.get("/sdapi/v1/progress", headers=headers).json()["state"]["job"] == job_id)
 
 
-SPEAKERS: tuple[Speaker, ...] = (Speaker(), OpenAI(), A1111())
+class Replicate(Speaker):
+    name = "replicate"
+    path = "/replicate/v1/predictions"
+    words: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
+
+    def body(self, ask: Ask) -> dict[str, Any]:
+        width, height = ask.size or (None, None)
+        fields = {
+            "prompt": ask.prompt, "num_inference_steps": ask.steps, "num_outputs": ask.count, "width": width, "height": height,
+            "scheduler": ask.sampler, "seed": ask.seed,
+        }  # fmt: skip
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {"version": f"latentline/{ask.model or 'latentline-emoji'}", "input": given} | ask.more
+
+    def field_of(self, word: str) -> str:
+        words = {"size": "width", "sampler": "scheduler", "steps": "num_inference_steps", "count": "num_outputs", "model": "version"}
+        return words.get(word, word)
+
+    def pictures(self, http: httpx.Client, answer: httpx.Response, headers: dict[str, str]) -> list[bytes]:
+        output = http.get(f"{self.path}/{self.job_id(answer)}", headers=headers).json()["output"]
+        return [base64.b64decode(one.partition(",")[2]) for one in output]
+
+    def blamed(self, answer: httpx.Response) -> str | None:
+        error = answer.json()
+        assert (
+            set(error) - {"invalid_fields"} == {"title", "detail", "status", "type", "instance"} and error["status"] == answer.status_code
+        )
+        return error["invalid_fields"][0]["field"].removeprefix("input.") if "invalid_fields" in error else None
+
+    def progress(self, http: httpx.Client, job_id: str, headers: dict[str, str]) -> float:
+        step, _, num_steps = http.get(f"{self.path}/{job_id}", headers=headers).json()["logs"].split()[-1].partition("/")
+        return int(step) / int(num_steps)
+
+    def cancel(self, http: httpx.Client, job_id: str, headers: dict[str, str]) -> None:
+        http.post(f"{self.path}/{job_id}/cancel", headers=headers).raise_for_status()
+
+    def sees(self, http: httpx.Client, job_id: str, headers: dict[str, str]) -> bool:
+        return http.get(f"{self.path}/{job_id}", headers=headers).status_code == 200
+
+
+SPEAKERS: tuple[Speaker, ...] = (Speaker(), OpenAI(), Replicate(), A1111())

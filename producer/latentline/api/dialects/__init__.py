@@ -9,9 +9,13 @@ from starlette.datastructures import State
 
 from latentline.settings import Settings
 
-from . import a1111, openai
+from . import a1111, openai, replicate
 
-DIALECTS: dict[str, Callable[[State, Settings], FastAPI]] = {"/openai/v1": openai.create, "/sdapi/v1": a1111.create}
+DIALECTS: dict[str, Callable[[State, Settings], FastAPI]] = {
+    "/openai/v1": openai.create,
+    "/replicate/v1": replicate.create,
+    "/sdapi/v1": a1111.create,
+}
 """Where each dialect stands, and what makes its application: it gets the state that all of them share, and the settings."""
 
 

@@ -1,0 +1,192 @@
+"""Replicate's dialect through its unmodified client: a real API on loopback over fakeredis, and the fake worker."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import replicate
+from pydantic import SecretStr
+from replicate.exceptions import ModelError, ReplicateError
+from replicate.webhook import InvalidSignatureError, Webhooks
+from support.live_api import Live, live_api
+from support.receiver import Receiver
+
+from latentline import Settings
+from latentline.api.dialects.replicate.names import find, full_name, version_of
+from latentline.jobs import JobError
+from latentline.testing import TINY_PNG
+from latentline_worker.callbacks.deliverer import Deliverer
+
+MODEL = "latentline/latentline-emoji"
+SECRET = "whsec_" + "A" * 32
+SETTINGS = Settings(
+    model_aliases="sdxl=latentline-emoji", callback_allow="127.0.0.1/32", callback_ports="1-65535", callback_secret=SecretStr(SECRET)
+)
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
+    with live_api(monkeypatch, SETTINGS) as live:
+        yield live
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[replicate.Client]:
+    made = replicate.Client(api_token="none", base_url=str(live.http.base_url).rstrip("/") + "/replicate")
+    made.poll_interval = 0.02
+    yield made
+    made._client.close()
+
+
+@pytest.fixture
+def working(live: Live) -> Iterator[None]:
+    """The fake worker runs whatever waits."""
+    end = threading.Event()
+
+    def work() -> None:
+        while not end.wait(0.01):
+            live.worker.run_all()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    end.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("ref", [MODEL, f"{MODEL}:{version_of('latentline-emoji')}", "latentline/sdxl"])
+def test_run_gives_files(client: replicate.Client, working: None, ref: str) -> None:
+    output = client.run(ref, input={"prompt": "a cat", "num_outputs": 2, "scheduler": "K_EULER", "seed": 3})
+    assert [one.read() for one in output] == [TINY_PNG] * 2
+
+
+def test_a_wait_that_runs_out_is_answered_starting_and_run_polls_on(client: replicate.Client, live: Live) -> None:
+    made = client.models.predictions.create(model=MODEL, input={"prompt": "a cat", "num_inference_steps": 4}, wait=1)
+    assert made.status == "starting" and made.output is None
+    claim = live.worker.records.claim(live.worker.take() or "", "fake", 30)
+    assert claim is not None
+    assert client.predictions.get(made.id).status == "processing"
+    live.worker.finish(claim)
+    made.wait()
+    assert made.status == "succeeded" and made.output and made.metrics and made.progress and made.progress.current == 4
+    assert made.logs and made.logs.startswith("Using seed: ")
+    assert live.http.get(f"/v1/jobs/{made.id}").json()["status"] == "succeeded"
+
+
+def test_create_list_cancel(client: replicate.Client, live: Live) -> None:
+    made = client.predictions.create(version=version_of("latentline-emoji"), input={"prompt": "a cat", "output_format": "jpg"})
+    assert (made.status, made.model, made.version) == ("starting", MODEL, version_of("latentline-emoji"))
+    native = live.submit(prompt="made elsewhere")
+    page = client.predictions.list()
+    assert [one.id for one in page.results] == [native["id"], made.id] and page.next is None
+    assert page.results[1].input and page.results[1].input["output_format"] == "jpeg"
+    made.cancel()
+    assert made.status == "canceled" and client.predictions.get(made.id).completed_at
+    for _ in range(100):
+        live.submit()
+    first = client.predictions.list()
+    assert len(first.results) == 100 and first.next
+    assert [one.id for one in client.predictions.list(first.next).results][-2:] == [native["id"], made.id]
+
+
+def test_stream(client: replicate.Client, working: None) -> None:
+    events = list(client.stream(MODEL, input={"prompt": "a cat", "num_inference_steps": 3, "go_fast": True}))
+    kinds = [event.event.value for event in events]
+    assert kinds[0] == "logs" and kinds[-2:] == ["output", "done"] and kinds.count("logs") == 5
+    assert "go_fast was ignored: num_inference_steps decides" in events[0].data
+    assert "| 3/3" in events[-3].data and "done" not in kinds[:-1]
+    assert events[-2].data.read() == TINY_PNG  # type: ignore[attr-defined]
+
+
+def test_a_failed_prediction(client: replicate.Client, live: Live, working: None) -> None:
+    live.worker.fail_with = JobError(code="out_of_memory", message="needs 9 GB")
+    with pytest.raises(ModelError, match="out_of_memory: needs 9 GB"):
+        client.run(MODEL, input={"prompt": "a cat"})
+    with pytest.raises(RuntimeError, match="out_of_memory"):
+        list(client.stream(MODEL, input={"prompt": "a cat"}))
+
+
+def test_models_and_versions(client: replicate.Client) -> None:
+    assert [one.id for one in client.models.list().results] == [MODEL, "latentline/sdxl"]
+    model = client.models.get(MODEL)
+    assert model.latest_version and model.versions.list().results[0].id == model.latest_version.id == version_of("latentline-emoji")
+    assert "prompt" in model.latest_version.openapi_schema["components"]["schemas"]["Input"]["properties"]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"input": {}}, "input.prompt"),
+    "unknown input": ({"input": {"prompt": "x", "steps": 3}}, "input.steps"),
+    "a size": ({"input": {"prompt": "x", "width": 1024, "height": 1024}}, "input.width"),
+    "a scheduler": ({"input": {"prompt": "x", "scheduler": "K_LMS"}}, "input.scheduler"),
+    "a webhook": ({"input": {"prompt": "x"}, "webhook": "ftp://x"}, "webhook"),
+    "an event": (
+        {"input": {"prompt": "x"}, "webhook": "http://127.0.0.1:8080/", "webhook_events_filter": ["end"]},
+        "webhook_events_filter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_field_in_this_dialects_words(client: replicate.Client, live: Live, name: str) -> None:
+    body, field = BAD[name]
+    answer = live.http.post("/replicate/v1/predictions", json=body | {"version": MODEL})
+    assert answer.status_code == 422 and answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["invalid_fields"][0]["field"] == field and problem["detail"].startswith(f"{field}: ")
+    assert "num_images" not in answer.text and "tenant" not in answer.text and problem["title"] == "Input validation failed"
+
+
+def test_unknown_models_versions_predictions(client: replicate.Client) -> None:
+    with pytest.raises(ReplicateError, match="version: got 'stability-ai/sdxl'; allowed: one of: latentline/latentline-emoji") as found:
+        client.run("stability-ai/sdxl", input={"prompt": "x"})
+    assert found.value.status == 404 and found.value.title == "Not Found"
+    with pytest.raises(ReplicateError, match="version: got"):
+        client.predictions.create(version="0" * 64, input={"prompt": "x"})
+    with pytest.raises(ReplicateError, match="no job"):
+        client.predictions.get("0" * 32)
+    with pytest.raises(ReplicateError, match="Prefer"):
+        client.predictions.create(version=MODEL, input={"prompt": "x"}, wait=61)
+
+
+def test_webhooks_become_callbacks(client: replicate.Client, live: Live) -> None:
+    url = "http://127.0.0.1:8080/hook"
+    wanted = {
+        None: {"job.running", "job.succeeded", "job.failed", "job.cancelled"},
+        ("completed",): {"job.succeeded", "job.failed", "job.cancelled"},
+        ("start",): {"job.running"},
+    }
+    for events, native in wanted.items():
+        more = {} if events is None else {"webhook_events_filter": list(events)}
+        made = client.predictions.create(version=MODEL, input={"prompt": "x"}, webhook=url, **more)  # type: ignore[arg-type]
+        callback = live.http.get(f"/v1/jobs/{made.id}").json()["request"]["callback"]
+        assert callback["url"] == url and set(callback["events"]) == native
+    made = client.predictions.create(version=MODEL, input={"prompt": "x"}, webhook=url, webhook_events_filter=["logs"])
+    assert live.http.get(f"/v1/jobs/{made.id}").json()["request"]["callback"] is None
+
+
+def test_a_webhook_is_valid_by_the_clients_own_validator(client: replicate.Client, live: Live) -> None:
+    receiver = Receiver()
+    made = client.predictions.create(version=MODEL, input={"prompt": "x"}, webhook=receiver.url, webhook_events_filter=["completed"])
+    live.worker.run_all()
+    Deliverer(live.worker.records, [SECRET], SETTINGS.callback_rule).deliver(f"msg_{made.id}_succeeded")
+    receiver.close()
+    ((headers, body),) = receiver.requests
+    assert json.loads(body)["data"]["id"] == made.id and json.loads(body)["data"]["status"] == "succeeded"
+    secret = client.webhooks.default.secret()
+    Webhooks.validate(headers=headers, body=body.decode(), secret=secret, tolerance=300)
+    with pytest.raises(InvalidSignatureError):
+        Webhooks.validate(headers=headers, body=body.decode() + " ", secret=secret)
+
+
+def test_names() -> None:
+    names = {full_name(model): model for model in ("emoji", "base/sdxl", "a/b/c")}
+    assert list(names) == ["latentline/emoji", "base/sdxl", "a/b--c"]
+    assert find("base/sdxl", names) == "base/sdxl" == find(version_of("base/sdxl"), names)
+    assert find(f"a/b--c:{version_of('a/b/c')}", names) == "a/b/c"
+    assert find("latentline/gone", names) == "gone" and find("x/y--z", names) == "x/y/z", "names that a model would have"
+    for unknown in ("a/b--c:0", "0" * 64):
+        assert find(unknown, names) not in names.values()
