@@ -9,16 +9,20 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import anyio
+import httpx2
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from mcp import Client, MCPError
+from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CallToolResult, ImageContent, ResourceLink, TextContent
 from PIL import Image
-from support.live_api import Live, live_api
+from support.live_api import Live, live_api, serving
 
+from latentline import Settings, records
 from latentline.cli import main
 from latentline.jobs import JobError
+from latentline.keys import NewKey
 from latentline.mcp.pictures import for_chat
 from latentline.mcp.server import create_server
 
@@ -223,3 +227,29 @@ def test_pictures_that_come_are_images(live: Live) -> None:
         assert all(result.structured_content["job_id"] in (message or "") for _, _, message in told)
 
     using(live, use)
+
+
+def test_over_http_each_caller_has_their_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(auth="keys")
+    with live_api(monkeypatch, settings) as live:
+        keys = [records.run(live.worker.redis, records.create_key(NewKey.parse(tenant=name)))[0] for name in ("ann", "bob")]
+        server = create_server(str(live.http.base_url), None, 0.1, 400_000)
+        with serving(server.streamable_http_app()) as (http, _):  # type: ignore[arg-type]
+
+            async def call(key: str | None, tool: str, arguments: dict[str, Any]) -> CallToolResult:
+                headers = {"Authorization": f"Bearer {key}"} if key else {}
+                async with httpx2.AsyncClient(headers=headers) as http_client:
+                    transport = streamable_http_client(str(http.base_url.join("/mcp")), http_client=http_client)
+                    async with Client(transport) as client:
+                        return await client.call_tool(tool, arguments)
+
+            async def main() -> None:
+                made = await call(keys[0], "generate_image", {"prompt": "a cat"})
+                job_id = made.structured_content["job_id"]
+                assert (await call(keys[0], "get_image", {})).structured_content["job_id"] == job_id
+                assert text(await call(keys[1], "get_image", {})).startswith("job_id: none was given")
+                assert text(await call(keys[1], "get_image", {"job_id": job_id})).startswith("no job")
+                assert "Authorization" in text(await call(None, "list_models", {}))
+
+            anyio.run(main)
+            assert http.post("/mcp", headers={"host": "evil.example"}, json={}).status_code == 421
