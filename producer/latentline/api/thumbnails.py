@@ -23,7 +23,7 @@ from .methods import IS_HEAD
 from .pictures import known, lasting, picture_of
 from .service import Reading
 
-MAX_CACHE_BYTES = 32 * 1024 * 1024  # some 3,000 thumbnails of 256 pixels
+MAX_CACHE_BYTES = 32 * 1024 * 1024  # some 1,000 thumbnails of 256 pixels
 MAX_AT_ONCE = 2  # made at the same time, each from a picture in memory: one of 2048 x 2048 takes 12 MB
 QUALITY = 80  # of WebP
 
