@@ -509,6 +509,24 @@ def test_only_workers_of_its_level_take_a_job(client: Any, worker: FakeWorker, i
     assert [record.id for record in newer.run_all()] == [higher.id]
 
 
+@pytest.mark.parametrize(("field", "value"), [("num_images", 10), ("prompt", "x" * 32_000)])
+def test_what_goes_beyond_level_1_waits_for_workers_that_can_read_it(
+    client: Any, worker: FakeWorker, images: FakeImages, field: str, value: Any
+) -> None:
+    older = FakeWorker(worker.redis, images, name=worker.name, level=1)
+    older.announce()
+    asked = {"prompt": "a cat", "num_inference_steps": 1, field: value}
+    with pytest.raises(InvalidRequest, match="they have level 1, this needs level 2") as caught:
+        client.submit(**asked)
+    assert caught.value.field == field
+    newer = FakeWorker(worker.redis, images, name="newer@test")
+    newer.announce()
+    job = client.submit(**asked)
+    assert older.take() is None and older.records.claim(job.id, older.name, 30) is None
+    (done,) = newer.run_all()
+    assert done.status is Status.SUCCEEDED and len(done.images) == job.request.num_images
+
+
 def test_a_lost_message_of_a_higher_level_is_written_anew_by_any_worker(
     client: Any, worker: FakeWorker, images: FakeImages, level_4: None
 ) -> None:
