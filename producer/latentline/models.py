@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel, NonNegativeInt, PositiveInt
 
 from .errors import InvalidRequest
-from .requests import MAX_SIZE_PX, MIN_SIZE_PX, SIZE_MULTIPLE_PX, Guidance, JobRequest, Message, Scheduler, Steps
+from .requests import FIRST_PROMPT_CHARS, MAX_SIZE_PX, MIN_SIZE_PX, SIZE_MULTIPLE_PX, Guidance, JobRequest, Message, Scheduler, Steps
 
 if TYPE_CHECKING:
     from .jobs import ResolvedRequest
@@ -22,7 +22,11 @@ ADDED: dict[str, int] = {"loras": 3}
 
 Adapters have a level of their own: workers whose models have none do not read its queues."""
 
-RAISED: dict[str, tuple[int, int]] = {"prompt": (2000, 2), "negative_prompt": (2000, 2), "num_images": (8, 2)}
+RAISED: dict[str, tuple[int, int]] = {
+    "prompt": (FIRST_PROMPT_CHARS, 2),
+    "negative_prompt": (FIRST_PROMPT_CHARS, 2),
+    "num_images": (8, 2),
+}
 """Limits that were raised after level 1: a field's limit then, and the level of what goes beyond it."""
 
 SCHEDULERS: tuple[str, ...] = (

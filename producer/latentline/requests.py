@@ -6,6 +6,7 @@ and what is allowed. What is stored afterwards is :class:`latentline.jobs.Resolv
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import secrets
@@ -20,6 +21,7 @@ SCHEMA_VERSION: Final = 1
 
 # Limits of a request. A model may allow less: its announcement says so.
 MAX_PROMPT_CHARS = 32_000
+FIRST_PROMPT_CHARS = 2000  # the limit of version 0.1.0
 MIN_SIZE_PX = 64
 MAX_SIZE_PX = 2048
 SIZE_MULTIPLE_PX = 8  # latents must come out whole: the autoencoder of Stable Diffusion makes one of 8 pixels
@@ -208,7 +210,10 @@ class JobRequest(Submitted):
             resolved: fields to count as if the client had sent them.
         """
         data = self.model_dump(mode="json", exclude={"idempotency_key"}, exclude_unset=True) | resolved
-        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        # It is stored twice beside the record. Of texts that version 0.1.0 can have stored too, as they are.
+        long = max(len(self.prompt), len(self.negative_prompt)) > FIRST_PROMPT_CHARS
+        return hashlib.sha256(text.encode()).hexdigest() if long else text
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:

@@ -509,6 +509,14 @@ def test_only_workers_of_its_level_take_a_job(client: Any, worker: FakeWorker, i
     assert [record.id for record in newer.run_all()] == [higher.id]
 
 
+def test_a_long_prompt_is_recognised_under_its_idempotency_key_and_not_stored_with_it(client: Any, worker: FakeWorker) -> None:
+    first = client.submit(prompt="x" * 32_000, idempotency_key="k")
+    assert client.submit(prompt="x" * 32_000, idempotency_key="k").id == first.id
+    with pytest.raises(IdempotencyConflict):
+        client.submit(prompt="x" * 31_999 + "y", idempotency_key="k")
+    assert sum(map(len, worker.redis.hgetall(routing.idempotency_key("default", "k")).values())) < 500
+
+
 @pytest.mark.parametrize(("field", "value"), [("num_images", 10), ("prompt", "x" * 32_000)])
 def test_what_goes_beyond_level_1_waits_for_workers_that_can_read_it(
     client: Any, worker: FakeWorker, images: FakeImages, field: str, value: Any
