@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import fakeredis
 import pytest
+from support.live_api import live_api
 from support.stubs import FAMILY
 
-from latentline import records, routing
+from latentline import Settings, records, routing
 from latentline.errors import JobNotFound
 from latentline.jobs import Claim, JobError, JobRequest, Phase, Status, resolve
+from latentline.keys import NewKey
 from latentline.provenance import LoraFile, Made
 from latentline.records import Backoff, Beat, Records
 from latentline.timeline import (
@@ -297,3 +299,33 @@ def test_an_account_never_fails_a_job(bench: Bench, caplog: pytest.LogCaptureFix
     job.request = None
     assert account_of(job) == account_of(LeasedJob(job.claim)) == ""
     assert request.steps
+
+
+# Over HTTP
+
+
+def test_an_owner_sees_steps_and_an_admin_also_who_shared_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with live_api(monkeypatch, Settings(auth="keys")) as live:
+
+        def key(tenant: str, *scopes: str) -> dict[str, str]:
+            text, _ = records.run(live.worker.redis, records.create_key(NewKey.parse(tenant=tenant, scopes=scopes)))
+            return {"Authorization": f"Bearer {text}"}
+
+        owner, admin, other = key("ann", "read", "submit"), key("ops", "admin"), key("bob", "read")
+        job_id = live.http.post("/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 2}, headers=owner).json()["id"]
+        claim = live.worker.records.claim(job_id, "gpu0@secret-host:12", 30)
+        assert claim is not None
+        told_by_worker = account(runs=(Run(1, 2, 4, 10, (5.0, 6.0)),), beside=("foreign-job",))
+        live.worker.records.settle(job_id, claim.token, Status.SUCCEEDED, account=told_by_worker)
+        path = f"/v1/jobs/{job_id}/timeline"
+        to_owner, to_admin = (live.http.get(path, headers=headers) for headers in (owner, admin))
+        assert to_owner.status_code == to_admin.status_code == 200 and to_owner.headers["cache-control"] == "no-store"
+        for answer in (to_owner, to_admin):
+            (run,) = Timeline.model_validate(answer.json()).attempts[0].steps
+            assert (run.count, run.jobs, run.rows, run.durations_ms) == (2, 2, 4, [5.0, 6.0])
+        assert "secret-host" in to_admin.text and "foreign-job" in to_admin.text
+        assert "secret-host" not in to_owner.text and "foreign-job" not in to_owner.text
+        assert live.http.get(path, headers=other).status_code == 404
+        schema = live.http.get("/openapi.json").json()
+        answered = schema["paths"]["/v1/jobs/{job_id}/timeline"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        assert answered == {"$ref": "#/components/schemas/Timeline"} and "StepRun" in schema["components"]["schemas"]
