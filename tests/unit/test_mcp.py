@@ -21,7 +21,7 @@ from support.live_api import Live, live_api, serving
 
 from latentline import Settings, records
 from latentline.cli import main
-from latentline.jobs import JobError
+from latentline.jobs import JobError, JobWarning
 from latentline.keys import NewKey
 from latentline.mcp.pictures import for_chat
 from latentline.mcp.server import create_server
@@ -149,6 +149,19 @@ def test_cancelled_and_failed_jobs_say_so(live: Live) -> None:
         working(live).join()
         result = await client.call_tool("get_image", {"job_id": made.structured_content["job_id"]})
         assert result.is_error and text(result).endswith("failed: out_of_memory: needs 9 GB")
+
+    using(live, use, wait_s=0.1)
+
+
+def test_what_the_worker_warns_of_is_told(live: Live) -> None:
+    async def use(client: Client) -> None:
+        job_id = (await client.call_tool("generate_image", {"prompt": "a cat"})).structured_content["job_id"]
+        claim = live.worker.records.claim(live.worker.take() or "", "fake", 30)
+        assert claim is not None
+        warning = JobWarning(code="prompt_truncated", field="prompt", message="prompt has more tokens than are read")
+        live.worker.records.warn(job_id, claim.token, [warning])
+        live.worker.finish(claim)
+        assert text(await client.call_tool("get_image", {})).endswith("\nWarning: prompt has more tokens than are read")
 
     using(live, use, wait_s=0.1)
 

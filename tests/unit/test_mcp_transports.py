@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -18,6 +21,8 @@ from support.live_api import Live, live_api
 
 from latentline.testing import TINY_PNG
 
+PAGE = (Path(__file__).parents[2] / "docs" / "mcp.md").read_text()
+CONFIGURATIONS = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
 COMMAND = [sys.executable, "-m", "latentline.cli", "mcp"]
 
 
@@ -51,7 +56,8 @@ def http_server(environment: dict[str, str]) -> Iterator[str]:
 def server(request: pytest.FixtureRequest, environment: dict[str, str]) -> Any:
     if request.param == "http":
         return request.getfixturevalue("http_server")
-    return StdioServerParameters(command=COMMAND[0], args=COMMAND[1:], env=environment)
+    host = CONFIGURATIONS[0]["mcpServers"]["latentline"]
+    return StdioServerParameters(command=COMMAND[0], args=[*COMMAND[1:-1], *host["args"]], env=environment)
 
 
 def working(live: Live) -> threading.Thread:
@@ -134,3 +140,20 @@ def test_a_time_out_and_a_cancel(live: Live, server: Any) -> None:
     using(server, "auto", use)
     while live.worker.take():  # the wake-up of what was cancelled
         pass
+
+
+def test_the_configurations_of_the_docs_are_those_that_run_here() -> None:
+    claude, cursor, code = CONFIGURATIONS
+    host = claude["mcpServers"]["latentline"]
+    assert host["command"] == "latentline" and host["args"] == ["mcp"] and set(host["env"]) == {"LATENTLINE_URL", "LATENTLINE_API_KEY"}
+    assert code["servers"]["latentline"] == {"type": "stdio", **host}
+    assert cursor["mcpServers"]["latentline"]["url"].endswith("/mcp")
+    assert cursor["mcpServers"]["latentline"]["headers"]["Authorization"].startswith("Bearer ll_")
+
+
+def test_the_snippet_of_the_docs(live: Live, http_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    worker = working(live)
+    exec(compile(snippet.replace("http://127.0.0.1:8765/mcp", http_server), "docs/mcp.md", "exec"), {"__name__": "snippet"})
+    worker.join()
+    assert capsys.readouterr().out == "['text', 'image', 'resource_link']\n"

@@ -17,7 +17,7 @@ from support.receiver import Receiver
 
 from latentline import Settings
 from latentline.api.dialects.replicate.names import find, full_name, version_of
-from latentline.jobs import JobError
+from latentline.jobs import JobError, JobWarning
 from latentline.testing import TINY_PNG
 from latentline_worker.callbacks.deliverer import Deliverer
 
@@ -75,6 +75,17 @@ def test_a_wait_that_runs_out_is_answered_starting_and_run_polls_on(client: repl
     assert made.status == "succeeded" and made.output and made.metrics and made.progress and made.progress.current == 4
     assert made.logs and made.logs.startswith("Using seed: ")
     assert live.http.get(f"/v1/jobs/{made.id}").json()["status"] == "succeeded"
+
+
+def test_logs_say_what_the_worker_warns_of(client: replicate.Client, live: Live) -> None:
+    made = client.predictions.create(version=MODEL, input={"prompt": "a cat"})
+    claim = live.worker.records.claim(live.worker.take() or "", "fake", 30)
+    assert claim is not None
+    warning = JobWarning(code="prompt_truncated", field="prompt", message="prompt has more tokens than are read")
+    live.worker.records.warn(made.id, claim.token, [warning])
+    live.worker.finish(claim)
+    made.reload()
+    assert made.logs and warning.message in made.logs.splitlines() and made.progress
 
 
 def test_create_list_cancel(client: replicate.Client, live: Live) -> None:

@@ -75,7 +75,8 @@ def _sentence(job: dict[str, Any], result: JobResult) -> str:
     job_id = result.job_id
     if result.status == "succeeded":
         lines = [f"seed {one.seed}, {one.width}x{one.height}, full size: {one.url}" for one in result.pictures]
-        return "\n".join([f"Job {job_id} succeeded with model {job['request']['model']}.", *lines])
+        warned = [f"Warning: {warning['message']}" for warning in job.get("warnings", [])]
+        return "\n".join([f"Job {job_id} succeeded with model {job['request']['model']}.", *lines, *warned])
     if result.status in ENDED:
         return f"Job {job_id} {'failed' if result.status == 'failed' else 'was cancelled'}" + (f": {result.error}" if result.error else ".")
     if result.queue_position is not None:

@@ -105,7 +105,8 @@ def logs(record: JobRecord) -> str:
 def head(record: JobRecord) -> str:
     """The first lines of a job's log."""
     ignored = [name for name in str(record.request.metadata.get("ignored", "")).split(",") if name in IGNORED]
-    return "".join([f"Using seed: {record.request.seed}\n", *(f"{name} was ignored: {IGNORED[name]}\n" for name in ignored)])
+    lines = [f"Using seed: {record.request.seed}", *(f"{name} was ignored: {IGNORED[name]}" for name in ignored)]
+    return "".join(f"{line}\n" for line in [*lines, *(warning.message for warning in record.warnings)])
 
 
 def progress_line(step: int, num_steps: int) -> str:
