@@ -88,7 +88,7 @@ def test_logs_say_what_the_worker_warns_of(client: replicate.Client, live: Live)
     assert made.logs and warning.message in made.logs.splitlines() and made.progress
 
 
-def test_create_list_cancel(client: replicate.Client, live: Live) -> None:
+def test_create_list_cancel(client: replicate.Client, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     made = client.predictions.create(version=version_of("latentline-emoji"), input={"prompt": "a cat", "output_format": "jpg"})
     assert (made.status, made.model, made.version) == ("starting", MODEL, version_of("latentline-emoji"))
     native = live.submit(prompt="made elsewhere")
@@ -97,10 +97,11 @@ def test_create_list_cancel(client: replicate.Client, live: Live) -> None:
     assert page.results[1].input and page.results[1].input["output_format"] == "jpeg"
     made.cancel()
     assert made.status == "canceled" and client.predictions.get(made.id).completed_at
-    for _ in range(100):
+    monkeypatch.setattr("latentline.api.dialects.replicate.routes.PAGE_SIZE", 3)
+    for _ in range(3):
         live.submit()
     first = client.predictions.list()
-    assert len(first.results) == 100 and first.next
+    assert len(first.results) == 3 and first.next
     assert [one.id for one in client.predictions.list(first.next).results][-2:] == [native["id"], made.id]
 
 
@@ -111,6 +112,15 @@ def test_stream(client: replicate.Client, working: None) -> None:
     assert "go_fast was ignored: num_inference_steps decides" in events[0].data
     assert "| 3/3" in events[-3].data and "done" not in kinds[:-1]
     assert events[-2].data.read() == TINY_PNG  # type: ignore[attr-defined]
+
+
+def test_through_https_outputs_are_urls_of_the_api(live: Live, working: None) -> None:
+    """Behind a proxy that ends TLS. The key that a client sends along stays with the API."""
+    headers = {"X-Forwarded-Proto": "https", "Prefer": "wait"}
+    made = live.http.post("/replicate/v1/predictions", json={"version": MODEL, "input": {"prompt": "a cat"}}, headers=headers).json()
+    base = str(live.http.base_url).rstrip("/").replace("http:", "https:")
+    assert made["output"] == [f"{base}/v1/jobs/{made['id']}/images/0"] and made["urls"]["get"].startswith(f"{base}/replicate/v1/")
+    assert live.http.get(made["output"][0].replace("https:", "http:")).content == TINY_PNG
 
 
 def test_a_failed_prediction(client: replicate.Client, live: Live, working: None) -> None:
