@@ -401,6 +401,34 @@ def test_openai_a_request_that_is_sent_again_to_another_process_gets_its_job(ben
     assert len(bench.jobs()) == 1 and hashlib.sha256(TINY_PNG).hexdigest() == bench.get(job_id).images[0].sha256
 
 
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "prompt", "missing_required_parameter"),
+    ({"width": 64}, "width", "unknown_parameter"),
+    ({"prompt": ""}, "prompt", "string_below_min_length"),
+    ({"prompt": "a" * 2001}, "prompt", "string_above_max_length"),
+    ({"n": 0}, "n", "integer_below_min_value"),
+    ({"n": 9}, "n", "integer_above_max_value"),
+    ({"n": "two"}, "n", "invalid_type"),
+    ({"prompt": 7}, "prompt", "invalid_type"),
+    ({"stream": 1}, "stream", "invalid_value"),
+    ({"guidance": -1.0}, "guidance", "decimal_below_min_value"),
+    ({"guidance": 31.0}, "guidance", "decimal_above_max_value"),
+    ({"size": "large"}, "size", "invalid_value"),
+    ({"output_format": "gif"}, "output_format", "invalid_value"),
+    ({"model": "x"}, "model", "model_not_found"),
+    ({"partial_images": 4}, "partial_images", "integer_above_max_value"),
+    ({"loras": [{"name": "x"}]}, "loras", "invalid_value"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "code"), WRONG)
+def test_openai_the_words_of_its_errors(bench: Bench, body: dict[str, Any], param: str, code: str) -> None:
+    answer = bench.post(OpenAI(), json={"prompt": "a cat", **body} if body else {})
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert error["message"].startswith(f"{param}: got ") and answer.status_code == (404 if code == "model_not_found" else 400)
+
+
 def test_openai_what_a_request_and_its_sending_again_ask_of_the_broker(bench: Bench) -> None:
     """Scripts that the API calls: submit, three looks at the job, and a note that the answer went out; instead of submit, take."""
     calls: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -34,18 +35,17 @@ ERRORS = {
     "wait_timeout": ("server_error", "timeout"),
     "not_implemented": ("invalid_request_error", "unsupported_endpoint"),
 }
-# How an InvalidRequest's phrase of what is allowed begins or ends -> the code. The first that fits counts.
+# What an InvalidRequest allows, as a pattern -> the code. The first that fits counts.
 INVALID = (
-    ("a value (the field is required)", "missing_required_parameter"),
-    ("only the known fields", "unknown_parameter"),
-    (" characters", "string_above_max_length"),
-    ("at least", "integer_below_min_value"),
-    ("at most", "integer_above_max_value"),
-    ("an integer", "invalid_type"),
-    ("a string", "invalid_type"),
-    ("a finite number", "invalid_type"),
-    ("a list", "invalid_type"),
-    ("a JSON object", "invalid_type"),
+    (r"a value \(the field is required\)", "missing_required_parameter"),
+    (r"only the known fields", "unknown_parameter"),
+    (r"at least \d+ character", "string_below_min_length"),
+    (r"at most \d+ characters", "string_above_max_length"),
+    (r"at least -?\d+$", "integer_below_min_value"),
+    (r"at most -?\d+$", "integer_above_max_value"),
+    (r"(at least|more than) -?\d+\.", "decimal_below_min_value"),
+    (r"at most -?\d+\.", "decimal_above_max_value"),
+    (r"(an integer|a string|a finite number|a list|a JSON object)$", "invalid_type"),
 )
 
 
@@ -55,7 +55,7 @@ def error_object(problem: Problem) -> dict[str, Any]:
         kind, code = ERRORS.get(problem.code, ("invalid_request_error", problem.code))
         return {"error": {"message": problem.message, "type": kind, "param": None, "code": code}}
     param, allowed = problem.invalid.field, problem.invalid.allowed
-    found = (code for phrase, code in INVALID if allowed.startswith(phrase) or (phrase[0] == " " and allowed.endswith(phrase)))
+    found = (code for pattern, code in INVALID if re.match(pattern, allowed))
     code = "model_not_found" if param == "model" and allowed.startswith("one of: ") else next(found, "invalid_value")
     return {"error": {"message": problem.message, "type": "invalid_request_error", "param": param, "code": code}}
 
