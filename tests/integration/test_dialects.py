@@ -22,7 +22,7 @@ from latentline.api.app import create_app
 from latentline.api.dialects import common
 from latentline.api.leavers import Leavers
 from latentline.connection import connect
-from latentline.jobs import MAX_BODY_BYTES, MAX_IMAGES, MAX_PROMPT_CHARS, Claim, JobError, JobRecord, Phase, Status
+from latentline.jobs import MAX_BODY_BYTES, MAX_IMAGES, MAX_PROMPT_CHARS, Claim, JobError, JobRecord, JobWarning, Phase, Status
 from latentline.keys import NewKey
 from latentline.records import Beat
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
@@ -209,6 +209,18 @@ def test_a_worker_that_is_lost_in_the_middle(bench: Bench, speaker: Speaker) -> 
     bench.worker.run_all()
     done = answer.result(PATIENCE_S)
     assert speaker.pictures(bench.http, done, speaker.headers(bench.key)) == [TINY_PNG] and bench.get(job_id).attempt == 2
+
+
+@every
+def test_what_the_worker_warns_of(bench: Bench, speaker: Speaker) -> None:
+    job_id, answer = bench.start(speaker)
+    claim = bench.claim(job_id)
+    warning = JobWarning(code="prompt_truncated", field="prompt", message="prompt has more tokens than are read")
+    assert bench.worker.records.warn(job_id, claim.token, [warning])
+    bench.worker.finish(claim)
+    done = answer.result(PATIENCE_S)
+    job = bench.http.get(f"/v1/jobs/{job_id}", headers=Speaker().headers(bench.key)) if not speaker.waits else done
+    assert warning.message in job.text
 
 
 BAD = {
@@ -405,9 +417,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({}, "prompt", "missing_required_parameter"),
     ({"width": 64}, "width", "unknown_parameter"),
     ({"prompt": ""}, "prompt", "string_below_min_length"),
-    ({"prompt": "a" * 2001}, "prompt", "string_above_max_length"),
+    ({"prompt": "a" * (MAX_PROMPT_CHARS + 1)}, "prompt", "string_above_max_length"),
     ({"n": 0}, "n", "integer_below_min_value"),
-    ({"n": 9}, "n", "integer_above_max_value"),
+    ({"n": MAX_IMAGES + 1}, "n", "integer_above_max_value"),
     ({"n": "two"}, "n", "invalid_type"),
     ({"prompt": 7}, "prompt", "invalid_type"),
     ({"stream": 1}, "stream", "invalid_value"),
@@ -437,18 +449,22 @@ def test_openai_what_a_request_and_its_sending_again_ask_of_the_broker(bench: Be
         calls.append(data.count(b"EVALSHA") if onward else 0)
         return data, False
 
+    def all_noted() -> bool:
+        return all(bench.redis.hget(routing.job_key(record.id), "answer") == "written" for record in bench.jobs())
+
     job_id, answer = bench.start(OpenAI())
     bench.worker.run_all()
     answer.result(PATIENCE_S)
+    until(all_noted)
     bench.proxy.filter = count
     _, answer = bench.start(OpenAI())
     bench.worker.run_all()
     answer.result(PATIENCE_S)
-    until(lambda: all(bench.redis.hget(routing.job_key(record.id), "answer") == "written" for record in bench.jobs()))
+    until(all_noted)
     assert sum(calls) == 5
     calls.clear()
     assert sent(bench, 1).json()["id"] != job_id, "the newest"
-    until(lambda: all(bench.redis.hget(routing.job_key(record.id), "answer") == "written" for record in bench.jobs()))
+    until(all_noted)
     assert sum(calls) == 6  # and the record of the job that it took
 
 

@@ -81,6 +81,7 @@ def _info(record: JobRecord, ignored: list[str]) -> dict[str, Any]:
         "job_id": record.id,
         "interrupted": record.status is Status.CANCELLED,
         "ignored": ignored,
+        "warnings": [warning.message for warning in record.warnings],
     }
 
 

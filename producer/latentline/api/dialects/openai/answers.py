@@ -126,8 +126,9 @@ def _about(record: JobRecord, asked: GenerationRequest | None) -> dict[str, Any]
     found: dict[str, Any] = {"background": "opaque", "output_format": request.output.format, "size": f"{request.width}x{request.height}"}
     if user := request.metadata.get("user"):
         found["safety_identifier"] = user
-    if asked and asked.warnings:
-        found["warnings"] = asked.warnings
+    warnings = [*(asked.warnings if asked else ()), *(warning.message for warning in record.warnings)]
+    if warnings:
+        found["warnings"] = warnings
     return found
 
 
