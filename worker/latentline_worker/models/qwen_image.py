@@ -33,7 +33,7 @@ OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3
 class QwenImage:
     """The :class:`~latentline_worker.models.base.Family` of Qwen-Image.
 
-    A row holds ``prompt_embeds`` (128 to 512, 3584), of which ``num_tokens`` () are the text.
+    A row holds ``prompt_embeds`` (64 to 512, 3584), of which ``num_tokens`` () are the text.
     """
 
     def __init__(self, model_id: str, pipeline: QwenImagePipeline, device: torch.device, dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ SIDE_PX = 1024  # the pipeline's own
 class ZImage:
     """The :class:`~latentline_worker.models.base.Family` of Z-Image.
 
-    A row holds ``prompt_embeds`` (128 to 512, 2560), of which ``num_tokens`` () are the text.
+    A row holds ``prompt_embeds`` (64 to 512, 2560), of which ``num_tokens`` () are the text.
     """
 
     def __init__(self, model_id: str, pipeline: ZImagePipeline, device: torch.device, dtype: torch.dtype) -> None:
