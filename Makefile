@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := worker,api,embedded,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt bench faults mutants docker-lint images clean
+.PHONY: help demo test lint fmt bench faults fuzz mutants docker-lint images clean
 
 help: ## What there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ bench: $(STAMP) ## Measure throughput and latency of the engine on this machine
 
 faults: $(STAMP) ## Break everything that can break, at full counts (an hour); writes faults.json
 	LATENTLINE_FAULTS_JSON=faults.json $(BIN)/pytest tests/faults
+
+fuzz: $(STAMP) ## Generate many more requests from the API's own document than `make test` does (half an hour)
+	LATENTLINE_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/integration/test_schemathesis.py
 
 mutants: $(STAMP) ## Mutate the core and see whether a test notices (hours; continues where it stopped)
 	$(BIN)/pip install -e '.[mutants]' -c constraints.txt

@@ -290,6 +290,7 @@ TARGETS: list[tuple[str, str, int]] = [
         "limit=0", "limit=201", "limit=-1", "limit=many", "limit=1.5", "limit=1e1", "limit=", "limit=%00", "limit=" + "9" * 5000,
         "status=done", "status=", "status=QUEUED", "status=queued%00", "cursor=%21", "cursor=Zm9v", "cursor=%C3%A9", "cursor=%ff",
         "cursor=" + "a" * 301, "cursor=bnVsbA", "cursor=W10", "cursor=e30", "cursor=WzEsMl0", "cursor=Li4vLi4",
+        "created_after=0.5", "created_before=1e3", "created_after=nan", "created_after=soon", "created_before=2026-13-01T00:00:00Z",
     )),
     *(("GET", f"/v1/jobs/x?wait={wait}", 422) for wait in ("-1", "61", "x", "nan", "inf", "-inf", "1e400", "", "0x1", "9" * 400)),
     *(("GET", f"/v1/jobs/x/images/{number}", 422) for number in ("x", "1.5", "0x0", "", "9" * 5000)[:3]),

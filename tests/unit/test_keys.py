@@ -151,6 +151,9 @@ def test_the_tenant_is_the_keys(live: Live) -> None:
     assert submit(live, headers, tenant="ann")["request"]["tenant"] == "ann"
     error = problem(live.http.post("/v1/jobs", json={"prompt": "a cat", "tenant": "bob"}, headers=headers), 422, "invalid_request")
     assert error["field"] == "tenant" and "bob" in error["message"] and "ann" in error["allowed"]
+    for tenant in (None, 7, "", ["ann"]):
+        answer = live.http.post("/v1/jobs", json={"prompt": "a cat", "tenant": tenant}, headers=headers)
+        assert problem(answer, 422, "invalid_request")["field"] == "tenant"
 
 
 def test_an_admin_sees_all_tenants_and_others_see_their_own_only(live: Live) -> None:

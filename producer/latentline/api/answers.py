@@ -93,7 +93,7 @@ def answer(record: JobRecord) -> JobAnswer:
         started_at=moment(record.started_at),
         finished_at=moment(record.finished_at),
         cancel_requested=record.cancel_requested,
-        images=[ImageAnswer.model_validate(image.model_dump(), extra="ignore") for image in record.images],
+        images=[ImageAnswer.model_validate(image, from_attributes=True) for image in record.images],
         error=record.error,
         warnings=list(record.warnings),
         timings=record.timings,

@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
             reasons.append(error.message)
         return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
 
-    complete_document(app)
+    complete_document(app, keys=settings.auth == "keys")
     mount_dialects(app, settings)
     app.add_middleware(Methods, routes=[*app.routes, *(route for router in routers for route in router.routes)])
     origins = [origin for origin in settings.cors_origins.split(",") if origin]

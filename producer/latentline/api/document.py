@@ -61,8 +61,12 @@ SIGNED = {
 }
 
 
-def complete_document(app: FastAPI) -> None:
-    """Let the application's document say what is not in its routes."""
+def complete_document(app: FastAPI, keys: bool) -> None:
+    """Let the application's document say what is not in its routes.
+
+    Args:
+        keys: whether requests need one; without, no operation asks for it.
+    """
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -77,6 +81,10 @@ def complete_document(app: FastAPI) -> None:
             for path, item in document["paths"].items():
                 for method, operation in item.items():
                     _add_headers(path, method, operation["responses"])
+                    if not keys:
+                        operation.pop("security", None)
+            if not keys:
+                document["components"].pop("securitySchemes", None)
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]

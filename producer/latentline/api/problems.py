@@ -71,8 +71,8 @@ def _domain_problem(error: LatentlineError) -> Problem:
 
 def _http_problem(request: Request, error: HTTPException) -> Problem:
     headers: dict[str, Any] = dict(error.headers or {})
-    if error.status_code == 405 and request.scope["latentline.allow"]:  # the router names the methods of one of the path's routes only
-        headers["Allow"] = request.scope["latentline.allow"]
+    if error.status_code == 405 and (allow := request.scope["latentline.allow"]()):  # the router names those of one route only
+        headers["Allow"] = allow
     path = request.url.path
     shown = path if len(path) <= 100 else path[:97] + "..."
     code = HTTP_CODES.get(error.status_code, "http_error")

@@ -157,7 +157,7 @@ class JobService:
         key = self.principal.key
         if key is None:
             return data
-        if data.get("tenant") not in (None, key.tenant):
+        if data.get("tenant", key.tenant) != key.tenant:
             raise InvalidRequest("tenant", data["tenant"], f"{key.tenant!r}, which is the API key's, or left out")
         top, priority = key.limits.top_priority, data.get("priority")
         if priority is None and "priority" not in data and top > JobRequest.model_fields["priority"].default:
