@@ -16,10 +16,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import redis
+from support.missing import missing
 
 from latentline.connection import connect
 
@@ -30,13 +30,6 @@ def root_log_level() -> Iterator[None]:
     before = logging.root.level
     yield
     logging.root.setLevel(before)
-
-
-def missing(service: str) -> NoReturn:
-    """A service that is not there skips on a laptop and fails in CI."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{service} is missing, and CI must have it")
-    pytest.skip(f"{service} is not installed")
 
 
 def free_port() -> int:

@@ -7,25 +7,27 @@ they run them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import redis.asyncio
 
 from . import records
 from .connection import connect, connect_async
 from .errors import JobNotFound, WaitTimeout
-from .event_reader import EventReader, Listener
+from .event_reader import EventReader
 from .jobs import JobEvent, JobRecord, Sending, Status
 from .keys import ApiKey, Limits
+from .listener import Listener
 from .models import ServedModel
 from .operations import Operations, Outcome, Request, accepted_record, finished, one_request
-from .records import AnswerOutcome, JobFilter, Overview, arun, run
+from .records import AnswerOutcome, JobFilter, Operation, Overview, arun, run
 from .settings import Settings
 from .timeline import Timeline
+
+T = TypeVar("T")
 
 POLL_MS = 1000  # how long one read of an event stream waits; below every socket timeout
 
@@ -135,7 +137,7 @@ class AsyncClient(Operations):
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__(settings)
         self._redis = connect_async(self.settings.redis_url.get_secret_value())
-        self._events = EventReader(self._redis)
+        self._events = EventReader(self._redis, self._with_urls)
 
     async def submit(self, request: Request | None = None, **fields: Any) -> JobRecord:
         """Enqueue one job, given as a request, as its fields, or as the request of a record (without its idempotency key)."""
@@ -230,17 +232,13 @@ class AsyncClient(Operations):
         """Forget an ended job: its record at once, its pictures within seconds, by any worker."""
         await arun(self._redis, self._delete(job_id))
 
-    async def ended(self, job_id: str, wait_s: float) -> JobRecord:
-        """The record when the job has ended, or after ``wait_s`` seconds as it is then."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s), self.listen(job_id) as listener:
-                while not listener.ended:
-                    await listener.next(wait_s)
-        return await self.get(job_id)
-
     async def picture(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         """A picture's bytes, or those from ``start`` to ``end``, both included."""
         return await asyncio.to_thread(self.images.download, key, start, end)
+
+    async def run(self, operation: Operation[T]) -> T:
+        """Drive an operation of :mod:`latentline.records`."""
+        return await arun(self._redis, operation)
 
     async def models(self) -> dict[str, ServedModel]:
         """The models that are served now, and how many workers serve each and have it in memory."""
@@ -252,7 +250,12 @@ class AsyncClient(Operations):
 
     def listen(self, job_id: str, last_event_id: str | None = None) -> AbstractAsyncContextManager[Listener]:
         """Follow a job from after ``last_event_id``. All listeners of this client share one connection to the broker."""
-        return self._events.listen(job_id, last_event_id)
+        return self._events.listen({job_id: last_event_id})
+
+    @property
+    def event_reader(self) -> EventReader:
+        """For listeners to many jobs."""
+        return self._events
 
     async def events(self, job_id: str, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Events after ``last_event_id`` as they come, up to the terminal one."""

@@ -21,11 +21,19 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+# Of one asyncio client. One is taken by the wait for events, and a script call takes a tenth of a millisecond of the broker.
+MAX_CONNECTIONS = 24
+POOL_TIMEOUT_S = 5  # how long a task waits for a connection: where hundreds begin at once, the last ones wait for their turn
+
+
 def connect(url: str) -> redis.Redis:
     """A client for one process; connects on first use."""
     return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **OPTIONS)
 
 
 def connect_async(url: str) -> redis.asyncio.Redis:
-    """The same for asyncio."""
-    return redis.asyncio.Redis.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **OPTIONS)
+    """The same for asyncio. However many tasks use it at once, it has at most ``MAX_CONNECTIONS``; further ones wait for one."""
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        url, max_connections=MAX_CONNECTIONS, timeout=POOL_TIMEOUT_S, retry=AsyncRetry(NoBackoff(), 0), **OPTIONS
+    )
+    return redis.asyncio.Redis.from_pool(pool)

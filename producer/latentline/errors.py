@@ -12,6 +12,7 @@
     ├── NotAuthenticated               not_authenticated, 401    the API key is missing, wrong or revoked
     ├── NotAllowed                     not_allowed, 403          the API key lacks a scope, or the host is not allowed
     ├── RateExceeded                   rate_exceeded, 429        too many submissions with one API key
+    ├── TooManyStreams                 too_many_streams, 429     of one API key on one process of the API
     ├── IdempotencyConflict            idempotency_conflict, 409 same key, another body
     ├── TenantQuotaExceeded            tenant_quota_exceeded, 429 the tenant has too much work queued; try again later
     ├── ServiceUnavailable             503
@@ -123,6 +124,12 @@ class RateExceeded(LatentlineError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.retry_after_s)
+
+
+class TooManyStreams(LatentlineError):
+    code = "too_many_streams"
+    http_status = 429
+    retry_after_s = 10
 
 
 class TenantQuotaExceeded(LatentlineError):

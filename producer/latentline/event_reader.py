@@ -7,68 +7,24 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import redis.asyncio
 
 from . import records
 from .errors import BrokerUnavailable, JobNotFound, LatentlineError
-from .jobs import JobEvent
-from .records import arun
+from .jobs import JobEvent, JobRecord
+from .listener import Batch, Listener, in_order
+from .records import Operation, arun
 
 log = logging.getLogger(__name__)
 
 BLOCK_MS = 1500  # how long one read waits; below every socket timeout
 GATHER_S = 0.02  # between two reads, so that events that come close together cost one read
+GATHER_PER_JOB_S = 50e-6  # and more with each job that is read: one read of 2,000 streams takes some milliseconds
 CHECK_S = 15.0  # how often it is checked whether the jobs' records are still there
-
-Batch = list[JobEvent] | LatentlineError
-
-
-class Listener:
-    """One follower of one job. Made by :meth:`EventReader.listen`."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._batches: asyncio.Queue[Batch] = asyncio.Queue()  # bounded by the length of a job's stream
-        self._early: list[Batch] | None = []  # what the shared read brought before this listener's own first read ended
-        self._last = (0, 0)
-
-    async def next(self, timeout_s: float) -> Sequence[JobEvent]:
-        """The next events; none if none comes within ``timeout_s``. After the job's last event, ``ended`` is set.
-
-        Raises:
-            BrokerUnavailable: the broker does not answer.
-            JobNotFound: the record is gone.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                batch = await self._batches.get()
-        except TimeoutError:
-            return []
-        if isinstance(batch, LatentlineError):
-            raise batch
-        # What the first read of this listener had may come again from the shared one.
-        found = [event for event in batch if _order(event.id) > self._last]
-        if found:
-            self._last = _order(found[-1].id)
-        self.ended = self.ended or any(event.terminal for event in found)
-        return found
-
-    def put(self, batch: Batch) -> None:
-        """Hand on what the shared read has brought."""
-        if self._early is None:
-            self._batches.put_nowait(batch)
-        else:
-            self._early.append(batch)
-
-    def begin(self, first: list[JobEvent], ended: bool) -> None:
-        """Hand on what this listener's own first read has brought; what came meanwhile follows behind it."""
-        early, self._early = self._early or [], None
-        for batch in (first, *early):
-            self._batches.put_nowait(batch)
-        self.ended = ended and not first
+FIRST_READS = 4  # at once; each takes a connection of its own while it lasts
 
 
 @dataclass(eq=False)
@@ -84,44 +40,102 @@ class EventReader:
 
     A blocked read cannot be given more streams. So one of its streams is a bell, which a new listener rings from another
     connection; it is read from its last event on, so no ring is missed. Reading goes on while there are listeners.
+
+    Args:
+        with_urls: gives a record whose images have URLs, for the events of jobs that succeeded.
     """
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
-        self._client = client
+    def __init__(self, client: redis.asyncio.Redis, with_urls: Callable[[JobRecord], JobRecord] = lambda record: record) -> None:
+        self._client, self._with_urls = client, with_urls
         self._jobs: dict[str, _Job] = {}
         self._bell = f"bell-{uuid.uuid4().hex}"
         self._rung = records.START  # id of the last ring that was heard
         self._task: asyncio.Task[None] | None = None
+        self._first_reads = asyncio.Semaphore(FIRST_READS)
 
     @contextlib.asynccontextmanager
-    async def listen(self, job_id: str, last_event_id: str | None = None) -> AsyncIterator[Listener]:
-        """Follow a job from after ``last_event_id``, its first event by default.
+    async def listen(
+        self, after: Mapping[str, str | None], sees: Callable[[JobRecord], bool] = lambda record: True, *, many: bool = False
+    ) -> AsyncIterator[Listener]:
+        """Follow jobs, each from after the event with the given id, from its first event where that is None.
+
+        Args:
+            sees: which of the jobs the listener may see; the others are as if they did not exist.
+            many: one job that is not there, or goes, is told as an event and ends nothing.
 
         Raises:
-            JobNotFound: there is no such record.
-            InvalidRequest: the id is not that of an event.
+            JobNotFound: none of the jobs exists.
+            InvalidRequest: an id is not that of an event.
         """
-        listener = Listener()
-        job = self._jobs.setdefault(job_id, _Job())
-        job.listeners.add(listener)  # before the read below: an event that comes between them is not missed
+        listener = Listener(many)
         try:
-            found, ended = await arun(self._client, records.follow(job_id, last_event_id, None))
-            listener.begin(found, ended)
-            if job.last is None:
-                job.last = found[-1].id if found else last_event_id or records.START
-            if not ended:
-                await self._include()
+            if not await self.add(listener, after, sees) and after:
+                raise records.not_found(next(iter(after)))
             yield listener
         finally:
-            job.listeners.discard(listener)
-            if not job.listeners and self._jobs.get(job_id) is job:
-                del self._jobs[job_id]
+            self._leave(listener)
+
+    async def add(
+        self, listener: Listener, after: Mapping[str, str | None], sees: Callable[[JobRecord], bool] = lambda record: True
+    ) -> int:
+        """Have a listener follow further jobs, and tell how many of them are there; see :meth:`listen`."""
+        for job_id in after:  # before the read below: an event that comes between them is not missed
+            listener.expect(job_id)
+            self._jobs.setdefault(job_id, _Job()).listeners.add(listener)
+        async with self._first_reads:
+            found = await arun(self._client, records.follow_many(after))
+        first: list[JobEvent] = []
+        ended, unknown = [], []
+        for job_id, (record, events) in found.items():
+            if record is None or not sees(record):
+                unknown.append(job_id)
+                continue
+            events = self._completed(events, {job_id: record})
+            first += events
+            if record.status.terminal:
+                ended.append(job_id)
+            self._start(job_id, events, after[job_id], listener)
+        listener.begin(after, Batch(in_order(first), ended, unknown))
+        for job_id in (*unknown, *ended):
+            self._leave_job(listener, job_id)
+        if len(ended) + len(unknown) < len(after):
+            await self._include()
+        return len(after) - len(unknown)
 
     async def close(self) -> None:
         """Stop reading; listeners get no more."""
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    def _start(self, job_id: str, events: list[JobEvent], after: str | None, listener: Listener) -> None:
+        """Set where the shared read begins, once the first listener of a job has read what there was."""
+        job = self._jobs.get(job_id)
+        if job is None or job.last is not None:
+            return
+        job.last = events[-1].id if events else after or records.START
+        # The shared read leaves these out, and the first read of another listener may have been made before they came.
+        for other in job.listeners - {listener}:
+            other.put(job_id, Batch(events))
+
+    def _completed(self, events: Iterable[JobEvent], ended: Mapping[str, JobRecord]) -> list[JobEvent]:
+        """The events; those of jobs that have succeeded with their images."""
+        return [
+            event.model_copy(update={"data": {**event.data, "images": _images(self._with_urls(ended[event.job_id]))}})
+            if event.type == "job.succeeded" and event.job_id in ended
+            else event
+            for event in events
+        ]
+
+    def _leave(self, listener: Listener) -> None:
+        for job_id in listener.jobs:
+            self._leave_job(listener, job_id)
+
+    def _leave_job(self, listener: Listener, job_id: str) -> None:
+        if job := self._jobs.get(job_id):
+            job.listeners.discard(listener)
+            if not job.listeners:
+                del self._jobs[job_id]
 
     async def _include(self) -> None:
         """See that the reading includes a job that has just come."""
@@ -134,40 +148,54 @@ class EventReader:
         checked = time.monotonic()
         try:
             while after := {job_id: job.last for job_id, job in self._jobs.items() if job.last is not None}:
-                found = await arun(self._client, records.read_streams({**after, self._bell: self._rung}, BLOCK_MS))
-                if rings := found.pop(self._bell, None):
-                    self._rung = rings[-1].id
+                found = await arun(self._client, self._next({**after, self._bell: self._rung}))
                 for job_id, events in found.items():
                     self._hand_on(job_id, events)
                 if time.monotonic() - checked > CHECK_S:
                     checked = time.monotonic()
                     for job_id in await arun(self._client, records.gone(after)):
-                        self._fail(job_id, JobNotFound(f"no job {job_id!r}: its retention time is over"))
-                await asyncio.sleep(GATHER_S)
+                        self._fail(job_id, JobNotFound(f"no job {job_id!r}: its retention time is over, or it was deleted"))
+                await asyncio.sleep(GATHER_S + GATHER_PER_JOB_S * len(after))
         except LatentlineError as error:
             self._fail_all(error)
         except Exception:
             log.exception("reading events failed")
             self._fail_all(BrokerUnavailable("the events cannot be read"))
 
-    def _hand_on(self, job_id: str, events: list[JobEvent]) -> None:
+    def _next(self, after: Mapping[str, str]) -> Operation[dict[str, list[JobEvent]]]:
+        """The new events of all jobs, those of jobs that have succeeded with their images."""
+        found = yield from records.read_streams(after, BLOCK_MS)
+        if rings := found.pop(self._bell, None):
+            self._rung = rings[-1].id
+        succeeded = [job_id for job_id, events in found.items() if any(event.type == "job.succeeded" for event in events)]
+        if succeeded:
+            there = yield from records.get_many(succeeded)
+            for job_id in succeeded:
+                found[job_id] = self._completed(found[job_id], there)
+        return found
+
+    def _hand_on(self, job_id: str, events: Sequence[JobEvent]) -> None:
         if events and (job := self._jobs.get(job_id)):
             job.last = events[-1].id
+            ended = [job_id] if any(event.terminal for event in events) else []
+            if ended:
+                del self._jobs[job_id]  # nothing more comes
             for listener in job.listeners:
-                listener.put(events)
+                listener.put(job_id, Batch(events, ended))
 
     def _fail(self, job_id: str, error: LatentlineError) -> None:
         """Tell the listeners of a job that no more comes. Those that come later begin anew."""
         if job := self._jobs.pop(job_id, None):
             for listener in job.listeners:
-                listener.put(error)
+                if isinstance(error, JobNotFound) and listener.many:
+                    listener.put(job_id, Batch((), unknown=[job_id]))
+                else:
+                    listener.fail(error)
 
     def _fail_all(self, error: LatentlineError) -> None:
         for job_id in list(self._jobs):
             self._fail(job_id, error)
 
 
-def _order(event_id: str) -> tuple[int, int]:
-    """An event's id as numbers: they sort in the order of the stream."""
-    milliseconds, _, number = event_id.partition("-")
-    return int(milliseconds), int(number or 0)
+def _images(record: JobRecord) -> list[dict[str, object]]:
+    return [image.model_dump(mode="json") for image in record.images]

@@ -179,6 +179,8 @@ class JobRecord(Message):
     num_steps: int
     queue_position: int | None = None
     """0 is next; only while queued."""
+    cost: int = 0
+    """Network rows that denoising takes."""
     attempt: int = 0
     worker: str | None = None
     cancel_requested: bool = False

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt
 
 from .errors import InvalidRequest
 from .requests import FIRST_PROMPT_CHARS, MAX_SIZE_PX, MIN_SIZE_PX, SIZE_MULTIPLE_PX, Guidance, JobRequest, Message, Scheduler, Steps
@@ -130,6 +130,16 @@ class Announcement(Message):
     """How often it has loaded a model in the place of others, by the model's id."""
 
 
+class StepCost(Message):
+    """What denoising takes on one worker, as its planner has measured it, at the number of rows with the best throughput."""
+
+    rows: PositiveInt
+    step_s: PositiveFloat
+    """Seconds of a step of so many rows."""
+    pixels: PositiveInt
+    """Of an image in the measured steps: width times height."""
+
+
 class Working(Message):
     """What one worker does now, as its heartbeats tell: averages since the heartbeat before."""
 
@@ -144,6 +154,8 @@ class Working(Message):
     rows_per_step: float = 0.0
     warm: tuple[str, ...] = ()
     """Ids of the models that are in memory."""
+    costs: Mapping[str, StepCost] = {}
+    """By the model's id; of those that are in memory."""
 
 
 def common(infos: Sequence[ModelInfo]) -> ModelInfo:

@@ -19,6 +19,8 @@ from support.jobs import PATIENCE_S, accepted
 
 from latentline import Settings, records, routing
 from latentline.api.app import create_app
+from latentline.api.estimates import Estimates
+from latentline.connection import MAX_CONNECTIONS
 from latentline.jobs import Claim, ImageRef, JobRequest, Phase, Status, resolve
 from latentline.keys import NewKey
 from latentline.models import Working
@@ -259,10 +261,48 @@ def round_trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sent
 
 
+def test_connections_to_the_broker_do_not_grow_with_listeners_and_polls(
+    empty_valkey: redis.Redis, store: Records, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentline.operations.Images", lambda settings: FakeImages())
+    text, _ = records.run(empty_valkey, records.create_key(NewKey.parse(tenant="default")))
+    ids = submit(empty_valkey, 20)
+
+    def num_connections() -> int:
+        return int(cast(dict[str, Any], empty_valkey.info("clients"))["connected_clients"])
+
+    before = num_connections()
+
+    async def crowd() -> list[int]:
+        app = create_app(Settings.from_variables({"LATENTLINE_REDIS_URL": valkey_url, "LATENTLINE_AUTH": "keys"}))
+        headers = {"Authorization": f"Bearer {text}"}
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api", headers=headers) as http,
+        ):
+            # A stream of jobs that wait has no end, and this transport gives an answer once it is complete.
+            streams: list[asyncio.Task[httpx.Response]] = []
+            for _ in range(5):
+                streams += [asyncio.create_task(http.get("/v1/events", params={"jobs": ",".join(ids[i % 10 :])})) for i in range(40)]
+                while sum(len(entry.streams) for entry in app.state.streams._open.values()) < len(streams):
+                    assert not any(one.done() for one in streams)
+                    await asyncio.sleep(0.01)
+            polls = [await asyncio.gather(*(http.get(f"/v1/jobs/{ids[i]}") for i in range(20))) for _ in range(5)]
+            found = [num_connections() - before, *{answer.status_code for group in polls for answer in group}]
+            await asyncio.to_thread(lambda: [records.run(empty_valkey, records.cancel(job_id, 600)) for job_id in ids])
+            ended = await asyncio.wait_for(asyncio.gather(*streams), PATIENCE_S)
+            assert all(answer.text.count("event: job.cancelled") == 20 - i % 10 for i, answer in enumerate(ended))
+            return found
+
+    connections, *statuses = asyncio.run(crowd())
+    assert connections <= MAX_CONNECTIONS and statuses == [200]
+
+
 def test_what_requests_with_keys_cost_in_round_trips(
     empty_valkey: redis.Redis, store: Records, valkey_url: str, monkeypatch: pytest.MonkeyPatch, round_trips: list[int]
 ) -> None:
     monkeypatch.setattr("latentline.operations.Images", lambda settings: FakeImages())
+    monkeypatch.setattr(Estimates, "life_s", 600)  # what workers tell is read every few seconds, by no request
     store.announce("one", [MODEL])
     text, _ = records.run(empty_valkey, records.create_key(NewKey.parse(tenant="default", limits={"rate": 100})))
 
@@ -271,6 +311,7 @@ def test_what_requests_with_keys_cost_in_round_trips(
         headers = {"Authorization": f"Bearer {text}"}
         transport = httpx.ASGITransport(app)
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers) as http:
+            await app.state.estimates.look()
 
             async def trips(method: str, path: str, **options: Any) -> int:
                 for _ in range(2):  # the connection is set up and the scripts are known from the first one on

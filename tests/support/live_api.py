@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -21,6 +22,8 @@ from latentline.api.app import create_app
 from latentline.api.metrics import ApiMetrics
 from latentline.api.protocol import PatientProtocol
 from latentline.testing import FakeImages, FakeWorker
+
+Told = list[tuple[str | None, str, dict[str, Any]]]  # id, type and data of server-sent events
 
 
 @dataclass
@@ -88,3 +91,13 @@ def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
     assert error["code"] == code and error["message"]
     assert set(error) - {"field", "allowed"} == {"code", "message"}
     return error
+
+
+def sse(text: str) -> Told:
+    """``(id, event, data)`` of each server-sent event."""
+    found: Told = []
+    for block in text.strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if "event" in fields:
+            found.append((fields.get("id"), fields["event"], json.loads(fields["data"])))
+    return found

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,10 +16,9 @@ import httpx
 import jsonschema
 import pytest
 from pydantic import ValidationError
-from support.live_api import Live, live_api, problem
+from support.live_api import Live, live_api, problem, sse
 
 from latentline import AsyncClient, Settings, routing
-from latentline.api import events as api_events
 from latentline.api.app import create_app
 from latentline.jobs import MAX_BODY_BYTES, JobError, Phase
 from latentline.testing import MODEL
@@ -34,16 +32,6 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
         yield running
 
 
-def sse(text: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """``(id, event, data)`` of each server-sent event."""
-    found = []
-    for block in text.strip().split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
-        if fields:
-            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
-    return found
-
-
 # Submitting and reading
 
 
@@ -52,7 +40,7 @@ def test_a_submitted_job_is_accepted_and_found_at_its_location(live: Live) -> No
     job = answer.json()
     assert answer.status_code == 202 and answer.headers["location"] == f"/v1/jobs/{job['id']}"
     assert set(job) == {
-        "id", "status", "phase", "step", "num_steps", "queue_position", "created_at", "started_at", "finished_at",
+        "id", "status", "phase", "step", "num_steps", "queue_position", "eta_s", "created_at", "started_at", "finished_at",
         "cancel_requested", "images", "error", "warnings", "timings", "request",
     }  # fmt: skip
     assert (job["status"], job["queue_position"], job["step"], job["num_steps"], job["images"]) == ("queued", 0, 0, 20, [])
@@ -355,85 +343,6 @@ def test_the_page_of_the_documentation_needs_no_other_host(live: Live) -> None:
     assert loaded and not [address for address in loaded if "//" in address]
     for address in loaded:
         assert live.http.get(address).status_code == 200
-
-
-# Events
-
-
-def test_events_tell_the_whole_story_and_end(live: Live) -> None:
-    job_id = live.submit()["id"]
-    live.worker.run_all()
-    answer = live.http.get(f"/v1/jobs/{job_id}/events")
-    story = sse(answer.text)
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    assert [kind for _, kind, _ in story] == ["job.queued", "job.running", *["job.progress"] * 3, "job.succeeded"]
-    assert all(data["type"] == kind and data["job_id"] == job_id for _, kind, data in story)
-    assert [data["step"] for _, kind, data in story if kind == "job.progress"] == [1, 2, 2]
-
-
-def test_events_resume_after_the_last_one_seen(live: Live) -> None:
-    job_id = live.submit()["id"]
-    live.worker.run_all()
-    story = sse(live.http.get(f"/v1/jobs/{job_id}/events").text)
-
-    def resume(last: str) -> httpx.Response:
-        return live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": last})
-
-    assert sse(resume(story[2][0]).text) == story[3:]
-    assert resume(story[-1][0]).status_code == 204  # an EventSource then stays away
-    for malformed in ("x", "1-2-3", "-1", "1-x", "9" * 30):
-        assert problem(resume(malformed), 422, "invalid_request")["field"] == "last_event_id"
-
-
-def test_events_arrive_while_the_job_runs(live: Live) -> None:
-    job_id = live.submit()["id"]
-    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
-        lines = answer.iter_lines()
-        assert next(lines).startswith("id: ") and next(lines) == "event: job.queued"
-        live.worker.run_all()  # only now: what follows has to come over the open answer
-        assert [line for line in lines if line.startswith("event: ")][-1] == "event: job.succeeded"
-
-
-def test_a_quiet_stream_is_kept_alive(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_events, "KEEP_ALIVE_S", 0.01)
-    job_id = live.submit()["id"]
-    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
-        assert any(line.startswith(":") for line in answer.iter_lines())
-
-
-def test_a_stream_whose_client_goes_away_leaves_nothing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_events, "KEEP_ALIVE_S", 0.05)
-    job_id = live.submit()["id"]
-    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
-        lines = answer.iter_lines()  # kept: the connection closes with it
-        assert next(lines)
-        assert live.client._events._jobs
-    for _ in range(6000):
-        if not live.client._events._jobs:
-            return
-        time.sleep(0.01)
-    pytest.fail("somebody still listens")
-
-
-def test_a_job_that_ends_while_the_stream_opens_still_shows_its_end(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id = live.submit()["id"]
-    last = sse_first_id(live, job_id)
-    redis: Any = live.client._redis  # the seam below everything that decides whether a stream has ended
-    read = redis.xread
-
-    async def read_then_end(*args: Any, **kwargs: Any) -> Any:
-        found = await read(*args, **kwargs)
-        live.worker.run_all()
-        return found
-
-    monkeypatch.setattr(redis, "xread", read_then_end)
-    story = sse(live.http.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": last}).text)
-    assert story and story[-1][1] == "job.succeeded"
-
-
-def sse_first_id(live: Live, job_id: str) -> str:
-    with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
-        return next(answer.iter_lines()).removeprefix("id: ")
 
 
 # Health and failures

@@ -201,3 +201,13 @@ def test_seconds_are_a_straight_line_between_what_is_known_and_proportional_beyo
     for known_rows, known_s in [(2, 2.0), (4, 3.0), (8, 7.0)]:
         cost.observe(LANE, known_rows, known_s)
     assert cost.seconds(LANE, rows) == pytest.approx(seconds)
+
+
+def test_the_best_step_of_each_measured_lane_is_told() -> None:
+    model = CostModel(16)
+    assert model.best() == {}
+    for rows, seconds in ((1, 0.1), (4, 0.2), (8, 0.5)):
+        model.observe("a", rows, seconds)
+    assert model.best() == {}, "the times are not sorted yet"
+    model.seconds("a", 4)
+    assert model.best() == {"a": (3, 4, 0.2)}

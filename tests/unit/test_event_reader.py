@@ -50,7 +50,7 @@ async def reading(url: str) -> AsyncIterator[EventReader]:
 async def story(reader: EventReader, job_id: str, ready: asyncio.Event | None = None, last: str | None = None) -> list[tuple[str, str]]:
     """(id, type) of every event that a listener gets until the job's last one."""
     got: list[tuple[str, str]] = []
-    async with reader.listen(job_id, last) as listener:
+    async with reader.listen({job_id: last}) as listener:
         while not listener.ended:
             got += [(event.id, event.type) for event in await listener.next(PATIENCE_S)]
             if ready:
@@ -119,10 +119,10 @@ def test_bad_ids_and_unknown_jobs_are_refused_at_once(empty_valkey: redis.Redis,
     async def listen() -> None:
         async with reading(valkey_url) as reader:
             with pytest.raises(JobNotFound):
-                async with reader.listen("no such job"):
+                async with reader.listen({"no such job": None}):
                     pass
             with pytest.raises(InvalidRequest):
-                async with reader.listen(job_id, "x"):
+                async with reader.listen({job_id: "x"}):
                     pass
             assert reader._jobs == {}, "nothing is left of them"
 
@@ -135,7 +135,7 @@ def test_a_record_that_goes_ends_its_listeners(empty_valkey: redis.Redis, valkey
     gone, stays = submit(empty_valkey, 2)
 
     async def listen() -> None:
-        async with reading(valkey_url) as reader, reader.listen(gone) as first, reader.listen(stays) as second:
+        async with reading(valkey_url) as reader, reader.listen({gone: None}) as first, reader.listen({stays: None}) as second:
             assert await first.next(PATIENCE_S) and await second.next(PATIENCE_S)
             empty_valkey.delete(routing.job_key(gone), routing.events_key(gone))
             with pytest.raises(JobNotFound):
@@ -151,7 +151,7 @@ def test_a_broker_that_fails_ends_every_listener_and_the_next_one_begins_anew(em
 
     async def listen() -> None:
         async with reading(valkey_url) as reader:
-            async with reader.listen(first_id) as first, reader.listen(second_id) as second:
+            async with reader.listen({first_id: None}) as first, reader.listen({second_id: None}) as second:
                 assert await first.next(PATIENCE_S) and await second.next(PATIENCE_S)
                 other = connect(valkey_url)
                 while not any(one["cmd"] == "xread" and "b" in one["flags"] for one in other.client_list()):
@@ -161,7 +161,45 @@ def test_a_broker_that_fails_ends_every_listener_and_the_next_one_begins_anew(em
                 for listener in (first, second):
                     with pytest.raises(BrokerUnavailable):
                         await listener.next(PATIENCE_S)
-            async with reader.listen(first_id) as again:
+            async with reader.listen({first_id: None}) as again:
                 assert [event.type for event in await again.next(PATIENCE_S)] == ["job.queued"]
 
     asyncio.run(listen())
+
+
+def test_a_listener_whose_first_read_was_made_early_and_ends_late_misses_nothing(
+    empty_valkey: redis.Redis, store: Records, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job_id,) = submit(empty_valkey)
+    held, go = asyncio.Event(), asyncio.Event()
+    arun = event_reader.arun
+    reads = 0
+
+    async def slow(client: Any, operation: Any) -> Any:
+        nonlocal reads
+        found = await arun(client, operation)
+        if operation.gi_code.co_name == "follow_many":
+            reads += 1
+            if reads == 1:  # the first listener's read was answered, and it does not learn of it yet
+                held.set()
+                await go.wait()
+        return found
+
+    monkeypatch.setattr(event_reader, "arun", slow)
+
+    async def listen() -> list[list[tuple[str, str]]]:
+        async with reading(valkey_url) as reader:
+            first = asyncio.create_task(story(reader, job_id))
+            await asyncio.wait_for(held.wait(), PATIENCE_S)
+            claim = store.claim(job_id, "one", 30)
+            assert claim is not None
+            ready = asyncio.Event()
+            second = asyncio.create_task(story(reader, job_id, ready))
+            await asyncio.wait_for(ready.wait(), PATIENCE_S)
+            go.set()
+            store.beat([Beat(job_id, claim.token, Phase.DENOISING, 1, 30)])
+            store.settle(job_id, claim.token, Status.SUCCEEDED)
+            return list(await asyncio.wait_for(asyncio.gather(first, second), PATIENCE_S))
+
+    first, second = asyncio.run(listen())
+    assert first == second and [kind for _, kind in first] == ["job.queued", "job.running", "job.progress", "job.succeeded"]

@@ -60,8 +60,17 @@ ROUTES = [
     ("GET", "/v1/fleet"), ("POST", "/v1/dead/x/replay"), ("DELETE", "/v1/dead/x"),
     ("GET", "/v1/jobs/x/timeline"),
     ("POST", "/v1/jobs/batch"), ("GET", "/v1/jobs/x/images/0/thumbnail"),
+    ("GET", "/v1/events?jobs=x"), ("POST", "/v1/events/token"),
 ]  # fmt: skip
 ADMINS = {route for route in ROUTES if route[1].startswith(("/v1/fleet", "/v1/dead"))}
+
+
+READS = {(method, path) for method, path in ROUTES if method == "GET"} - ADMINS | {("POST", "/v1/events/token")}
+
+
+def bare(route: tuple[str, str]) -> tuple[str, str]:
+    """A route without its query."""
+    return route[0], route[1].partition("?")[0]
 
 
 # Who gets in
@@ -88,9 +97,9 @@ def test_every_route_of_the_api_is_in_the_table(live: Live) -> None:
         for path, item in document["paths"].items()
         for method, operation in item.items()
     }
-    assert served.keys() == {*ROUTES, ("GET", "/healthz"), ("GET", "/readyz")}
+    assert served.keys() == {*map(bare, ROUTES), ("GET", "/healthz"), ("GET", "/readyz")}
     assert {scheme["scheme"] for scheme in document["components"]["securitySchemes"].values()} == {"bearer"}
-    for route in ROUTES:
+    for route in map(bare, ROUTES):
         assert served[route]["security"] and {"401", "403"} <= served[route]["responses"].keys()
 
 
@@ -101,8 +110,8 @@ def test_probes_need_no_key(live: Live) -> None:
 @pytest.mark.parametrize(
     ("scope", "allowed"),
     [
-        ("read", {route for route in ROUTES if route[0] == "GET"} - ADMINS),
-        ("submit", {route for route in ROUTES if route[0] != "GET"} - ADMINS),
+        ("read", READS),
+        ("submit", set(ROUTES) - READS - ADMINS),
         ("admin", set(ROUTES)),
     ],
 )
@@ -121,7 +130,7 @@ def test_a_revoked_key_stops_at_the_next_request_and_the_last_one_opens_nothing(
     job = submit(live, headers)
     with live.http.stream("GET", f"/v1/jobs/{job['id']}/events", headers=headers) as stream:
         lines = stream.iter_lines()
-        assert next(lines).startswith("id: ")
+        assert any(line.startswith("id: ") for line in lines)
         records.run(live.worker.redis, records.revoke_key(prefix_of(headers)))
         for method, path in ROUTES:
             problem(live.http.request(method, path, headers=headers), 401, "not_authenticated")
@@ -136,7 +145,7 @@ def test_a_stream_of_another_key_goes_on_when_one_is_revoked(live: Live) -> None
     job = submit(live, first)
     with live.http.stream("GET", f"/v1/jobs/{job['id']}/events", headers=second) as stream:
         lines = stream.iter_lines()
-        assert next(lines).startswith("id: ")
+        assert any(line.startswith("id: ") for line in lines)
         records.run(live.worker.redis, records.revoke_key(prefix_of(first)))
         live.http.post(f"/v1/jobs/{job['id']}/cancel", headers=second)
         assert "event: job.cancelled" in list(lines)

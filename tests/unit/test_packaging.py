@@ -70,7 +70,7 @@ def test_every_error_that_a_client_raises_is_public() -> None:
 
     inner = {
         "KeyNotFound", "MissingExtra", "ModelError", "NotAllowed", "NotAuthenticated", "NumericalError", "OutOfMemory", "PictureNotFound",
-        "RateExceeded", "SecretNotFound", "StaleToken", "WebhookError",
+        "RateExceeded", "SecretNotFound", "StaleToken", "TooManyStreams", "WebhookError",
     }  # fmt: skip
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.LatentlineError)}
     assert kinds == inner | {name for name in latentline.__all__ if name in kinds}

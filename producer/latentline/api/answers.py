@@ -41,6 +41,8 @@ class JobAnswer(BaseModel):
     step: int
     num_steps: int
     queue_position: int | None
+    eta_s: float | None
+    """Seconds until its last step, estimated; null where that is not known."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -76,7 +78,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in (*statuses, 401, 403, 422, 500, 503)}
 
 
-def answer(record: JobRecord) -> JobAnswer:
+def answer(record: JobRecord, eta_s: float | None = None) -> JobAnswer:
     """A record as the API shows it."""
 
     def moment(seconds: float | None) -> datetime | None:
@@ -89,6 +91,7 @@ def answer(record: JobRecord) -> JobAnswer:
         step=record.step,
         num_steps=record.num_steps,
         queue_position=record.queue_position,
+        eta_s=eta_s,
         created_at=datetime.fromtimestamp(record.created_at, UTC),
         started_at=moment(record.started_at),
         finished_at=moment(record.finished_at),

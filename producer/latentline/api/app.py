@@ -20,6 +20,8 @@ from . import batch, events, fleet, jobs, pictures, session, thumbnails, timelin
 from .auth import Access, LoopbackHosts
 from .dialects import mount_dialects
 from .document import complete_document
+from .estimates import Estimates
+from .groups import Groups
 from .leavers import Leavers
 from .methods import Methods
 from .metrics import ApiMetrics, Measured
@@ -42,10 +44,14 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         app.state.client = client or AsyncClient(settings)
         app.state.access = Access(app.state.client, keys=settings.auth == "keys")
         app.state.streams = Streams(app.state.client)
+        app.state.groups = Groups(app.state.client)
+        app.state.estimates = Estimates(app.state.client)
         app.state.leavers = Leavers(app.state.client)
         app.state.thumbnails = Thumbnails()
         yield
         await app.state.leavers.close()
+        await app.state.estimates.close()
+        await app.state.groups.close()
         await app.state.streams.close()
         await app.state.client.close()
 

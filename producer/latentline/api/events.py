@@ -1,57 +1,129 @@
-"""Server-sent events: what happens to jobs, as it happens."""
+"""Server-sent events: what happens to one job, or to many on one stream, as it happens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from typing import Annotated
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from latentline.errors import LatentlineError
-from latentline.event_reader import Listener
+from latentline.errors import InvalidRequest, LatentlineError
+from latentline.jobs import JobEvent
+from latentline.listener import Listener
 
-from .answers import errors
+from .answers import ImageAnswer, errors
+from .cursors import MAX_JOBS, Cursor, GroupCursor
 from .methods import IS_HEAD
-from .service import Reading
+from .service import Listening, Reading
+from .tokens import make_token
 
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
+RETRY_MS = 1000  # after which an EventSource comes back when its connection breaks
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    204: {"description": "Every event of every job was told before"},
+}
 
 router = APIRouter(prefix="/v1", tags=["events"])
 
 
-@router.get(
-    "/jobs/{job_id}/events",
-    response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **errors(404)},
-)
-async def job_events(
-    request: Request, jobs: Reading, job_id: str, last_event_id: Annotated[str | None, Header()] = None
-) -> StreamingResponse:
-    """The job's events as server-sent events, up to its last one. ``Last-Event-ID`` resumes after an event.
+class TokenAnswer(BaseModel):
+    token: str
+    expires_at: datetime | None
 
-    Only the newest preview is kept, so the ``images`` of a ``job.preview`` event may be empty.
+
+@router.get("/jobs/{job_id}/events", response_class=StreamingResponse, responses=EVENT_STREAM | errors(404, 429))
+async def job_events(
+    request: Request,
+    jobs: Listening,
+    job_id: str,
+    last_event_id: Annotated[str | None, Header()] = None,
+    last: Annotated[str | None, Query(alias="last_event_id")] = None,
+) -> StreamingResponse:
+    """The job's events as server-sent events, up to its last one, then ``end``. ``Last-Event-ID`` resumes after an event.
+
+    Only the newest preview is kept, so the ``images`` of a ``job.preview`` event may be empty. ``token`` stands for an API key.
     """
     async with AsyncExitStack() as opened:
         # Opened before the answer starts, so that an error can still be answered with its own status.
-        listener = await opened.enter_async_context(jobs.listen(job_id, last_event_id))
-        if listener.ended:
-            # The client has seen every event. 204 tells an EventSource not to reconnect.
-            return StreamingResponse(iter(()), 204)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        if request.scope.get(IS_HEAD):
-            return StreamingResponse(iter(()), media_type="text/event-stream", headers=headers)
-        return EventStream(listener, opened.pop_all(), headers)
+        listener = await opened.enter_async_context(jobs.listen(job_id, last_event_id or last))
+        return _stream(request, listener, opened, lambda event: event.id)
+
+
+@router.get("/events", response_class=StreamingResponse, responses=EVENT_STREAM | errors(404, 429))
+async def events(
+    request: Request,
+    jobs: Listening,
+    ids: Annotated[str | None, Query(alias="jobs", max_length=40 * MAX_JOBS)] = None,
+    tenant: Annotated[str | None, Query(max_length=100)] = None,
+    last_event_id: Annotated[str | None, Header()] = None,
+    last: Annotated[str | None, Query(alias="last_event_id")] = None,
+) -> StreamingResponse:
+    """The events of many jobs on one stream.
+
+    With ``jobs=ID,ID``: up to the last event of each, then ``end``. A job that is not there gives ``job.gone``.
+
+    With ``metadata.NAME=VALUE``: of all jobs of the key's tenant whose metadata has that text, also of those that are submitted while
+    the stream is open, so it has no end. It begins with those among the tenant's newest 2,000 jobs. ``tenant`` is for administrators.
+
+    ``Last-Event-ID`` or ``last_event_id`` resumes after an event, on any process of the API, also with further jobs. ``token`` stands
+    for an API key.
+    """
+    given = [(name.removeprefix("metadata."), value) for name, value in request.query_params.multi_items() if name.startswith("metadata.")]
+    if len(given) + (ids is not None) != 1:
+        names = ", ".join(sorted(request.query_params.keys()))
+        raise InvalidRequest("jobs", names, "one of jobs=ID,ID and metadata.NAME=VALUE, once")
+    async with AsyncExitStack() as opened:
+        if ids is None:
+            ((name, value),) = given
+            cursor = GroupCursor.parse(last_event_id or last)
+            group = await opened.enter_async_context(jobs.listen_to_group(name, value, cursor, tenant))
+            return _stream(request, group.listener, opened, group.told, endless=True)
+        wanted = list(dict.fromkeys(filter(None, ids.split(","))))
+        if not 1 <= len(wanted) <= MAX_JOBS:
+            raise InvalidRequest("jobs", ids, f"1 to {MAX_JOBS} ids, separated by commas")
+        position = Cursor.parse(last_event_id or last)
+        after = {job_id: position.after(job_id) for job_id in wanted if not position.gone(job_id)}
+        listener = await opened.enter_async_context(jobs.listen_to(after))
+        return _stream(request, listener, opened, position.told)
+
+
+@router.post("/events/token", response_model=TokenAnswer, responses=errors())
+async def token(jobs: Reading) -> JSONResponse:
+    """A token with which a stream of the key's tenant is opened in the next ten minutes: ``?token=`` in its URL.
+
+    An EventSource sends no headers, and the key itself must not stand in a URL. Without keys the token is empty, and is not asked for.
+    """
+    key = jobs.principal.key
+    text, expires_at = make_token(key) if key else ("", None)
+    ends = datetime.fromtimestamp(expires_at, UTC) if expires_at else None
+    answer = TokenAnswer(token=text, expires_at=ends)
+    return JSONResponse(answer.model_dump(mode="json"), headers={"Cache-Control": "no-store"})
+
+
+def _stream(
+    request: Request, listener: Listener, opened: AsyncExitStack, name: Callable[[JobEvent], str], endless: bool = False
+) -> StreamingResponse:
+    if listener.ended and not endless:
+        # The client has seen every event. 204 tells an EventSource that did not close at `end` not to reconnect.
+        return StreamingResponse(iter(()), 204)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    if request.scope.get(IS_HEAD):
+        return StreamingResponse(iter(()), media_type="text/event-stream", headers=headers)
+    return EventStream(_written(listener, name, endless), opened.pop_all(), headers)
 
 
 class EventStream(StreamingResponse):
-    """A job's events as server-sent events. It closes the listener when it ends, also when the client closes its connection."""
+    """Server-sent events. It closes what was opened for them when it ends, also when the client closes its connection."""
 
-    def __init__(self, listener: Listener, opened: AsyncExitStack, headers: dict[str, str]) -> None:
-        super().__init__(_written(listener), media_type="text/event-stream", headers=headers)
+    def __init__(self, text: AsyncIterator[str], opened: AsyncExitStack, headers: dict[str, str]) -> None:
+        super().__init__(text, media_type="text/event-stream", headers=headers)
         self._opened = opened
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,14 +131,23 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _written(listener: Listener) -> AsyncIterator[str]:
+async def _written(listener: Listener, name: Callable[[JobEvent], str], endless: bool) -> AsyncIterator[str]:
+    yield f"retry: {RETRY_MS}\n\n"
     try:
-        while not listener.ended:
+        while endless or not listener.ended:
             events = await listener.next(KEEP_ALIVE_S)
-            if not events and not listener.ended:
+            if not events:
                 yield ": keep-alive\n\n"
-            for event in events:
-                data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
-                yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data)}\n\n"
+            if events:
+                yield "".join(f"id: {name(event)}\nevent: {event.type}\ndata: {json.dumps(_data(event))}\n\n" for event in events)
+        yield 'event: end\ndata: {"type": "end"}\n\n'
     except LatentlineError:
         return  # the client reconnects with Last-Event-ID, and that request is answered with the error
+
+
+def _data(event: JobEvent) -> dict[str, Any]:
+    data = {"type": event.type, "job_id": event.job_id, "at": event.at, **event.data}
+    if event.type == "job.succeeded":
+        images = event.data.get("images", ())
+        data["images"] = [ImageAnswer.model_validate(image, extra="ignore").model_dump(mode="json") for image in images]
+    return data

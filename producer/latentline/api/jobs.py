@@ -58,7 +58,7 @@ async def submit(request: Request, jobs: Submitting, idempotency_key: Idempotenc
     if key is not None:
         data["idempotency_key"] = key
     record = await jobs.submit(data)
-    return JSONResponse(answer(record).model_dump(mode="json"), 202, headers={"Location": f"/v1/jobs/{record.id}"})
+    return JSONResponse(answer(record, jobs.eta_s(record)).model_dump(mode="json"), 202, headers={"Location": f"/v1/jobs/{record.id}"})
 
 
 @router.get("/jobs", response_model=JobPage, responses=errors())
@@ -81,7 +81,7 @@ async def list_jobs(
     after, before = (None if moment is None else _seconds(moment) for moment in (created_after, created_before))
     where = JobFilter(model=model or "", created_after=after, created_before=before, metadata=tuple(metadata or ()))
     records, following = await jobs.list(status, cursor, limit, tenant, where)
-    return JobPage(jobs=[answer(record) for record in records], next_cursor=following)
+    return JobPage(jobs=[answer(record, jobs.eta_s(record)) for record in records], next_cursor=following)
 
 
 @router.get(
@@ -100,9 +100,13 @@ async def get_job(
 
     The URLs of its images stay the same for half of their life; ``If-None-Match`` with the ETag saves the answer.
     """
-    body = answer(await poll(request, job_id, wait)).model_dump_json().encode()
+    record = await poll(request, job_id, wait)
+    eta_s = request.app.state.estimates.eta_s(record)
+    body = answer(record, eta_s).model_dump_json().encode()
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    if not record.status.terminal:
+        headers["Retry-After"] = str(ask_again_s(eta_s))
     given = [one.strip() for one in (if_none_match or "").split(",")]
     if given == ["*"] or etag in (one.removeprefix("W/") for one in given):
         return Response(status_code=304, headers=headers)
@@ -119,7 +123,8 @@ async def delete_job(jobs: Submitting, job_id: str) -> Response:
 @router.post("/jobs/{job_id}/cancel", response_model=JobAnswer, responses=errors(404))
 async def cancel_job(jobs: Submitting, job_id: str) -> JobAnswer:
     """Cancel a job: at once while it is queued, at the next step while it runs. A job that has ended stays as it is."""
-    return answer(await jobs.cancel(job_id))
+    record = await jobs.cancel(job_id)
+    return answer(record, jobs.eta_s(record))
 
 
 @router.get("/models", response_model=ModelList, tags=["models"], responses=errors())
@@ -152,3 +157,8 @@ def _idempotency_key(request: Request, data: dict[str, Any]) -> str | None:
     if given and in_body not in (None, given[0]):
         raise InvalidRequest("idempotency_key", in_body, f"the same value as the Idempotency-Key header, {given[0][:80]!r}")
     return given[0] if given else in_body
+
+
+def ask_again_s(eta_s: float | None) -> int:
+    """After how many seconds a poll is worth while: a fifth of what is left, from 1 to 10."""
+    return 1 if eta_s is None else min(10, max(1, round(eta_s / 5)))

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from starlette.datastructures import State
 
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, JobNotFound, LatentlineError
-from latentline.event_reader import Listener
 from latentline.jobs import ImageRef, JobRecord, JobRequest, Sending
 from latentline.keys import Credential, Scope
+from latentline.listener import Listener
 from latentline.models import ServedModel
 from latentline.operations import Outcome
 from latentline.records import JobFilter, Overview, not_found
 from latentline.timeline import Timeline
 
 from .auth import Access, Principal, bearer, credential_of
+from .cursors import GroupCursor
+from .estimates import Estimates
+from .groups import Group, Groups
 from .leavers import Leavers
 from .streams import Streams
+from .tokens import key_of_token, prefix_of_token
 
 
 class JobService:
@@ -32,6 +37,8 @@ class JobService:
         self._access: Access = state.access
         self._streams: Streams = state.streams
         self._leavers: Leavers = state.leavers
+        self._groups: Groups = state.groups
+        self._estimates: Estimates = state.estimates
         self.principal = principal
 
     async def submit(self, data: dict[str, Any], sending: Sending | None = None) -> JobRecord:
@@ -62,6 +69,10 @@ class JobService:
         sees = self.principal.sees
         found = await self._client.timeline(job_id, sees)
         return found if sees is None else found.for_owner()
+
+    def eta_s(self, record: JobRecord) -> float | None:
+        """Seconds until the job's last step, estimated; None where that is not known."""
+        return self._estimates.eta_s(record)
 
     async def submit_batch(self, items: Sequence[Any]) -> Sequence[Outcome]:
         """Enqueue many jobs: for each, in order, the record or the error with which it was refused.
@@ -96,8 +107,16 @@ class JobService:
 
     async def ended(self, job_id: str, wait_s: float) -> JobRecord:
         """The record when the job has ended, or after so many seconds; raises JobNotFound."""
-        await self.get(job_id)
-        return await self._client.ended(job_id, wait_s)
+        await self.wait(job_id, wait_s)
+        return await self.get(job_id)
+
+    async def wait(self, job_id: str, wait_s: float) -> None:
+        """Return when the job has ended, or after so many seconds; raises NotAuthenticated within seconds after the key was revoked."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), self._client.event_reader.listen({job_id: None}, self._sees) as listener:
+                with self._streams.watch(self.principal.key, listener, poll=True):
+                    while not listener.ended:
+                        await listener.next(wait_s)
 
     def client_gone(self, job_id: str, sending: Sending) -> None:
         """Whoever asked for this job has closed the connection: it is cancelled after a grace unless they come back for it."""
@@ -124,13 +143,15 @@ class JobService:
 
     @contextlib.asynccontextmanager
     async def listen(self, job_id: str, last_event_id: str | None) -> AsyncIterator[Listener]:
-        """Follow a job; raises JobNotFound. It ends within seconds after the key was revoked."""
-        if self.principal.key is None:
-            async with self._client.listen(job_id, last_event_id) as listener:
+        """Follow a job; raises JobNotFound and TooManyStreams. It ends within seconds after the key was revoked."""
+        async with self._client.event_reader.listen({job_id: last_event_id}, self._sees) as listener:
+            with self._streams.watch(self.principal.key, listener):
                 yield listener
-            return
-        await self.get(job_id)
-        async with self._client.listen(job_id, last_event_id) as listener:
+
+    @contextlib.asynccontextmanager
+    async def listen_to(self, after: Mapping[str, str | None]) -> AsyncIterator[Listener]:
+        """Follow many jobs, each from after an event; raises as :meth:`listen`, JobNotFound where none of them is there."""
+        async with self._client.event_reader.listen(after, self._sees, many=True) as listener:
             with self._streams.watch(self.principal.key, listener):
                 yield listener
 
@@ -146,11 +167,28 @@ class JobService:
         """Forget a dead letter; raises JobNotFound. For administrators."""
         await self._client.drop_dead_letter(dead_id)
 
+    @contextlib.asynccontextmanager
+    async def listen_to_group(self, name: str, value: str, cursor: GroupCursor, tenant: str | None) -> AsyncIterator[Group]:
+        """Follow the jobs of a tenant whose metadata has a value, also those that are submitted later; raises TooManyStreams.
+
+        Args:
+            tenant: another than the key's, for those who may see it.
+        """
+        own = self.principal.key.tenant if self.principal.key else "default"
+        if self.principal.sees is not None and tenant not in (None, own):
+            raise InvalidRequest("tenant", tenant, f"{own!r}, which is the API key's, or left out")
+        async with self._groups.open(tenant or own, name, value, cursor) as group:
+            with self._streams.watch(self.principal.key, group.listener):
+                yield group
+
     async def models(self) -> dict[str, ServedModel]:
         return await self._client.models()
 
     def _seen(self, record: JobRecord) -> JobRecord:
         return seen(record, self.principal)
+
+    def _sees(self, record: JobRecord) -> bool:
+        return self.principal.sees in (None, record.request.tenant)
 
     def _own(self, data: dict[str, Any]) -> dict[str, Any]:
         """A submission with the tenant of its key."""
@@ -177,28 +215,27 @@ def seen(record: JobRecord, principal: Principal) -> JobRecord:
 async def poll(request: Request, job_id: str, wait_s: float = 0) -> JobRecord:
     """One job for the key of a request, both in one round trip: what clients ask for most.
 
-    With ``wait_s``, once it has ended or after so many seconds. The key is looked at again then: it may have been revoked.
+    With ``wait_s``, once it has ended or after so many seconds. The wait ends within seconds after the key was revoked.
     """
-    record = await _poll(request, job_id)
+    record, principal = await _poll(request, job_id)
     if wait_s and not record.status.terminal:
-        client: AsyncClient = request.app.state.client
-        await client.ended(job_id, wait_s)
-        record = await _poll(request, job_id)
+        await JobService(request.app.state, principal).wait(job_id, wait_s)
+        record, _ = await _poll(request, job_id)
     return record
 
 
-async def _poll(request: Request, job_id: str) -> JobRecord:
+async def _poll(request: Request, job_id: str) -> tuple[JobRecord, Principal]:
     client: AsyncClient = request.app.state.client
     access: Access = request.app.state.access
     credential = credential_of(request) if access.keys else None
     if credential is None:
-        await access.principal(None, "read")
-        return await client.get(job_id)
+        principal = await access.principal(None, "read")
+        return await client.get(job_id), principal
     found, key = await client.get_with_key(job_id, credential.prefix)
     principal = access.check(credential, key, "read")
     if isinstance(found, JobNotFound):
         raise found
-    return seen(found, principal)
+    return seen(found, principal), principal
 
 
 def opened(
@@ -219,7 +256,18 @@ def opened(
     return service
 
 
+async def _listening(request: Request, _: Annotated[Any, bearer], token: Annotated[str | None, Query(max_length=200)] = None) -> JobService:
+    """The service for a stream, whose URL may hold a token instead of a key in a header."""
+    state = request.app.state
+    if token is None or not state.access.keys:
+        return await opened("read")(request)
+    prefix = prefix_of_token(token)
+    key = (await state.client.keys([prefix])).get(prefix)
+    return JobService(state, Principal(key_of_token(token, key)))
+
+
 # What a route declares to get the service. The key is looked at before the parameters and the body are.
 Reading = Annotated[JobService, Depends(opened("read"))]
 Submitting = Annotated[JobService, Depends(opened("submit"))]
 Administering = Annotated[JobService, Depends(opened("admin"))]
+Listening = Annotated[JobService, Depends(_listening)]

@@ -8,10 +8,11 @@ from typing import Any
 
 from latentline import routing
 from latentline.errors import InvalidRequest, JobNotFound
-from latentline.jobs import JobEvent
+from latentline.jobs import JobEvent, JobRecord
+from latentline.scripts import VIEW
 
-from .driving import Operation
-from .jobs import get
+from .driving import Operation, call_script_many
+from .jobs import get, viewed
 
 START = "0-0"  # before the first event of any stream
 MAX_READ = 200  # events of one stream in one read
@@ -30,6 +31,28 @@ def events(job_id: str, last_event_id: str | None = None, block_ms: int | None =
     return (yield from _after(job_id, last_event_id, block_ms))
 
 
+def follow_many(after: Mapping[str, str | None]) -> Operation[dict[str, tuple[JobRecord | None, list[JobEvent]]]]:
+    """The records of many jobs, and their events after the given ids, in one round trip; None for a record that is not there.
+
+    Raises:
+        InvalidRequest: an id that is not of the form of an event's.
+    """
+    if not after:
+        return {}
+    ids = [_checked(last) for last in after.values()]
+    read = ["XREAD", "STREAMS", *(routing.events_key(job_id) for job_id in after), *ids]
+    # The records are read first: a job that ends between the two then still has its last event in the read.
+    *replies, reply = yield from call_script_many(VIEW, [{"id": job_id} for job_id in after], [read])
+    events = yield from _by_job(reply)
+    found: dict[str, tuple[JobRecord | None, list[JobEvent]]] = {}
+    for job_id, view in zip(after, replies, strict=True):
+        try:
+            found[job_id] = (yield from viewed(job_id, view)), events.get(job_id, [])
+        except JobNotFound:
+            found[job_id] = None, []
+    return found
+
+
 def follow(job_id: str, last_event_id: str | None, block_ms: int | None) -> Operation[tuple[list[JobEvent], bool]]:
     """One read of a job's events, and whether nothing more can come."""
     # Asked first: a job that ends between the two calls then still has its last event in the read.
@@ -40,11 +63,16 @@ def follow(job_id: str, last_event_id: str | None, block_ms: int | None) -> Oper
 
 def _after(job_id: str, last_event_id: str | None, block_ms: int | None) -> Operation[list[JobEvent]]:
     """The new events of one job that exists; raises InvalidRequest for an id of another form."""
+    return (yield from read_streams({job_id: _checked(last_event_id)}, block_ms)).get(job_id, [])
+
+
+def _checked(last_event_id: str | None) -> str:
+    """Where a read begins; raises InvalidRequest for an id of another form."""
     after = last_event_id or START
     parts = after.split("-")
     if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
         raise InvalidRequest("last_event_id", last_event_id, "an id that this stream gave, such as 1700000000000-0")
-    return (yield from read_streams({job_id: after}, block_ms)).get(job_id, [])
+    return after
 
 
 def read_streams(after: Mapping[str, str], block_ms: int | None = None) -> Operation[dict[str, list[JobEvent]]]:
@@ -57,7 +85,11 @@ def read_streams(after: Mapping[str, str], block_ms: int | None = None) -> Opera
         job id -> its new events, for those that have any.
     """
     streams: dict[str, str] = {routing.events_key(job_id): last for job_id, last in after.items()}
-    reply = yield lambda client: client.xread(streams, count=None if block_ms is None else MAX_READ, block=block_ms)
+    return (yield from _by_job((yield lambda client: client.xread(streams, count=None if block_ms is None else MAX_READ, block=block_ms))))
+
+
+def _by_job(reply: Any) -> Operation[dict[str, list[JobEvent]]]:
+    """The events of each job in a reply of XREAD."""
     found: dict[str, list[JobEvent]] = {}
     for key, entries in reply.items() if isinstance(reply, dict) else reply or []:
         job_id = key.removeprefix(routing.events_key(""))

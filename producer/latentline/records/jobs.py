@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -107,23 +108,33 @@ def _accepted(one: Submission, reply: Any, tenant_cap: int) -> Operation[JobReco
 def get(job_id: str) -> Operation[JobRecord]:
     """One record; raises JobNotFound. A queued one that is past its deadline is failed first: there may be no worker to do it."""
     (reply,) = yield from call_script_many(VIEW, [{"id": job_id}])
-    return (yield from _seen(job_id, reply))
+    return (yield from viewed(job_id, reply))
 
 
 def get_with_key(job_id: str, prefix: str) -> Operation[tuple[JobRecord | JobNotFound, ApiKey | None]]:
     """A job, and the API key with this prefix, in the one round trip that the job alone takes."""
     reply, raw = yield from call_script_many(VIEW, [{"id": job_id}], [("HGETALL", routing.api_key_key(prefix))])
     try:
-        return (yield from _seen(job_id, reply)), key_of(raw)
+        return (yield from viewed(job_id, reply)), key_of(raw)
     except JobNotFound as error:
         return error, key_of(raw)
+
+
+def get_many(job_ids: Sequence[str]) -> Operation[dict[str, JobRecord]]:
+    """The records of many jobs, those that are there and can be read, in one round trip."""
+    found: dict[str, JobRecord] = {}
+    for raw in (yield hgetall_many(job_ids)):
+        with contextlib.suppress(JobNotFound):
+            record = record_of(raw)
+            found[record.id] = record
+    return found
 
 
 def not_found(job_id: str) -> JobNotFound:
     return JobNotFound(f"no job {job_id[:80]!r}: it never existed, or its retention time is over")
 
 
-def _seen(job_id: str, reply: Any) -> Operation[JobRecord]:
+def viewed(job_id: str, reply: Any) -> Operation[JobRecord]:
     """The record that view.lua gave."""
     now, flat, position = reply
     if not flat:
@@ -221,6 +232,7 @@ def record_of(raw: dict[str, str]) -> JobRecord:
             phase=Phase(raw["phase"]) if raw.get("phase") else None,
             step=int(raw.get("step", 0)),
             num_steps=int(raw["num_steps"]),
+            cost=int(raw.get("cost", 0)),
             attempt=int(raw.get("attempt", 0)),
             worker=raw.get("worker"),
             cancel_requested=raw.get("cancel_requested") == "1",

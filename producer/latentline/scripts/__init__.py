@@ -15,6 +15,7 @@ CANCEL = load("cancel")
 DELETE = load("delete")
 VIEW = load("view")
 PAGE = load("page")
+SINCE = load("since")
 RELEASE = load("release")
 SETTLE = load("settle")
 RETRY = load("retry")
@@ -42,5 +43,6 @@ REPLAY_CALLBACK = load("replay_callback")
 __all__ = [
     "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "DELETE", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
     "HEARTBEAT", "NOTE_ANSWER", "PAGE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE",
-    "SETTLE_CALLBACK", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS", "WARN", "Script",
+    "SETTLE_CALLBACK", "SINCE", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS", "WARN",
+    "Script",
 ]  # fmt: skip

@@ -84,6 +84,18 @@ class CostModel:
         low, low_s, _ = known[place - 1]
         return low_s + (high_s - low_s) * (rows - low) / (high - low)
 
+    def best(self) -> dict[Hashable, tuple[int, int, float]]:
+        """For each lane with measured steps: how many there were, and rows and seconds of a step with the best throughput.
+
+        From any thread; a lane whose times are just being sorted anew is left out.
+        """
+        found = {}
+        for lane, entry in list(self._lanes.items()):
+            if known := entry.known:
+                rows, seconds, _ = max(known, key=lambda one: one[0] / one[1])
+                found[lane] = entry.steps, rows, seconds
+        return found
+
     def budget(self, lane: Hashable) -> int:
         """Rows to put into one step."""
         entry = self._lanes[lane]
