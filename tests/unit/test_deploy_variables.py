@@ -18,7 +18,8 @@ START = (ROOT / "deploy/valkey/start.sh").read_text()
 READS: dict[str, type[Settings]] = {"api": Settings, "worker": WorkerSettings, "callbacks": ProcessSettings}
 # Read by a program that is not ours: the NVIDIA runtime.
 FOREIGN = {"NVIDIA_VISIBLE_DEVICES"}
-OF_CLIENTS = {"LATENTLINE_URL", "LATENTLINE_API_KEY"}  # where the command line finds the API, and its key: nothing that a container needs
+# Where the command line finds the API, its key, and what `latentline mcp` gives to agents: nothing that a container needs.
+OF_CLIENTS = {"LATENTLINE_URL", "LATENTLINE_API_KEY", "LATENTLINE_MCP_WAIT_S", "LATENTLINE_MCP_MAX_BYTES"}
 
 
 def variables(settings: type[Settings]) -> set[str]:
