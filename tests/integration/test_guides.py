@@ -29,7 +29,10 @@ def test_the_guides_have_these_snippets() -> None:
 
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name in ("guides.md", "dialects.md") for i in range(len(snippets(name)))])
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # a snippet need not close
-def test_a_snippet_runs(stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, number: int) -> None:
+def test_a_snippet_runs(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, number: int
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write a file
     monkeypatch.setenv("OPENAI_BASE_URL", f"{stack.url}/openai/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "ll_")
     monkeypatch.setenv("LATENTLINE_API_KEY", "ll_")

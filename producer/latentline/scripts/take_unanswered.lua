@@ -1,8 +1,8 @@
 -- Give a request that its client sends again the job that an earlier sending of it has made.
 --
--- The `answer` of a job says what became of the last request that had it: 'awaited' (that request is still open, or its process died),
--- 'dropped' (the client closed its connection) or 'written' (the answer went out; it may have been lost on its way). `sending` is
--- the retry count of that request.
+-- The `answer` of a job says what became of the last request that had it: 'awaited' (that request is still open, or its
+-- process died), 'dropped' (the client closed its connection) or 'written' (the answer went out; it may have been lost on
+-- its way). `sending` is the retry count of that request.
 --
 -- Invariants:
 -- * Equal requests are different jobs, and of two that are sent again each gets one of their own: a job is given once for each
