@@ -306,6 +306,7 @@ def test_no_worker_is_there(bench: Bench, speaker: Speaker) -> None:
 def test_paths_and_methods_that_are_none(bench: Bench, speaker: Speaker) -> None:
     headers = speaker.headers(bench.key)
     problem(speaker, bench.http.get(f"{speaker.path}/there/is/none", headers=headers), 404, "not_found")
+    problem(speaker, bench.http.get(f"{speaker.path}/there/is%0A/none", headers=headers), 404, "not_found")
     answer = bench.http.put(speaker.path, headers=headers)
     problem(speaker, answer, 405, "method_not_allowed")
     options = bench.http.options(speaker.path, headers=headers)

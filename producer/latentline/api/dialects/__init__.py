@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
@@ -22,3 +24,5 @@ DIALECTS: dict[str, Callable[[State, Settings], FastAPI]] = {
 def mount_dialects(app: FastAPI, settings: Settings) -> None:
     for prefix, create in DIALECTS.items():
         app.mount(prefix, create(app.state, settings))
+        mount: Any = app.routes[-1]
+        mount.path_regex = re.compile(mount.path_regex.pattern, re.DOTALL)  # a path with a line end in it is this dialect's to answer
