@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 from .missing import missing
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
 
 BINARIES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = (
@@ -48,6 +49,36 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+@dataclass
+class Watched:
+    """A page, with all that went wrong on it and all that it asked for."""
+
+    page: Page
+    problems: list[str] = field(default_factory=list)
+    """Errors of scripts and of the console."""
+    hosts: set[str] = field(default_factory=set)
+    """Every host that was asked, apart from data: and blob: addresses."""
+
+
+def watched(context: BrowserContext) -> Watched:
+    """A new page of a browser context."""
+    found = Watched(context.new_page())
+
+    def console(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            found.problems.append(f"{message.type}: {message.text}")
+
+    def asked(request: Request) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme not in ("data", "blob"):
+            found.hosts.add(parts.netloc)
+
+    found.page.on("console", console)
+    found.page.on("pageerror", lambda error: found.problems.append(f"script: {error}"))
+    found.page.on("request", asked)
+    return found
 
 
 class Origin:

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 
 from latentline import __version__
 from latentline.client import AsyncClient
@@ -25,6 +26,7 @@ from .groups import Groups
 from .leavers import Leavers
 from .methods import Methods
 from .metrics import ApiMetrics, Measured
+from .page import PageFiles
 from .problems import Problem, handle_problems
 from .streams import Streams
 from .thumbnails import Thumbnails
@@ -60,6 +62,12 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     routers = [module.router for module in (jobs, batch, events, pictures, thumbnails, timelines, fleet, session)]
     for router in routers:
         app.include_router(router)
+    files = PageFiles()
+    app.mount("/page", files, "page")
+
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
 
     @app.get("/healthz", tags=["health"], summary="Whether this process is alive")
     async def healthz() -> dict[str, str]:

@@ -1,0 +1,285 @@
+"""The page in a real Chromium, on the real stack: what a user does, and what must not happen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+import uvicorn
+from axe_playwright_python.base import AXE_SCRIPT
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+from support.browser import Watched, chromium, watched
+
+from latentline import Settings, records
+from latentline.api.app import create_app
+from latentline.connection import connect
+from latentline.keys import NewKey
+from latentline_worker.embedded.stack import Stack
+
+PATIENCE_MS = 40_000  # on a busy machine
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def keyed(stack: Stack) -> Iterator[str]:
+    """Another API on the same services, which wants keys: its address."""
+    settings = Settings.from_variables({**stack.environment, "LATENTLINE_AUTH": "keys"})
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+    listener.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Watched]]:
+    """Opens a page in a session of its own; at the end, no page may have failed or asked another host."""
+    opened: list[tuple[str, Watched]] = []
+    contexts: list[BrowserContext] = []
+
+    def open_at(url: str, **options: object) -> Watched:
+        context = browser.new_context(**options)  # type: ignore[arg-type]
+        context.set_default_timeout(PATIENCE_MS)
+        contexts.append(context)
+        found = watched(context)
+        opened.append((url, found))
+        found.page.goto(url)
+        return found
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    for url, found in opened:
+        assert found.problems == []
+        assert found.hosts <= {url.split("/")[2]}
+
+
+def key_of(stack: Stack, tenant: str, *scopes: str) -> str:
+    with contextlib.closing(connect(stack.environment["LATENTLINE_REDIS_URL"])) as client:
+        text, _ = records.run(client, records.create_key(NewKey.parse(tenant=tenant, scopes=scopes or ("submit", "read"))))
+    return text
+
+
+def sign_in(page: Page, key: str) -> None:
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    page.locator("[name=prompt]").wait_for()
+
+
+def submit(page: Page, prompt: str, steps: int = 6) -> None:
+    page.locator("[name=prompt]").fill(prompt)
+    page.locator("[name=num_inference_steps]").fill(str(steps))
+    page.locator("[name=prompt]").press("Control+Enter")
+
+
+def test_a_job_from_prompt_to_picture(stack: Stack, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url, viewport={"width": 1280, "height": 900}).page
+    submit(page, "a red apple on a blue background", steps=40)
+    mine = page.locator(".card").filter(has_text="a red apple on a blue background").first
+    mine.locator(".pictures.preview img").first.wait_for()
+    page.reload()  # in the middle: nothing is lost
+    expect(mine).to_have_class(re.compile("succeeded"), timeout=PATIENCE_MS)
+    mine.click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.locator(".state")).to_contain_text("Done")
+    assert dialog.locator(".stage img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+    expect(dialog.get_by_text("Timeline")).to_be_visible()
+    code = {}
+    for name in ("curl", "Python", "openai"):
+        dialog.get_by_role("button", name=name, exact=True).click()
+        code[name] = dialog.locator("pre").inner_text()
+    assert all("a red apple on a blue background" in text for text in code.values())
+    compile(code["Python"], "copied", "exec")
+    compile(code["openai"], "copied", "exec")
+    dialog.get_by_role("button", name="Use these settings").click()
+    assert page.locator("[name=seed]").input_value() != ""
+
+
+def test_previews_sharpen_and_a_running_job_is_cancelled(stack: Stack, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url).page
+    submit(page, "a slow green tree", steps=150)
+    mine = page.locator(".card").filter(has_text="a slow green tree").first
+    sources: set[str] = set()
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while len(sources) < 2 and time.monotonic() < deadline:
+        sources |= {image.get_attribute("src") or "" for image in mine.locator(".pictures.preview img").all()}
+    assert len(sources) >= 2 and all(source.startswith("data:image/webp") for source in sources)
+    mine.click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel", exact=True).click()
+    expect(page.get_by_role("dialog").locator(".state")).to_contain_text("Cancelled")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_prompts_are_only_ever_text(stack: Stack, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url).page
+    hostile = "<img src=x onerror=\"document.title='broken in'\"><script>document.title='broken in'</script>"
+    submit(page, hostile, steps=1)
+    mine = page.locator(".card").filter(has_text="broken in").first
+    mine.wait_for()
+    mine.click()
+    expect(page.get_by_role("dialog").locator("h2")).to_have_text(hostile)
+    assert page.title() == "latentline" and page.locator("h2 img, h2 script, .caption img").count() == 0
+
+
+def test_bad_input_is_said_at_the_form(stack: Stack, open_page: Callable[..., Watched]) -> None:
+    found = open_page(stack.url)
+    found.page.locator("[name=prompt]").fill("a cat")
+    found.page.locator("[name=seed]").fill("99999999999")
+    found.page.get_by_role("button", name="Make it").click()
+    expect(found.page.get_by_role("alert")).to_contain_text("Seed: allowed is")
+    assert all("422" in problem for problem in found.problems)
+    found.problems.clear()  # the browser itself notes every answer that is an error
+
+
+def test_a_grid_of_variations_shares_its_seed(stack: Stack, http: httpx.Client, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url).page
+    page.locator("[name=prompt]").fill("a yellow star for the grid")
+    page.get_by_text("Variations and presets").click()
+    page.locator("[name=axis]").select_option("num_inference_steps")
+    page.locator("[name=values]").fill("1, 2, 3")
+    page.get_by_role("button", name="Make the grid").click()
+    expect(page.locator(".card").filter(has_text="a yellow star for the grid")).to_have_count(3)
+    jobs = [job for job in http.get("/v1/jobs").json()["jobs"] if job["request"]["prompt"] == "a yellow star for the grid"]
+    assert sorted(job["request"]["num_inference_steps"] for job in jobs) == [1, 2, 3] and len({job["request"]["seed"] for job in jobs}) == 1
+
+
+def test_a_dropped_picture_gives_its_settings(stack: Stack, http: httpx.Client, open_page: Callable[..., Watched]) -> None:
+    pictures = {}
+    for kind in ("png", "webp", "jpeg"):
+        body = {
+            "prompt": f"a {kind} drop, größer",
+            "num_inference_steps": 1,
+            "seed": 4711,
+            "scheduler": "euler",
+            "output": {"format": kind},
+        }
+        job = http.post("/v1/jobs", json=body).json()
+        while job["status"] in ("queued", "running"):
+            job = http.get(f"/v1/jobs/{job['id']}", params={"wait": 20}).json()
+        pictures[kind] = http.get(f"/v1/jobs/{job['id']}/images/0").content
+    page = open_page(stack.url).page
+    page.locator("[name=scheduler]").wait_for()
+    drop = """([name, bytes]) => { const data = new DataTransfer(); data.items.add(new File([new Uint8Array(bytes)], name));
+        document.querySelector(".page").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})) }"""
+    for kind, content in pictures.items():
+        page.evaluate(drop, [f"picture.{kind}", list(content)])
+        expect(page.locator("[name=prompt]")).to_have_value(f"a {kind} drop, größer")
+        expect(page.locator("[name=seed]")).to_have_value("4711")
+        expect(page.locator("[name=scheduler]")).to_have_value("euler")
+    for name, content in (("other.png", b"\x89PNG\r\n\x1a\n"), ("cut.jpeg", pictures["jpeg"][:40]), ("text.txt", b"hello")):
+        page.evaluate(drop, [name, list(content)])
+        expect(page.locator(".said")).to_contain_text(name)
+
+
+def test_tenants_see_their_own_jobs_and_sign_out(stack: Stack, keyed: str, open_page: Callable[..., Watched]) -> None:
+    pages = {}
+    for tenant in ("ann", "bob"):
+        found = open_page(keyed)
+        found.page.get_by_label("API key").wait_for()
+        found.problems.clear()  # the answer that nobody is signed in
+        sign_in(found.page, key_of(stack, tenant))
+        submit(found.page, f"a gift of {tenant}", steps=1)
+        found.page.locator(".card").filter(has_text=f"a gift of {tenant}").first.wait_for()
+        pages[tenant] = found
+    for tenant, found in pages.items():
+        found.page.reload()
+        found.page.locator(".card").first.wait_for()
+        assert all(f"a gift of {tenant}" in text for text in found.page.locator(".card .caption").all_inner_texts())
+        assert found.page.get_by_role("link", name="Fleet").count() == 0  # for administrators
+    page = pages["ann"].page
+    cookies = page.context.cookies()
+    assert cookies[0]["httpOnly"] and cookies[0]["sameSite"] == "Strict" and page.evaluate("document.cookie") == ""
+    page.get_by_role("button", name="Sign out").click()
+    page.get_by_label("API key").wait_for()
+    page.reload()
+    page.get_by_label("API key").wait_for()
+    pages["ann"].problems.clear()
+    assert page.locator(".card").count() == 0 and page.context.cookies() == []
+
+
+def test_a_wrong_key_is_said(keyed: str, open_page: Callable[..., Watched]) -> None:
+    found = open_page(keyed)
+    found.page.get_by_label("API key").fill("ll_nothing")
+    found.page.get_by_role("button", name="Sign in").click()
+    expect(found.page.get_by_role("alert")).to_contain_text("no API key")
+    found.problems.clear()
+
+
+def test_the_fleet_for_administrators(stack: Stack, keyed: str, open_page: Callable[..., Watched]) -> None:
+    found = open_page(keyed)
+    found.page.get_by_label("API key").wait_for()
+    found.problems.clear()
+    sign_in(found.page, key_of(stack, "operators", "admin"))
+    found.page.get_by_role("link", name="Fleet").click()
+    expect(found.page.locator(".worker")).to_have_count(1)
+    expect(found.page.locator(".worker .models .warm")).to_have_text("latentline-emoji")
+    expect(found.page.locator(".worker")).to_contain_text("of 16")
+
+
+def test_ten_thousand_jobs_scroll_without_all_of_them_in_the_page(stack: Stack, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url, viewport={"width": 1280, "height": 900}).page
+    page.locator(".form").wait_for()
+    page.evaluate("""async () => { const { store } = await import("/page/store.js"); await store.loading;
+        store.complete = true;
+        const job = { status: "cancelled", images: [], timings: {} };
+        for (let n = 0; n < 10000; n++) store.add({ ...job, id: `job-${n}`, request: { prompt: `number ${n}` } }) }""")
+    page.locator(".card").filter(has_text="number 9999").wait_for()
+    counts, frames = page.evaluate("""async () => { const counts = [], frames = []; let before = performance.now();
+        for (let n = 0; n < 40; n++) { scrollTo(0, (n / 39) * document.body.scrollHeight);
+            await new Promise(requestAnimationFrame); await new Promise(requestAnimationFrame);
+            counts.push(document.querySelectorAll(".card").length); frames.push(performance.now() - before); before = performance.now() }
+        return [counts, frames] }""")
+    assert max(counts) < 120 and min(counts) > 4, counts
+    page.locator(".caption").filter(has_text=re.compile(r"^number 0$")).wait_for()
+    assert len(frames) == 40
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_has_no_serious_violation_of_accessibility(stack: Stack, open_page: Callable[..., Watched], theme: str) -> None:
+    page = open_page(stack.url, color_scheme=theme, viewport={"width": 1280, "height": 900}, bypass_csp=True).page
+    submit(page, f"a {theme} bulb", steps=1)
+    mine = page.locator(".card").filter(has_text=f"a {theme} bulb").first
+    expect(mine).to_have_class(re.compile("succeeded"), timeout=PATIENCE_MS)
+    page.evaluate(AXE_SCRIPT)
+    for part in ("#/", "#/fleet", f"#/job/{str(mine.get_attribute('href')).rsplit('/', 1)[1]}"):
+        page.evaluate("part => { location.hash = part }", part)
+        page.locator({"#/": ".card", "#/fleet": ".worker"}.get(part, "dialog .state")).first.wait_for()
+        page.wait_for_timeout(600)  # animations change colours
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        serious = [
+            (violation["id"], [node["html"][:150] for node in violation["nodes"]])
+            for violation in found["violations"]
+            if violation["impact"] in ("serious", "critical")
+        ]
+        assert serious == [], json.dumps(serious, indent=1)
+
+
+def test_the_keyboard_alone_is_enough_on_a_phone(stack: Stack, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url, viewport={"width": 390, "height": 844}, reduced_motion="reduce").page
+    page.get_by_text("Settings", exact=True).press("Enter")  # folded on a narrow screen
+    submit(page, "a phone by keyboard", steps=1)
+    mine = page.locator(".card").filter(has_text="a phone by keyboard").first
+    expect(mine).to_have_class(re.compile("succeeded"), timeout=PATIENCE_MS)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
+    mine.focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog").wait_for()
+    assert page.evaluate("document.querySelector('dialog').contains(document.activeElement)")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
