@@ -16,8 +16,9 @@ help: ## What there is
 demo: $(STAMP) ## Start the whole stack on this machine, generate a dozen pictures, write them to out/
 	$(BIN)/latentline demo
 
+# Two processes: most tests wait, for services or for a worker, as long as they compute. Files stay whole, since their tests share fixtures.
 test: $(STAMP) ## Run every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(STAMP) docker-lint ## Style, format, types, import contracts, Lua scripts
 	$(BIN)/ruff check .
