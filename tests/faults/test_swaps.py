@@ -20,10 +20,10 @@ NAMES = ("a", "b", "c")
 
 @pytest.fixture
 def models(tiny_model: Path, tmp_path: Path) -> Path:
-    """A file of three models of which two fit."""
+    """A file of three models of which one fits: while it is exchanged, the worker waits at no queue."""
     size = weights.of_files(ModelEntry(source=str(tiny_model)), torch.float32)
     path = tmp_path / "models.toml"
-    path.write_text(f"weights_mb = {2.5 * size / 2**20}\ncold_wait_s = 0.5\n")
+    path.write_text(f"weights_mb = {1.5 * size / 2**20}\ncold_wait_s = 0.5\n")
     for name in NAMES:
         catalog.append(path, ModelEntry(source=str(tiny_model), id=name))
     return path

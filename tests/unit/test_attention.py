@@ -52,7 +52,7 @@ def test_of_many_quiet_models_those_used_last_are_waited_for() -> None:
         attention.open(name)
     most = QUIET_LISTS // len(PRIORITY_STEPS)
     assert attention.choose(queues) == [queue_name(name, 0) for name in names[-most:]]
-    attention.open(names[0])  # used again
+    attention.used(names[0])
     assert queue_name(names[0], 0) in attention.choose(queues)
     attention.busy([names[1]])
     assert set(queue_names(names[1])) <= set(attention.choose(queues)), "those with jobs are not among the quiet ones"

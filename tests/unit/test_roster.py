@@ -37,13 +37,22 @@ def roster_of(clock: Clock, warm: str, cold: str = "", budget: float = 2, **size
     for name in warm + cold:
         family: Any = OddFamily(name)
         members[name] = Member(family.info, sizes.get(name, 1), family if name in warm else None, clock.now, clock.now)
-    return Roster(members, budget, WAIT_S, clock)
+    roster = Roster(members, budget, WAIT_S, clock)
+    wait_once(roster)
+    clock.now += WAIT_S
+    return roster
+
+
+def wait_once(roster: Roster) -> None:
+    """Begin a wait at the broker, as the consumer does."""
+    roster.attention.choose([])
 
 
 def test_a_cold_model_is_due_once_a_job_and_the_model_itself_have_waited(clock: Clock) -> None:
     roster = roster_of(clock, "ab", "cd")
+    clock.now -= 0.1
     assert roster.due({"c": 60.0}) is None, "it has only just become cold"
-    clock.now += WAIT_S
+    clock.now += 0.1
     assert roster.due({"c": WAIT_S - 0.1}) is None
     assert roster.due({"a": 60.0, "b": 60.0}) is None, "those are in memory"
     assert roster.due({"c": WAIT_S, "d": WAIT_S + 1}) == "d", "the job that has waited for longest counts"
@@ -74,6 +83,19 @@ def test_a_model_with_running_jobs_goes_last_and_only_once_they_have_ended(clock
     assert roster.take_out("a")
     with pytest.raises(Cancelled, match="cold"), roster.use("a"):
         pass
+
+
+def test_a_model_stays_until_it_could_take_jobs_and_for_as_long_as_its_loading_took(clock: Clock) -> None:
+    """Else models that take longer to load than jobs wait would take turns without doing any job."""
+    roster = roster_of(clock, "a", "b", budget=1)
+    assert roster.victims("b") == ["a"] and roster.take_out("a")
+    roster.put_in("b", OddFamily("b"), 1, load_s=3 * WAIT_S, swapped=True)
+    clock.now += WAIT_S
+    assert roster.due({"a": 60.0}) == "a" and roster.victims("a") is None
+    clock.now += 2 * WAIT_S
+    assert roster.victims("a") is None, "no wait at the broker has begun since it came"
+    wait_once(roster)
+    assert roster.victims("a") == ["b"]
 
 
 def test_messages_that_are_held_count_as_jobs(clock: Clock) -> None:

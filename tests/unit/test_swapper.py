@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -85,6 +86,14 @@ class Bench:
         self._ended = threading.Event()
         self._consumer = threading.Thread(target=self._consume)
         self._consumer.start()
+        self.wait_once()
+
+    def wait_once(self) -> None:
+        """A model may go only once a wait at the broker has begun since it came."""
+        while not all(
+            self.roster.attention.reached(info.id) for info in self.roster.said().models if info.id not in self.roster.said().cold
+        ):
+            time.sleep(0.01)
 
     def _consume(self) -> None:
         while not self._ended.wait(0.002):
@@ -164,7 +173,7 @@ def test_a_model_leaves_once_its_jobs_have_ended_and_not_before(bench: Bench) ->
     bench.swapper.hear({"a": 0.0, "b": 0.0, "c": WAIT_S})
     swap = in_thread(bench.swapper.run_once)
     while "a" in bench.watched():
-        pass
+        time.sleep(0.01)  # without it this thread would hardly ever let the others have the lock
     assert bench.roster.said().cold == ("c",) and not bench.files.begun.is_set()
     assert bench.engine.submit(work(family, size=(64, 64))).result(PATIENCE_S) is not None, "its jobs go on"
     held.__exit__(None, None, None)
@@ -196,6 +205,7 @@ def test_the_same_job_gives_the_same_picture_after_its_model_went_and_came_back(
         for other in set(NAMES) - {"a", wanted} if wanted == "c" else ():
             with bench.roster.use(other):
                 pass
+        bench.wait_once()
         bench.swapper.hear({wanted: WAIT_S})
         bench.swapper.run_once()
     assert bench.files.loaded == ["c", "a"]

@@ -36,6 +36,7 @@ class Member:
     used_at: float  # when a job of it last began or ended
     takes_adapters: bool = False  # whether there is a place where its adapters come from
     users: int = 0  # jobs that use it now
+    load_s: float = 0.0  # how long it took to load, the last time
     swaps: int = 0  # how often it was loaded in the place of others
     failures: int = field(default=0, repr=False)  # to load it, since it was last in memory
     retry_at: float = float("-inf")
@@ -45,8 +46,8 @@ class Roster:
     """Which models a worker serves and which of them are in memory. Any thread may use it.
 
     A model that is in memory is warm, any other is cold. A cold one is due once a job has waited for ``cold_wait_s`` seconds, and
-    the model itself has been cold for as long: so jobs are left to workers where it is warm, and of models that take turns each
-    stays for a while.
+    the model itself has been cold for as long: so jobs are left to workers where it is warm. A warm one stays for as long, and for the
+    time that loading it took.
 
     Args:
         members: at least one, by id.
@@ -112,6 +113,7 @@ class Roster:
                 raise Cancelled("cold")
             member.users += 1
             member.used_at = self._clock()
+        self.attention.used(model)
         try:
             yield family
         finally:
@@ -151,20 +153,27 @@ class Roster:
             ]
         return max(due)[1] if due else None
 
-    def victims(self, model: str) -> Sequence[str]:
+    def victims(self, model: str) -> Sequence[str] | None:
         """Which models have to go so that this one fits: those without jobs that were used least recently, then those with jobs
-        that have been in memory for longest.
+        that have been in memory for longest. None while those that could go have not been there for long enough.
         """
         with self._lock:
-            warm = [(self._order(one), one) for one in self._members.values() if one.family is not None]
-            over = sum(one.num_bytes for _, one in warm) + self._members[model].num_bytes - self._budget
+            warm = [one for one in self._members.values() if one.family is not None]
+            over = sum(one.num_bytes for one in warm) + self._members[model].num_bytes - self._budget
             chosen = []
-            for _, one in sorted(warm, key=lambda pair: pair[0]):
+            for one in sorted(filter(self._may_go, warm), key=self._order):
                 if over <= 0:
                     break
                 chosen.append(one.info.id)
                 over -= one.num_bytes
-        return chosen
+        return chosen if over <= 0 else None
+
+    def _may_go(self, member: Member) -> bool:
+        """Whether a model has had the time to take the jobs that waited for it. If it went sooner, models could take turns without
+        doing any; as it is, loading takes half of the time at most.
+        """
+        stay_s = max(self.cold_wait_s, member.load_s)
+        return self.attention.reached(member.info.id) and self._clock() - member.moved_at >= stay_s
 
     def _order(self, member: Member) -> tuple[bool, float]:
         busy = member.users > 0 or self.attention.num_held(member.info.id) > 0
@@ -179,13 +188,14 @@ class Roster:
             member.family, member.moved_at = None, self._clock()
         return True
 
-    def put_in(self, model: str, family: Family, num_bytes: int, *, swapped: bool) -> None:
-        """Make a model warm; ``swapped`` if another one had to go for it."""
+    def put_in(self, model: str, family: Family, num_bytes: int, load_s: float = 0.0, *, swapped: bool) -> None:
+        """Make a model warm, which took ``load_s`` seconds; ``swapped`` if another one had to go for it."""
         with self._lock:
             member = self._members[model]
             member.family, member.info, member.num_bytes = family, family.info, num_bytes
             member.moved_at = member.used_at = self._clock()
             member.swaps += swapped
+            member.load_s = load_s
             member.failures = 0
         self.attention.open(model)
 

@@ -65,15 +65,16 @@ class Swapper(Service):
 
     def run_once(self) -> None:
         model = self._roster.due(self._waits)
-        if model is None:
+        victims = None if model is None else self._roster.victims(model)
+        if model is None or victims is None:
             return
         self._waits = {}  # what comes of it is heard at the next heartbeat
         life_s = self._roster.cold_wait_s + self._load_s.get(model, 0.0)
         if self._records.take_turn(f"load:{model}", self._worker, life_s):
-            self._swap(model)
+            self._swap(model, victims)
 
-    def _swap(self, model: str) -> None:
-        attention, victims = self._roster.attention, self._roster.victims(model)
+    def _swap(self, model: str, victims: Sequence[str]) -> None:
+        attention = self._roster.attention
         place = f" in the place of {', '.join(victims)}" if victims else ""
         log.info("%s: jobs wait for %s: it is loaded%s", self._worker, model, place)
         attention.changing = True
@@ -110,6 +111,6 @@ class Swapper(Service):
         family = self._loader.load(model)
         self._engine.call(lambda: residents.add(self._engine, family)).result()
         self._load_s[model] = time.monotonic() - started
-        self._roster.put_in(model, family, weights.of_family(family), swapped=swapped)
+        self._roster.put_in(model, family, weights.of_family(family), self._load_s[model], swapped=swapped)
         num_swaps: Sequence[int] = list(self._roster.said().swaps.values())
         log.info("%s: %s is in memory after %.1f s; %d swaps so far", self._worker, model, self._load_s[model], sum(num_swaps))

@@ -30,7 +30,8 @@ class Attention:
         self._models = {model: set(queue_names(model, level)) for model in models}
         self._first = {model: {queue_name(model, 0, one) for one in range(1, level + 1)} for model in self._models}
         self._lists = level * len(PRIORITY_STEPS)  # of one shard of a model
-        self._open: dict[str, None] = {}  # those used last come first
+        self._open: dict[str, int] = {}  # those used last come first; how many waits had begun when each was opened
+        self._num_waits = 0
         self._busy: set[str] = set()
         self._asked: set[str] = set()  # the models of which the newest wait at the broker has queues
         self.changing = False
@@ -39,7 +40,7 @@ class Attention:
     def open(self, model: str) -> None:
         """Wait at this model's queues from the next time on."""
         with self.held.changed:
-            self._open = {model: None, **self._open}
+            self._open = {model: self._num_waits, **self._open}
 
     def close(self, model: str) -> None:
         """Wait at this model's queues no more; a wait that has begun goes on, see :meth:`drained`."""
@@ -54,6 +55,16 @@ class Attention:
     def num_held(self, model: str) -> int:
         """Messages of a model that this worker holds."""
         return sum(self.held[queue_name(model, shard)] for shard in range(NUM_SHARDS))
+
+    def used(self, model: str) -> None:
+        """A job of this model has begun."""
+        with self.held.changed:
+            if model in self._open:
+                self._open = {model: self._open[model], **self._open}
+
+    def reached(self, model: str) -> bool:
+        """Whether a wait at the broker has begun since this model was opened, so that the jobs that wait for it could come."""
+        return self._num_waits > self._open.get(model, self._num_waits)
 
     def drained(self, model: str, wait_s: float) -> bool:
         """Whether no message of a closed model is held and none can come any more; waits for that up to ``wait_s`` seconds."""
@@ -74,5 +85,6 @@ class Attention:
                 asked.add(model)
                 wanted |= self._models[model] if busy else self._first[model]
             self._asked = asked
+            self._num_waits += 1
             self.held.changed.notify_all()
             return [queue for queue in queues if queue in wanted]
