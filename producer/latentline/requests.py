@@ -240,7 +240,7 @@ def allowed_by(problem: Any) -> str:
     """What would have been accepted, as a phrase: for one of the errors that pydantic lists."""
     context = problem.get("ctx", {})
     if problem["type"].startswith("datetime_"):
-        return "a time such as 2026-11-27T12:00:00Z"
+        return "a date and time such as 2026-11-27T22:00:00Z"
     phrases = {
         "missing": "a value (the field is required)",
         "extra_forbidden": "only the known fields: " + ", ".join(sorted(_group_of(problem["loc"]).model_fields)),

@@ -151,7 +151,7 @@ def test_a_time_that_is_none_says_what_one_looks_like(live: Live) -> None:
     for text in ("yesterday", "2023-13-01", "", "nan", "2023-11-14T22:13:20Z?"):
         for name in ("created_after", "created_before"):
             error = problem(live.http.get("/v1/jobs", params={name: text}), 422, "invalid_request")
-            assert (error["field"], error["allowed"]) == (name, "a time such as 2026-11-27T12:00:00Z")
+            assert (error["field"], error["allowed"]) == (name, "a date and time such as 2026-11-27T22:00:00Z")
 
 
 def test_a_page_of_long_prompts_is_shorter_and_goes_on(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
