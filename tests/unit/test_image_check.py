@@ -20,6 +20,8 @@ from imagecheck.trial import problems  # noqa: E402
 
 VARIABLES = {
     **{f"VALKEY_{role}_PASSWORD": "p" for role in ("PRODUCER", "WORKER", "CALLBACKS", "OPERATOR")},
+    "S3_READER_ACCESS_KEY_ID": "r",
+    "S3_READER_SECRET_ACCESS_KEY": "t",
     "S3_ACCESS_KEY_ID": "a",
     "S3_SECRET_ACCESS_KEY": "s",
 }
