@@ -53,7 +53,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 ALL = dict(commands(main))
 # They serve until they are stopped, or write files and say on stderr how far they are.
-WITHOUT_JSON = {("api",), ("worker",), ("callbacks", "serve"), ("evaluate",)} | {path for path in ALL if path[0] == "train"}
+WITHOUT_JSON = {("api",), ("worker",), ("callbacks", "serve"), ("evaluate",), ("mcp",)} | {path for path in ALL if path[0] == "train"}
 GROUPS = {path for path, command in ALL.items() if isinstance(command, click.Group)}
 
 
