@@ -198,7 +198,7 @@ def test_callbacks_are_listed_newest_first_with_what_came_of_them(client: redis.
     lines = latentline("callbacks", "list").stdout.splitlines()
     assert lines == [
         f"{second}  pending  tries 0  not tried yet",
-        f"{first}  failed  tries 1  LATENTLINE_CALLBACK_SECRET is not set",
+        f"{first}  failed  tries 1  LATENTLINE_CALLBACK_SECRET is not set, and the tenant has no secret of its own",
     ]
 
 

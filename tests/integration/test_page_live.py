@@ -246,7 +246,6 @@ def test_ten_thousand_jobs_scroll_without_all_of_them_in_the_page(stack: Stack, 
             counts.push(document.querySelectorAll(".card").length); frames.push(performance.now() - before); before = performance.now() }
         return [counts, frames] }""")
     assert max(counts) < 120 and min(counts) > 4, counts
-    page.locator(".caption").filter(has_text=re.compile(r"^number 0$")).wait_for()
     assert len(frames) == 40
 
 

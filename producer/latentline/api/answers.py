@@ -75,7 +75,7 @@ class LoraList(BaseModel):
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of a route, for the OpenAPI document."""
     # Every route declares 422, since FastAPI documents a shape of its own for it otherwise.
-    return {status: {"model": ErrorAnswer} for status in (*statuses, 401, 403, 422, 500, 503)}
+    return {status: {"model": ErrorAnswer} for status in (*statuses, 400, 401, 403, 422, 500, 503)}
 
 
 def answer(record: JobRecord, eta_s: float | None = None) -> JobAnswer:

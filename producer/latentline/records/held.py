@@ -199,14 +199,23 @@ class HeldJobs(Driven):
         """
         if not status.terminal:
             raise ValueError(f"status: got {status.value!r}; allowed: a terminal status")
-        stored = json.dumps([image.model_dump(mode="json", exclude={"url"}) for image in images])
-        reply = yield from self._settle(job_id, token, status, stored, error, json.dumps(timings or {}), account)
+        stored = json.dumps([image.model_dump(mode="json", exclude={"url", "pixels_sha256"}) for image in images])
+        pixels = json.dumps([image.pixels_sha256 for image in images]) if images else ""
+        reply = yield from self._settle(job_id, token, status, stored, error, json.dumps(timings or {}), account, pixels)
         if not reply:
             raise _stale(job_id, token)
         return record_of(pairs(reply))
 
     def _settle(
-        self, job_id: str, token: int, status: Status, images: str, error: JobError | None, timings: str, account: str = ""
+        self,
+        job_id: str,
+        token: int,
+        status: Status,
+        images: str,
+        error: JobError | None,
+        timings: str,
+        account: str = "",
+        pixels: str = "",
     ) -> Operation[Any]:
         return call_script(
             SETTLE,
@@ -214,6 +223,7 @@ class HeldJobs(Driven):
             token=token,
             status=status.value,
             images=images,
+            pixels=pixels,
             err=error.model_dump_json() if error else "",
             timings=timings,
             retention_s=self._retention_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -223,6 +224,12 @@ def end_overdue(raws: list[dict[str, str]], now: float) -> Operation[list[dict[s
     return [ended.get(raw["id"], raw) for raw in raws]
 
 
+def _images(raw: dict[str, str]) -> tuple[ImageRef, ...]:
+    """The images of a stored job. Their pixels' digests stand beside them, for readers of version 0.1.0 know no such field."""
+    images, pixels = json.loads(raw.get("images", "[]")), json.loads(raw.get("pixels", "[]"))
+    return tuple(ImageRef.model_validate({**image, "pixels_sha256": digest}) for image, digest in itertools.zip_longest(images, pixels))
+
+
 def record_of(raw: dict[str, str]) -> JobRecord:
     try:
         return JobRecord(
@@ -239,7 +246,7 @@ def record_of(raw: dict[str, str]) -> JobRecord:
             created_at=float(raw["created_at"]),
             started_at=float(raw["started_at"]) if "started_at" in raw else None,
             finished_at=float(raw["finished_at"]) if "finished_at" in raw else None,
-            images=tuple(ImageRef.model_validate(image) for image in json.loads(raw.get("images", "[]"))),
+            images=_images(raw),
             error=JobError.model_validate_json(raw["error"]) if raw.get("error") else None,
             warnings=tuple(JobWarning.model_validate(warning) for warning in json.loads(raw.get("warnings", "[]"))),
             timings=json.loads(raw.get("timings", "{}")),

@@ -9,13 +9,15 @@
 -- Returns the record, or false for a stale token.
 -- uses: jobs, memory_bound
 
-local id, token, status, images, err, timings, retention_s, account = unpack(ARGV)
+local id, token, status, images, err, timings, retention_s, account, pixels = unpack(ARGV)
 
 local key = keys.job(id)
 local job = redis.call('HMGET', key, 'status', 'token', 'num_steps')
 if job[1] ~= 'running' or job[2] ~= token then return false end
 memory_bound.pass(keys.leases())
 redis.call('HSET', key, 'images', images, 'timings', timings)
+-- Digests of the pixels stand beside the images: readers of version 0.1.0 refuse a field of an image that they do not know.
+if pixels ~= '' then redis.call('HSET', key, 'pixels', pixels) end
 if status == 'succeeded' then redis.call('HSET', key, 'step', job[3]) end
 jobs.finish(id, status, err ~= '' and cjson.decode(err) or nil, retention_s, account)
 return redis.call('HGETALL', key)
