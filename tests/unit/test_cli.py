@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import functools
 import json
 import os
 import signal
@@ -115,7 +116,9 @@ def test_wait_gives_up_and_the_job_goes_on(service: Service) -> None:
 
 def test_ctrl_c_leaves_the_job_and_names_it(service: Service) -> None:
     command = [sys.executable, "-m", "latentline.cli", "submit", "a cat", "--wait"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Tests that run in the background may have been started with the signal ignored, which a child inherits.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears)
     try:
         assert process.stderr is not None
         job_id = process.stderr.readline().split()[0]  # the job is named as soon as it is accepted
