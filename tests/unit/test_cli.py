@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
-import functools
 import json
 import os
 import signal
