@@ -194,7 +194,7 @@ def served() -> set[str]:
     fleet = FleetMetrics.__new__(FleetMetrics)
     fleet._seen, fleet._up = records.run(client, records.overview()), True
     outbox = OutboxMetrics(Records(client))
-    outbox.look()
+    outbox.run_once()
     return names | {metric.name for collector in (fleet, outbox) for metric in collector.collect()}
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from latentline.errors import LatentlineError
 from latentline.records import Records
+from latentline_worker.maintenance.service import Service
 
 LOOK_S = 5.0  # between two looks at the outbox; a scrape shows the newest and waits for none
 OUTCOMES = ("delivered", "pending", "failed", "refused", "gone")
@@ -28,32 +27,21 @@ class CallbackMetrics:
         self.seconds = Histogram("latentline_callback_seconds", "Seconds of one try.", buckets=SECONDS, registry=self.registry)
 
 
-class OutboxMetrics(Collector):
-    """The callbacks that are due, as they were when the outbox was last looked at."""
+class OutboxMetrics(Service, Collector):
+    """The callbacks that are due, as they were when the outbox was last looked at. While the broker is away, that stays."""
 
     def __init__(self, records: Records) -> None:
+        super().__init__("outbox metrics", LOOK_S)
         self._records = records
         self._seen: tuple[int, float] | None = None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, name="outbox metrics", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Look at once; if that fails, the service does it later."""
+        self._turn()
+        super().start()
 
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def look(self) -> None:
-        """Look once. While the broker is away, what was seen last stays."""
-        try:
-            self._seen = self._records.due_callbacks()
-        except LatentlineError:
-            return
-
-    def _look_on(self) -> None:
-        while not self._stopped.is_set():
-            self.look()
-            self._stopped.wait(LOOK_S)
+    def run_once(self) -> None:
+        self._seen = self._records.due_callbacks()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """As prometheus_client asks for it; nothing here waits for the broker."""
