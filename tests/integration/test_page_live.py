@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-import uvicorn
 from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 from support.browser import Watched, chromium, watched
+from support.live_api import serving
 
 from latentline import Settings, records
 from latentline.api.app import create_app
@@ -36,14 +34,8 @@ def browser() -> Iterator[Browser]:
 def keyed(stack: Stack) -> Iterator[str]:
     """Another API on the same services, which wants keys: its address."""
     settings = Settings.from_variables({**stack.environment, "LATENTLINE_AUTH": "keys"})
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, ws="none"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
-    listener.close()
+    with serving(create_app(settings)) as (http, _):
+        yield str(http.base_url).rstrip("/")
 
 
 @pytest.fixture
