@@ -17,10 +17,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from latentline import AsyncClient, Settings
+from latentline import AsyncClient, Settings, records
 from latentline.api.app import create_app
 from latentline.api.metrics import ApiMetrics
 from latentline.api.protocol import PatientProtocol
+from latentline.keys import NewKey
 from latentline.testing import FakeImages, FakeWorker
 
 Told = list[tuple[str | None, str, dict[str, Any]]]  # id, type and data of server-sent events
@@ -43,6 +44,13 @@ class Live:
         assert answer.status_code == 202, answer.text
         job: dict[str, Any] = answer.json()
         return job
+
+
+def new_key(live: Live, *scopes: str, tenant: str = "ann", **limits: int) -> str:
+    """A new API key; without scopes it may submit and read."""
+    new = NewKey.parse(tenant=tenant, scopes=scopes or ("submit", "read"), limits=limits)
+    text, _ = records.run(live.worker.redis, records.create_key(new))
+    return text
 
 
 @contextlib.contextmanager

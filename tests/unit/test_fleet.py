@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.live_api import Live, live_api, problem
+from support.live_api import Live, live_api, new_key, problem
 
 from latentline import Settings, records
-from latentline.keys import NewKey
 from latentline.models import Working
 from latentline.records import Records
 from latentline.testing import MODEL
@@ -20,15 +19,10 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
         yield running
 
 
-def make(live: Live, *scopes: str, tenant: str = "ann") -> str:
-    text, _ = records.run(live.worker.redis, records.create_key(NewKey.parse(tenant=tenant, scopes=scopes or ("submit", "read"))))
-    return text
-
-
 def test_the_fleet_at_a_glance(live: Live) -> None:
-    admin = {"Authorization": f"Bearer {make(live, 'admin')}"}
+    admin = {"Authorization": f"Bearer {new_key(live, 'admin')}"}
     for tenant, number in (("ann", 2), ("bob", 1)):
-        key = {"Authorization": f"Bearer {make(live, tenant=tenant)}"}
+        key = {"Authorization": f"Bearer {new_key(live, tenant=tenant)}"}
         for _ in range(number):
             live.http.post("/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 2}, headers=key)
     store = Records(live.worker.redis)
@@ -49,8 +43,8 @@ def test_the_fleet_at_a_glance(live: Live) -> None:
 
 
 def test_dead_letters_are_sent_again_or_forgotten(live: Live) -> None:
-    admin = {"Authorization": f"Bearer {make(live, 'admin')}"}
-    key = {"Authorization": f"Bearer {make(live)}"}
+    admin = {"Authorization": f"Bearer {new_key(live, 'admin')}"}
+    key = {"Authorization": f"Bearer {new_key(live)}"}
     job = live.http.post("/v1/jobs", json={"prompt": "a cat", "idempotency_key": "once"}, headers=key).json()
     record = records.run(live.worker.redis, records.get(job["id"]))
     store = Records(live.worker.redis)

@@ -14,7 +14,7 @@ import click.testing
 import fakeredis
 import httpx
 import pytest
-from support.live_api import Live, live_api, problem
+from support.live_api import Live, live_api, new_key, problem
 
 from latentline import AsyncClient, Settings, records, routing
 from latentline.api.app import create_app
@@ -38,9 +38,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
 
 def make(live: Live, tenant: str = "ann", *scopes: str, **limits: int) -> dict[str, str]:
     """The headers of a new key's holder."""
-    new = NewKey.parse(tenant=tenant, scopes=scopes or ("submit", "read"), limits=limits)
-    text, _ = records.run(live.worker.redis, records.create_key(new))
-    return {"Authorization": f"Bearer {text}"}
+    return {"Authorization": f"Bearer {new_key(live, *scopes, tenant=tenant, **limits)}"}
 
 
 def prefix_of(headers: dict[str, str]) -> str:

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from support.live_api import Live, live_api, problem
+from support.live_api import Live, live_api, new_key, problem
 
 from latentline import Settings, records
 from latentline.api.cookies import COOKIE, PAGE_HEADER
-from latentline.keys import NewKey
 
 PAGE = {PAGE_HEADER: "1"}
 
@@ -21,16 +20,11 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
         yield running
 
 
-def make(live: Live, *scopes: str, tenant: str = "ann") -> str:
-    text, _ = records.run(live.worker.redis, records.create_key(NewKey.parse(tenant=tenant, scopes=scopes or ("submit", "read"))))
-    return text
-
-
 @pytest.fixture
 def browser(live: Live) -> Iterator[httpx.Client]:
     """A client that keeps cookies, signed in as a tenant that may submit and read."""
     with httpx.Client(base_url=live.http.base_url, trust_env=False, timeout=30) as client:
-        assert client.post("/session", json={"key": make(live)}).status_code == 200
+        assert client.post("/session", json={"key": new_key(live)}).status_code == 200
         yield client
 
 
@@ -40,13 +34,13 @@ def test_a_session_opens_what_its_key_opens(live: Live, browser: httpx.Client) -
     assert job.status_code == 202 and browser.get(f"/v1/jobs/{job.json()['id']}").status_code == 200
     problem(browser.get("/v1/fleet"), 403, "not_allowed")
     with httpx.Client(base_url=live.http.base_url, trust_env=False) as other:
-        other.post("/session", json={"key": make(live, tenant="bob")})
+        other.post("/session", json={"key": new_key(live, tenant="bob")})
         assert other.get("/v1/jobs").json()["jobs"] == []
         problem(other.get(f"/v1/jobs/{job.json()['id']}"), 404, "job_not_found")
 
 
 def test_the_cookie_is_kept_from_scripts_and_other_sites(live: Live) -> None:
-    set_cookie = live.http.post("/session", json={"key": make(live)}).headers["set-cookie"]
+    set_cookie = live.http.post("/session", json={"key": new_key(live)}).headers["set-cookie"]
     assert {"HttpOnly", "SameSite=strict", "Path=/"} <= {part.strip() for part in set_cookie.split(";")}
 
 
@@ -62,7 +56,7 @@ def test_sign_out_and_revocation_end_a_session(live: Live, browser: httpx.Client
     prefix = browser.cookies[COOKIE].split("_")[1]
     records.run(live.worker.redis, records.revoke_key(prefix))
     problem(browser.get("/session"), 401, "not_authenticated")
-    browser.post("/session", json={"key": make(live)})
+    browser.post("/session", json={"key": new_key(live)})
     assert browser.get("/session").status_code == 200
     assert browser.delete("/session").status_code == 204 and COOKIE not in browser.cookies
     problem(browser.get("/session"), 401, "not_authenticated")
