@@ -36,7 +36,7 @@ def serve(settings: ProcessSettings) -> int:
     common = [one.strip() for one in secrets if one.strip()]
     deliverer = Deliverer(records, common, settings.callback_rule, links=Links.of(settings), metrics=metrics)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
-    app.task(deliverer.deliver, name=CALLBACK_TASK)
+    app.task(deliverer.deliver, name=CALLBACK_TASK, shared=False)
     name = f"callbacks@{socket.gethostname()}"
     wakes, liveness = CallbackWakes(records, name), LivenessFile(settings.ready_file)
 

@@ -181,7 +181,7 @@ class GenerateWorker:
 
     def _app(self) -> Celery:
         app = create_app(self._settings, self._queues(), self._records, self._settings.concurrency, attention=self._roster.attention)
-        app.task(self._runner.run, name=GENERATE_TASK)
+        app.task(self._runner.run, name=GENERATE_TASK, shared=False)
         return app
 
     def _consumer(self, app: Celery) -> Any:
