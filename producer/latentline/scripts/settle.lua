@@ -15,9 +15,10 @@ local key = keys.job(id)
 local job = redis.call('HMGET', key, 'status', 'token', 'num_steps')
 if job[1] ~= 'running' or job[2] ~= token then return false end
 memory_bound.pass(keys.leases())
-redis.call('HSET', key, 'images', images, 'timings', timings)
+local found = { 'images', images, 'timings', timings }
 -- Digests of the pixels stand beside the images: readers of version 0.1.0 refuse a field of an image that they do not know.
-if pixels ~= '' then redis.call('HSET', key, 'pixels', pixels) end
-if status == 'succeeded' then redis.call('HSET', key, 'step', job[3]) end
+if pixels ~= '' then table.insert(found, 'pixels') table.insert(found, pixels) end
+if status == 'succeeded' then table.insert(found, 'step') table.insert(found, job[3]) end
+redis.call('HSET', key, unpack(found))
 jobs.finish(id, status, err ~= '' and cjson.decode(err) or nil, retention_s, account)
 return redis.call('HGETALL', key)
