@@ -150,9 +150,9 @@ def call_script_many(
     values = [script.arguments(**arguments) for arguments in many]
     by_sha: list[tuple[Any, ...]] = [("EVALSHA", script.sha, 0, *one) for one in values]
     replies: list[Any] = yield _pipeline([*by_sha, *last])
-    unknown = [i for i in range(len(many)) if isinstance(replies[i], redis.exceptions.NoScriptError)]
-    if unknown:
-        # Only the calls that were not done are made again: the broker may have learnt the script between two of them.
+    while unknown := [i for i in range(len(many)) if isinstance(replies[i], redis.exceptions.NoScriptError)]:
+        # Only the calls that were not done are made again: the broker may learn the script, and forget it, between two of them.
+        # It ends, since the call that brings the text is always done.
         text = ("EVAL", script.source, 0, *values[unknown[0]])
         again = yield _pipeline([text, *(by_sha[i] for i in unknown[1:]), *last])
         for i, reply in zip(unknown, again, strict=False):
