@@ -55,5 +55,4 @@ def test_the_api_keeps_what_its_document_promises(
             [*command, "-n", EXAMPLES, *headers], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     assert done.returncode == 0, done.stdout
-    assert "11 passed" in done.stdout or "passed" in done.stdout
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
