@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click.testing
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from support.training import LABELS, TINY_AUTOENCODER, TINY_DENOISER, write_data
 
@@ -30,6 +31,7 @@ from latentline_worker.evaluation.prompts import Prompt, load_prompts
 from latentline_worker.evaluation.reconstruction import psnr_db
 from latentline_worker.evaluation.results import by_layout, figures_of
 from latentline_worker.evaluation.sweeps import Choice, Point, choose
+from latentline_worker.training import distill
 from latentline_worker.training.autoencoder import make_model
 from latentline_worker.training.objectives import make_scheduler
 from latentline_worker.training.sources import BuiltData
@@ -241,7 +243,7 @@ def test_the_best_setting_and_the_fewest_steps_are_chosen(monkeypatch: pytest.Mo
         return point(0.4 * (quality[settings.guidance] + bonus) + by_steps[settings.steps], **dataclasses.asdict(settings))
 
     class Stub:
-        samplers = ("dpmpp_2m", "unipc")
+        samplers, distilled = ("dpmpp_2m", "unipc"), False
 
     monkeypatch.setattr(sweeps, "_point", measured)
     choice = choose(Stub(), [], None, {})  # type: ignore[arg-type]
@@ -249,6 +251,17 @@ def test_the_best_setting_and_the_fewest_steps_are_chosen(monkeypatch: pytest.Mo
     assert len(asked) == 5 + 2 + 5
     fixed = choose(Stub(), [], None, {"steps": 4, "guidance": 1.0})  # type: ignore[arg-type]
     assert fixed == Choice(Settings("unipc", 4, 1.0), {"sampler": fixed.sweeps["sampler"]}, ("steps", "guidance"))
+
+
+def test_of_a_distilled_model_only_the_steps_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        samplers, distilled = ("euler",), True
+
+    monkeypatch.setattr(sweeps, "_point", lambda *args: Point(args[-1], {"R@5": share([min(args[-1].steps, 4) / 4] * 10)}))
+    choice = choose(Stub(), [], None, {})  # type: ignore[arg-type]
+    assert choice.settings == Settings("euler", 4, 1.0)
+    assert [point.settings.steps for point in choice.sweeps["steps"]] == [1, 2, 4, 8] and len(choice.sweeps) == 1
+    assert [choice.origin(name) for name in ("guidance", "sampler", "steps")] == ["the model's own", "the model's own", "chosen"]
 
 
 # Drawing and the command
@@ -279,6 +292,28 @@ def test_pictures_are_those_of_a_stock_pipeline_and_are_drawn_once(
     assert asked == [1] and np.abs(again.astype(int) - drawn).max() <= 1
     with pytest.raises(EvaluationError, match="of another model or data set: use another folder"):
         Model(str(model_folder), tmp_path, "other", quiet, torch.device("cpu"))
+
+
+def test_a_distilled_model_is_drawn_in_euler_steps(model_folder: Path, tests: list[Prompt], tmp_path: Path) -> None:
+    folder = tmp_path / "distilled"
+    shutil.copytree(model_folder, folder)
+    distill.make_scheduler().save_pretrained(folder / "scheduler")
+    model = Model(str(folder), tmp_path / "out", "key", quiet, torch.device("cpu"))
+    assert model.distilled and model.samplers == ("euler",)
+    drawn = model.draw("test", tests[:1], Settings("euler", 4, 1.0), 1)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    flow = FlowMatchEulerDiscreteScheduler()
+    flow.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    with torch.no_grad():
+        text, _ = pipeline.encode_prompt(tests[0].words, torch.device("cpu"), 1, False)
+        size = model.size_px // pipeline.vae_scale_factor
+        z = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(1))
+        for t in flow.timesteps:
+            z = flow.step(pipeline.unet(z, t, text).sample, t, z).prev_sample
+        pixels = pipeline.vae.decode(z / pipeline.vae.config.scaling_factor).sample
+    (image,) = pipeline.image_processor.postprocess(pixels)
+    assert np.abs(drawn[0].astype(int) - np.asarray(image)).max() <= 1
 
 
 def call(*args: object, code: int = 0) -> str:

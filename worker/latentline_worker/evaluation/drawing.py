@@ -23,9 +23,12 @@ from .foreground import Pixels
 from .prompts import Prompt
 
 BATCH = 8  # prompts that are drawn together
-# The contract's samplers that have a form for rectified flow; of other models every one is tried.
+# The contract's samplers that draw a rectified flow in a stock pipeline; of other models those of the second list are tried.
 FLOW_SAMPLERS = ("dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "unipc", "deis", "sa_solver")
 OTHER_SAMPLERS = ("ddim", "euler", "dpmpp_2m", "dpmpp_3m", "unipc", "deis")
+# A distilled flow follows straight lines, one Euler step each. A stock pipeline takes them as the first order of DPM-Solver: it
+# cannot use FlowMatchEulerDiscreteScheduler.
+DISTILLED_SAMPLERS = ("euler",)
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class Model:
         self.pipeline = _load(source).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.config = dict(self.pipeline.scheduler.config)
+        # `latentline train distill` writes a scheduler of the first order; guidance is part of such a model.
+        self.distilled = self.config.get("prediction_type") == "flow_prediction" and self.config.get("solver_order") == 1
         self.size_px = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self._claim(_fingerprint(self.pipeline, key))
 
     @property
     def samplers(self) -> tuple[str, ...]:
         """Those that can draw with this model, its own kind of prediction and a usual number of steps."""
+        if self.distilled:
+            return DISTILLED_SAMPLERS
         flow = self.config.get("prediction_type") == "flow_prediction"
         usable = []
         for name in FLOW_SAMPLERS if flow else OTHER_SAMPLERS:
@@ -99,7 +106,8 @@ class Model:
             raise EvaluationError(f"{folder}: pictures cannot be kept there: {error}") from error
 
     def _draw(self, words: list[str], settings: Settings, seed: int) -> list[Image.Image]:
-        self.pipeline.scheduler = make_scheduler(settings.sampler, self.config)
+        own = type(self.pipeline.scheduler).from_config
+        self.pipeline.scheduler = own(self.config) if self.distilled else make_scheduler(settings.sampler, self.config)
         drawn = self.pipeline(
             words,
             num_inference_steps=settings.steps,

@@ -32,9 +32,9 @@ class Findings:
 
 def page(found: Findings, layouts: list[Row], shown: list[str]) -> str:
     """The Markdown page; ``shown`` are the prompts of the contact sheets."""
-    settings, given = found.choice.settings, found.choice.given
+    settings = found.choice.settings
     validation, test = found.num_prompts
-    chosen = [f"{name} {getattr(settings, name)} ({'given' if name in given else 'chosen'})" for name in ("guidance", "sampler", "steps")]
+    chosen = [f"{name} {getattr(settings, name)} ({found.choice.origin(name)})" for name in ("guidance", "sampler", "steps")]
     parts = [
         f"# Evaluation of {found.source}",
         *(["**A trial on few prompts, not a result.**"] if found.trial else []),
