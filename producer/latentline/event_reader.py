@@ -14,8 +14,8 @@ import redis.asyncio
 
 from . import records
 from .errors import BrokerUnavailable, JobNotFound, LatentlineError
-from .jobs import JobEvent, JobRecord
-from .listener import Batch, Listener, in_order
+from .jobs import JobEvent, JobRecord, Status
+from .listener import POSITION, Batch, Listener, in_order
 from .records import Operation, arun
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class _Job:
     """A job that somebody listens to."""
 
     last: str | None = None  # id of the last event that was read; None until the first listener has read what there was
+    record: JobRecord | None = None  # as the last first read had it, without its texts, with what its events have told since
     listeners: set[Listener] = field(default_factory=set)
 
 
@@ -55,19 +56,25 @@ class EventReader:
 
     @contextlib.asynccontextmanager
     async def listen(
-        self, after: Mapping[str, str | None], sees: Callable[[JobRecord], bool] = lambda record: True, *, many: bool = False
+        self,
+        after: Mapping[str, str | None],
+        sees: Callable[[JobRecord], bool] = lambda record: True,
+        *,
+        many: bool = False,
+        places: bool = False,
     ) -> AsyncIterator[Listener]:
         """Follow jobs, each from after the event with the given id, from its first event where that is None.
 
         Args:
             sees: which of the jobs the listener may see; the others are as if they did not exist.
             many: one job that is not there, or goes, is told as an event and ends nothing.
+            places: places in the queue are told as events.
 
         Raises:
             JobNotFound: none of the jobs exists.
             InvalidRequest: an id is not that of an event.
         """
-        listener = Listener(many)
+        listener = Listener(many, places)
         try:
             if not await self.add(listener, after, sees) and after:
                 raise records.not_found(next(iter(after)))
@@ -95,6 +102,10 @@ class EventReader:
             if record.status.terminal:
                 ended.append(job_id)
             self._start(job_id, events, after[job_id], listener)
+            if job := self._jobs.get(job_id):
+                job.record = _without_texts(record)
+            if listener.places and record.status is Status.QUEUED and record.queue_position is not None:
+                first.append(_position(job_id, record.queue_position))
         listener.begin(after, Batch(in_order(first), ended, unknown))
         for job_id in (*unknown, *ended):
             self._leave_job(listener, job_id)
@@ -107,6 +118,29 @@ class EventReader:
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def reading(self) -> bool:
+        """Whether anybody listens to a job."""
+        return bool(self._jobs)
+
+    def record(self, job_id: str) -> JobRecord | None:
+        """A job that somebody listens to, as it was read, with the status, step and place that its events have told since."""
+        job = self._jobs.get(job_id)
+        return job.record if job else None
+
+    def waiting(self) -> list[JobRecord]:
+        """Those of the jobs that wait."""
+        return [job.record for job in self._jobs.values() if job.record and job.record.status is Status.QUEUED]
+
+    def moved(self, job_id: str, place: int) -> None:
+        """Tell the listeners of a job its new place in the queue."""
+        job = self._jobs.get(job_id)
+        if job and job.record:
+            job.record = job.record.model_copy(update={"queue_position": place})
+            for listener in job.listeners:
+                if listener.places:
+                    listener.put(job_id, Batch([_position(job_id, place)]))
 
     def _start(self, job_id: str, events: list[JobEvent], after: str | None, listener: Listener) -> None:
         """Set where the shared read begins, once the first listener of a job has read what there was."""
@@ -177,6 +211,8 @@ class EventReader:
     def _hand_on(self, job_id: str, events: Sequence[JobEvent]) -> None:
         if events and (job := self._jobs.get(job_id)):
             job.last = events[-1].id
+            if job.record:
+                job.record = job.record.model_copy(update=_told(events))
             ended = [job_id] if any(event.terminal for event in events) else []
             if ended:
                 del self._jobs[job_id]  # nothing more comes
@@ -195,6 +231,27 @@ class EventReader:
     def _fail_all(self, error: LatentlineError) -> None:
         for job_id in list(self._jobs):
             self._fail(job_id, error)
+
+
+def _position(job_id: str, place: int) -> JobEvent:
+    return JobEvent(id="", type=POSITION, job_id=job_id, at=time.time(), data={"queue_position": place})
+
+
+def _without_texts(record: JobRecord) -> JobRecord:
+    """A record without what may be long and is not needed while its job is listened to."""
+    return record.model_copy(update={"request": record.request.model_copy(update={"prompt": "", "negative_prompt": "", "metadata": {}})})
+
+
+def _told(events: Sequence[JobEvent]) -> dict[str, object]:
+    """What events tell of their job: whether it waits or runs, and its step."""
+    update: dict[str, object] = {}
+    for event in events:
+        if event.type in ("job.queued", "job.running"):
+            update["status"] = Status.QUEUED if event.type == "job.queued" else Status.RUNNING
+            update["queue_position"] = None
+        if isinstance(step := event.data.get("step"), int):
+            update["step"] = step
+    return update
 
 
 def _images(record: JobRecord) -> list[dict[str, object]]:

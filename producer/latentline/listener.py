@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .errors import LatentlineError
 from .jobs import JobEvent
 
+POSITION = "job.position"  # the type of the event that tells of a place in the queue; it is in no stream and has no id
 GONE = "job.gone"  # the type of the event that tells of a job that is not there
 
 
@@ -27,10 +28,11 @@ class Listener:
 
     Args:
         many: jobs that are not there are told as events.
+        places: places in the queue are told as events.
     """
 
-    def __init__(self, many: bool = False) -> None:
-        self.many = many
+    def __init__(self, many: bool = False, places: bool = False) -> None:
+        self.many, self.places = many, places
         self._batches: asyncio.Queue[Batch | LatentlineError] = asyncio.Queue()  # bounded by the lengths of the jobs' streams
         self._early: dict[str, list[Batch]] = {}  # what the shared read brought before this listener's own first read ended
         self._last: dict[str, tuple[int, int]] = {}  # job -> id of the last event that was given
@@ -67,7 +69,9 @@ class Listener:
         found = []
         for event in batch.events:
             # What the first read of this listener had may come again from the shared one.
-            if _order(event.id) > self._last[event.job_id]:
+            if event.type == POSITION:
+                found.append(event)
+            elif _order(event.id) > self._last[event.job_id]:
                 self._last[event.job_id] = _order(event.id)
                 found.append(event)
         for job_id in batch.unknown:
@@ -95,9 +99,9 @@ class Listener:
 
     def begin(self, job_ids: Iterable[str], first: Batch) -> None:
         """Hand on what this listener's own first read of these jobs has brought; what came meanwhile follows behind it."""
-        told = {event.job_id for event in first.events}
+        told = {event.job_id for event in first.events if event.type != POSITION}
         self._open.difference_update(job_id for job_id in first.ended if job_id not in told)
-        if told or first.unknown:
+        if first.events or first.unknown:
             self._batches.put_nowait(first)
         for job_id in job_ids:
             for batch in self._early.pop(job_id, ()):
@@ -105,11 +109,11 @@ class Listener:
 
 
 def in_order(events: Iterable[JobEvent]) -> list[JobEvent]:
-    """Events of several jobs by their time, those of each job in their order."""
-    return sorted(events, key=lambda event: _order(event.id))
+    """Events of several jobs by their time, those of each job in their order; places last."""
+    return sorted(events, key=lambda event: (event.type == POSITION, _order(event.id)))
 
 
 def _order(event_id: str) -> tuple[int, int]:
     """An event's id as numbers: they sort in the order of the stream."""
     milliseconds, _, number = event_id.partition("-")
-    return int(milliseconds), int(number or 0)
+    return int(milliseconds or 0), int(number or 0)

@@ -122,6 +122,10 @@ def test_a_producer_submits_reads_lists_follows_cancels_and_deletes(broker: Guar
     assert records.run(client, records.get(first)).queue_position == 1
     assert records.run(client, records.cancel(second, 600)).status is Status.CANCELLED
     assert [event.type for event in records.run(client, records.events(second))] == ["job.queued", "job.cancelled"]
+    assert set(records.run(client, records.follow_many({first: None, second: None}))) == {first, second}
+    assert records.run(client, records.positions({first: MODEL.id, second: MODEL.id})) == {first: 1, second: None}
+    assert records.run(client, records.tagged("default", "session", "abc")) == [] and records.run(client, records.newest_at_ms("default"))
+    assert records.run(client, records.step_costs()) == {}
     (third,) = submit(client)
     records.run(client, records.cancel(third, 600))
     records.run(client, records.delete(third))

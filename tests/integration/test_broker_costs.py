@@ -197,6 +197,15 @@ def test_five_hundred_jobs_are_submitted_in_600_kb(empty_valkey: redis.Redis) ->
     assert spent["scripts"] == 500 and spent["bytes"] <= 600_000
 
 
+def test_places_in_the_queue_cost_one_call_and_a_command_for_each_job(empty_valkey: redis.Redis) -> None:
+    waiting = dict.fromkeys(submit(empty_valkey, 60), MODEL.id)
+    records.run(empty_valkey, records.positions(waiting))
+    counted = Counted(empty_valkey)
+    assert list(records.run(empty_valkey, records.positions(waiting)).values()) == list(range(60))
+    spent = counted.since()
+    assert (spent["scripts"], spent["commands"]) == (1, 60) and spent["bytes"] <= 60 * 70, spent
+
+
 @contextmanager
 def workers(client: redis.Redis, url: str, number: int, log: Path, **env: str) -> Iterator[None]:
     """So many real worker processes whose device is a clock, once all have announced themselves."""

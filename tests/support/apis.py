@@ -112,6 +112,8 @@ class Follower:
                     async for event_id, kind, data in blocks(answer.aiter_lines()):
                         if kind == "end":
                             return
+                        if event_id is None:  # a place in the queue
+                            continue
                         last = event_id
                         self.told.append((data["job_id"], data["seq"], kind))
                         self.ready.set()

@@ -18,12 +18,15 @@ from latentline.api import streams as api_streams
 from latentline.api import tokens
 from latentline.api.cursors import MAX_JOBS, Cursor, GroupCursor
 from latentline.api.groups import Groups
+from latentline.api.places import Places
 from latentline.api.streams import Streams
 from latentline.errors import InvalidRequest
-from latentline.jobs import JobEvent
+from latentline.jobs import JobEvent, Phase
 from latentline.keys import NewKey
-from latentline.listener import GONE
+from latentline.listener import GONE, POSITION
+from latentline.models import StepCost, Working
 from latentline.records import Created
+from latentline.testing import MODEL
 
 
 @pytest.fixture
@@ -138,7 +141,7 @@ def by_job(story: Told) -> dict[str, list[tuple[str, Any]]]:
     """The type and number of every event of each job, in their order."""
     found: dict[str, list[tuple[str, Any]]] = {}
     for _, kind, data in story:
-        if kind != "end":
+        if kind not in ("end", POSITION):
             found.setdefault(data["job_id"], []).append((kind, data.get("seq")))
     return found
 
@@ -194,8 +197,8 @@ def test_a_job_that_is_not_there_ends_nothing_of_the_others(live: Live, monkeypa
     there, goes = (live.submit()["id"] for _ in range(2))
     with live.http.stream("GET", "/v1/events", params={"jobs": f"{there},{goes},no-such-job"}) as answer:
         lines = answer.iter_lines()
-        first = [first_of(lines, "event: ") for _ in range(3)]
-        assert sorted(first) == [GONE, "job.queued", "job.queued"]
+        first = [first_of(lines, "event: ") for _ in range(5)]
+        assert sorted(first) == [GONE, POSITION, POSITION, "job.queued", "job.queued"]
         live.worker.redis.delete(routing.job_key(goes), routing.events_key(goes))
         last = first_of(lines, "id: ")
         assert first_of(lines, "event: ") == GONE and json.loads(first_of(lines, "data: "))["job_id"] == goes
@@ -247,6 +250,71 @@ def test_the_number_of_streams_is_bounded(live: Live, monkeypatch: pytest.Monkey
             break
         time.sleep(0.01)
     assert follow(live, job_id).status_code == 200
+
+
+# Places in the queue, and estimates
+
+
+def test_a_stream_tells_places_in_the_queue_and_estimates(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Places, "look_s", 0.01)
+    first, second, third = (live.submit(num_inference_steps=20)["id"] for _ in range(3))
+    live.worker.records.heartbeat(live.worker.name, Working(costs={MODEL.id: StepCost(rows=8, step_s=0.4, pixels=64 * 64)}))
+    while live.http.get(f"/v1/jobs/{third}").json()["eta_s"] is None:
+        pass
+    with live.http.stream("GET", "/v1/events", params={"jobs": third}) as answer:
+        lines = answer.iter_lines()
+        places = told_places(lines)
+        assert next(places) == (2, 12.0)
+        live.http.post(f"/v1/jobs/{first}/cancel")
+        assert next(places) == (1, 10.0)
+        live.http.post(f"/v1/jobs/{second}/cancel")
+        assert next(places) == (0, 8.0)
+        claim = live.worker.records.claim(third, "one", 30)
+        assert claim is not None
+        live.worker.progress(claim, Phase.DENOISING, 15)
+        assert first_of(lines, "event: ") == "job.running" and first_of(lines, "event: ") == "job.progress"
+        assert json.loads(first_of(lines, "data: "))["eta_s"] == 2.0
+    again = follow(live, first, last=None)
+    assert POSITION not in again.text, "a job that has ended has no place"
+
+
+def test_a_look_at_places_is_bounded_and_jobs_take_turns(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Places, "look_s", 0.01)
+    monkeypatch.setattr(Places, "most", 2)
+    asked: list[int] = []
+    positions = records.positions
+
+    def counted(models: dict[str, str]) -> Any:
+        asked.append(len(models))
+        return positions(models)
+
+    monkeypatch.setattr(records, "positions", counted)
+    first, *others = (live.submit()["id"] for _ in range(6))
+    with live.http.stream("GET", "/v1/events", params={"jobs": ",".join(others)}) as answer:
+        lines = answer.iter_lines()
+        before = [place_of(lines) for _ in others]
+        live.http.post(f"/v1/jobs/{first}/cancel")
+        after = [place_of(lines) for _ in others]
+    assert dict(before) == {job_id: i + 1 for i, job_id in enumerate(others)}
+    assert dict(after) == {job_id: i for i, job_id in enumerate(others)}, "each of them had its turn"
+    assert set(asked) == {1, 2}
+
+
+def place_of(lines: Iterator[str]) -> tuple[str, int]:
+    first_of(lines, f"event: {POSITION}")
+    data = json.loads(first_of(lines, "data: "))
+    return data["job_id"], data["queue_position"]
+
+
+def told_places(lines: Iterator[str]) -> Iterator[tuple[int, float]]:
+    """Place and estimate of each event that tells them; those events have no id, so a stream never resumes from them."""
+    last = ""
+    for line in lines:
+        if line == f"event: {POSITION}":
+            assert not last.startswith("id: ")
+            data = json.loads(first_of(lines, "data: "))
+            yield data["queue_position"], data["eta_s"]
+        last = line
 
 
 # Tokens, and keys that are revoked
@@ -314,7 +382,7 @@ def test_streams_of_a_token_end_when_its_key_is_revoked(guarded: Live) -> None:
         lines = answer.iter_lines()
         assert first_of(lines, "event: ") == "job.queued"
         revoke(guarded, ann)
-        assert not [line for line in lines if line.startswith("event: ")]  # it ends, although the job has not
+        assert {line for line in lines if line.startswith("event: ")} <= {f"event: {POSITION}"}  # it ends, although the job has not
     problem(guarded.http.get("/v1/events", params={"jobs": job_id, "token": token}), 401, "not_authenticated")
 
 
@@ -357,7 +425,8 @@ def read(lines: Iterator[str], num_ends: int, told: Told | None = None) -> Told:
         fields |= {name: value}
         if not line:
             if "event" in fields:
-                told.append((fields["id"], fields["event"], json.loads(fields["data"])))
+                if fields["event"] != POSITION:
+                    told.append((fields["id"], fields["event"], json.loads(fields["data"])))
                 num_ends -= fields["event"] in ("job.succeeded", GONE)
             fields = {}
             if num_ends <= 0:
@@ -486,4 +555,4 @@ def test_a_stream_by_metadata_is_of_the_keys_tenant(guarded: Live) -> None:
         lines = answer.iter_lines()
         assert by_job(read(lines, 1)).keys() == {ids["ann"]}
         revoke(guarded, ann)
-        assert not [line for line in lines if line.startswith("event: ")]
+        assert {line for line in lines if line.startswith("event: ")} <= {f"event: {POSITION}"}

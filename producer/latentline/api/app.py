@@ -27,6 +27,7 @@ from .leavers import Leavers
 from .methods import Methods
 from .metrics import ApiMetrics, Measured
 from .page import PageFiles
+from .places import Places
 from .problems import Problem, handle_problems
 from .streams import Streams
 from .thumbnails import Thumbnails
@@ -47,12 +48,14 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
         app.state.access = Access(app.state.client, keys=settings.auth == "keys")
         app.state.streams = Streams(app.state.client)
         app.state.groups = Groups(app.state.client)
+        app.state.places = Places(app.state.client)
         app.state.estimates = Estimates(app.state.client)
         app.state.leavers = Leavers(app.state.client)
         app.state.thumbnails = Thumbnails()
         yield
         await app.state.leavers.close()
         await app.state.estimates.close()
+        await app.state.places.close()
         await app.state.groups.close()
         await app.state.streams.close()
         await app.state.client.close()

@@ -19,7 +19,8 @@ REF = "#/components/schemas/{model}"
 class JobEventData(BaseModel):
     """The data of one server-sent event; its ``event`` is the type, its ``id`` goes into ``Last-Event-ID``.
 
-    Types: job.queued, job.running, job.progress, job.preview, job.succeeded, job.failed, job.cancelled; newer workers may send others.
+    Types: job.queued, job.running, job.progress, job.preview, job.succeeded, job.failed, job.cancelled, job.position, job.gone; newer
+    workers may send others.
     Fields that do not belong to the type are left out.
     """
 
@@ -39,6 +40,9 @@ class JobEventData(BaseModel):
     reason: str | None = None
     images: list[ImageAnswer | str] | None = None
     """Of job.preview: pictures as data URLs. Of job.succeeded: the results."""
+    queue_position: int | None = None
+    eta_s: float | None = None
+    """Estimated seconds to the job's last step."""
     error: JobError | None = None
     warnings: list[JobWarning] | None = None
 

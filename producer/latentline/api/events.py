@@ -15,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import JobEvent
-from latentline.listener import Listener
+from latentline.listener import POSITION, Listener
 
 from .answers import ImageAnswer, errors
 from .cursors import MAX_JOBS, Cursor, GroupCursor
 from .methods import IS_HEAD
-from .service import Listening, Reading
+from .service import JobService, Listening, Reading
 from .tokens import make_token
 
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
@@ -53,7 +53,7 @@ async def job_events(
     async with AsyncExitStack() as opened:
         # Opened before the answer starts, so that an error can still be answered with its own status.
         listener = await opened.enter_async_context(jobs.listen(job_id, last_event_id or last))
-        return _stream(request, listener, opened, lambda event: event.id)
+        return _stream(request, jobs, listener, opened, lambda event: event.id)
 
 
 @router.get("/events", response_class=StreamingResponse, responses=EVENT_STREAM | errors(404, 429))
@@ -84,14 +84,14 @@ async def events(
             ((name, value),) = given
             cursor = GroupCursor.parse(last_event_id or last)
             group = await opened.enter_async_context(jobs.listen_to_group(name, value, cursor, tenant))
-            return _stream(request, group.listener, opened, group.told, endless=True)
+            return _stream(request, jobs, group.listener, opened, group.told, endless=True)
         wanted = list(dict.fromkeys(filter(None, ids.split(","))))
         if not 1 <= len(wanted) <= MAX_JOBS:
             raise InvalidRequest("jobs", ids, f"1 to {MAX_JOBS} ids, separated by commas")
         position = Cursor.parse(last_event_id or last)
         after = {job_id: position.after(job_id) for job_id in wanted if not position.gone(job_id)}
         listener = await opened.enter_async_context(jobs.listen_to(after))
-        return _stream(request, listener, opened, position.told)
+        return _stream(request, jobs, listener, opened, position.told)
 
 
 @router.post("/events/token", response_model=TokenAnswer, responses=errors())
@@ -108,7 +108,7 @@ async def token(jobs: Reading) -> JSONResponse:
 
 
 def _stream(
-    request: Request, listener: Listener, opened: AsyncExitStack, name: Callable[[JobEvent], str], endless: bool = False
+    request: Request, jobs: JobService, listener: Listener, opened: AsyncExitStack, name: Callable[[JobEvent], str], endless: bool = False
 ) -> StreamingResponse:
     if listener.ended and not endless:
         # The client has seen every event. 204 tells an EventSource that did not close at `end` not to reconnect.
@@ -116,7 +116,7 @@ def _stream(
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.scope.get(IS_HEAD):
         return StreamingResponse(iter(()), media_type="text/event-stream", headers=headers)
-    return EventStream(_written(listener, name, endless), opened.pop_all(), headers)
+    return EventStream(_written(jobs, listener, name, endless), opened.pop_all(), headers)
 
 
 class EventStream(StreamingResponse):
@@ -131,7 +131,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _written(listener: Listener, name: Callable[[JobEvent], str], endless: bool) -> AsyncIterator[str]:
+async def _written(jobs: JobService, listener: Listener, name: Callable[[JobEvent], str], endless: bool) -> AsyncIterator[str]:
     yield f"retry: {RETRY_MS}\n\n"
     try:
         while endless or not listener.ended:
@@ -139,10 +139,18 @@ async def _written(listener: Listener, name: Callable[[JobEvent], str], endless:
             if not events:
                 yield ": keep-alive\n\n"
             if events:
-                yield "".join(f"id: {name(event)}\nevent: {event.type}\ndata: {json.dumps(_data(event))}\n\n" for event in events)
+                yield "".join(_block(event, name, jobs) for event in events)
         yield 'event: end\ndata: {"type": "end"}\n\n'
     except LatentlineError:
         return  # the client reconnects with Last-Event-ID, and that request is answered with the error
+
+
+def _block(event: JobEvent, name: Callable[[JobEvent], str], jobs: JobService) -> str:
+    data = _data(event)
+    if event.type in (POSITION, "job.progress"):
+        data["eta_s"] = jobs.eta_of_event(event)
+    named = f"id: {name(event)}\n" if event.type != POSITION else ""  # a place is no step of a stream from which one resumes
+    return f"{named}event: {event.type}\ndata: {json.dumps(data)}\n\n"
 
 
 def _data(event: JobEvent) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Groups:
     @contextlib.asynccontextmanager
     async def open(self, tenant: str, name: str, value: str, cursor: GroupCursor) -> AsyncIterator[Group]:
         """Follow a tenant's jobs with a value from where the cursor stands; without a position, those among its newest 2,000 jobs."""
-        async with self._reader.listen({}, many=True) as listener:
+        async with self._reader.listen({}, many=True, places=True) as listener:
             group = Group(tenant, name, value, cursor, listener)
             place = self._tenants.get(tenant)
             if place is None:

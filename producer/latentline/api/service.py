@@ -12,7 +12,7 @@ from starlette.datastructures import State
 
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, JobNotFound, LatentlineError
-from latentline.jobs import ImageRef, JobRecord, JobRequest, Sending
+from latentline.jobs import ImageRef, JobEvent, JobRecord, JobRequest, Sending
 from latentline.keys import Credential, Scope
 from latentline.listener import Listener
 from latentline.models import ServedModel
@@ -25,6 +25,7 @@ from .cursors import GroupCursor
 from .estimates import Estimates
 from .groups import Group, Groups
 from .leavers import Leavers
+from .places import Places
 from .streams import Streams
 from .tokens import key_of_token, prefix_of_token
 
@@ -38,6 +39,7 @@ class JobService:
         self._streams: Streams = state.streams
         self._leavers: Leavers = state.leavers
         self._groups: Groups = state.groups
+        self._places: Places = state.places
         self._estimates: Estimates = state.estimates
         self.principal = principal
 
@@ -69,6 +71,11 @@ class JobService:
         sees = self.principal.sees
         found = await self._client.timeline(job_id, sees)
         return found if sees is None else found.for_owner()
+
+    def eta_of_event(self, event: JobEvent) -> float | None:
+        """The same as of an event of a job that is listened to."""
+        record = self._client.event_reader.record(event.job_id)
+        return self._estimates.eta_s(record) if record else None
 
     def eta_s(self, record: JobRecord) -> float | None:
         """Seconds until the job's last step, estimated; None where that is not known."""
@@ -144,15 +151,17 @@ class JobService:
     @contextlib.asynccontextmanager
     async def listen(self, job_id: str, last_event_id: str | None) -> AsyncIterator[Listener]:
         """Follow a job; raises JobNotFound and TooManyStreams. It ends within seconds after the key was revoked."""
-        async with self._client.event_reader.listen({job_id: last_event_id}, self._sees) as listener:
+        async with self._client.event_reader.listen({job_id: last_event_id}, self._sees, places=True) as listener:
             with self._streams.watch(self.principal.key, listener):
+                self._places.begin()
                 yield listener
 
     @contextlib.asynccontextmanager
     async def listen_to(self, after: Mapping[str, str | None]) -> AsyncIterator[Listener]:
         """Follow many jobs, each from after an event; raises as :meth:`listen`, JobNotFound where none of them is there."""
-        async with self._client.event_reader.listen(after, self._sees, many=True) as listener:
+        async with self._client.event_reader.listen(after, self._sees, many=True, places=True) as listener:
             with self._streams.watch(self.principal.key, listener):
+                self._places.begin()
                 yield listener
 
     async def overview(self) -> Overview:
@@ -179,6 +188,7 @@ class JobService:
             raise InvalidRequest("tenant", tenant, f"{own!r}, which is the API key's, or left out")
         async with self._groups.open(tenant or own, name, value, cursor) as group:
             with self._streams.watch(self.principal.key, group.listener):
+                self._places.begin()
                 yield group
 
     async def models(self) -> dict[str, ServedModel]:

@@ -3,7 +3,7 @@
 from .costs import step_costs
 from .dead import dead_letter, dead_letters, drop_dead_letter, request_of_letter
 from .driving import Call, Operation, arun, domain_errors, run
-from .events import START, events, follow, follow_many, gone, read_streams, ring
+from .events import START, events, follow, follow_many, gone, positions, read_streams, ring
 from .fleet import CachedFleet, Fleet, durability, fleet, models, served, workers
 from .held import MAX_ERRORS, Backoff, Beat, Signal, Verdict
 from .jobs import cancel, delete, get, get_many, get_with_key, not_found, submit
@@ -24,7 +24,7 @@ __all__ = [
     "Overview", "Records", "Signal", "Verdict", "arun", "callbacks", "cancel", "create_key", "create_secret", "dead_letter",
     "dead_letters", "delete", "domain_errors", "drop_dead_letter", "durability", "events", "find_keys", "fleet", "follow",
     "follow_many", "get", "get_many", "get_with_key", "gone", "keys", "list_jobs", "models", "newest", "newest_at_ms",
-    "not_found", "note_answer", "overview", "read_streams", "replay_callback", "request_of_letter", "revoke_key",
+    "not_found", "note_answer", "overview", "positions", "read_streams", "replay_callback", "request_of_letter", "revoke_key",
     "revoke_secrets", "ring", "rotate_secret", "run", "secret_times", "served", "step_costs", "submit", "tagged",
     "take_unanswered", "timeline", "workers",
 ]  # fmt: skip

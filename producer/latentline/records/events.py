@@ -9,7 +9,7 @@ from typing import Any
 from latentline import routing
 from latentline.errors import InvalidRequest, JobNotFound
 from latentline.jobs import JobEvent, JobRecord
-from latentline.scripts import VIEW
+from latentline.scripts import POSITIONS, VIEW
 
 from .driving import Operation, call_script_many
 from .jobs import get, viewed
@@ -95,6 +95,16 @@ def _by_job(reply: Any) -> Operation[dict[str, list[JobEvent]]]:
         job_id = key.removeprefix(routing.events_key(""))
         found[job_id] = yield from _with_preview(job_id, [_event(job_id, *entry) for entry in _flat(entries)])
     return found
+
+
+def positions(models: Mapping[str, str]) -> Operation[dict[str, int | None]]:
+    """The places in the queue of jobs that wait, 0 for the next one; None for one that does not wait.
+
+    Args:
+        models: job id -> its model.
+    """
+    (places,) = yield from call_script_many(POSITIONS, [{"jobs": json.dumps(list(models.items()))}])
+    return {job_id: None if place < 0 else place for job_id, place in zip(models, places, strict=True)}
 
 
 def ring(bell: str) -> Operation[None]:

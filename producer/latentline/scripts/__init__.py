@@ -16,6 +16,7 @@ DELETE = load("delete")
 VIEW = load("view")
 PAGE = load("page")
 SINCE = load("since")
+POSITIONS = load("positions")
 RELEASE = load("release")
 SETTLE = load("settle")
 RETRY = load("retry")
@@ -42,7 +43,7 @@ REPLAY_CALLBACK = load("replay_callback")
 
 __all__ = [
     "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "DELETE", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
-    "HEARTBEAT", "NOTE_ANSWER", "PAGE", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE",
+    "HEARTBEAT", "NOTE_ANSWER", "PAGE", "POSITIONS", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE",
     "SETTLE_CALLBACK", "SINCE", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS", "WARN",
     "Script",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ function open() {
   const query = new URLSearchParams({ jobs: wanted });
   if (last) query.set("last_event_id", last);
   source = new EventSource(`v1/events?${query}`);
-  for (const type of ["queued", "running", "progress", "preview", "succeeded", "failed", "cancelled", "gone"])
+  for (const type of ["queued", "running", "progress", "preview", "succeeded", "failed", "cancelled", "position", "gone"])
     source.addEventListener(`job.${type}`, (event) => heard(type, event));
   source.addEventListener("end", () => {
     unfollow();
@@ -57,6 +57,7 @@ function heard(type, event) {
     if (data.images?.length) store.patch(id, { status: "running", previews: data.images });
   } else if (type === "running") store.patch(id, { status: "running", queue_position: null });
   else if (type === "queued") store.patch(id, { status: "queued", queue_position: data.queue_position ?? known.queue_position });
+  else if (type === "position") store.patch(id, { queue_position: data.queue_position, eta_s: data.eta_s });
   else if (type === "gone") store.drop(id);
   else {
     store.refresh(id).catch(() => {});
