@@ -307,6 +307,7 @@ def test_a_deliverer_may_take_settle_put_back_and_wake_callbacks(broker: Guarded
     first, second = (f"msg_{job}_cancelled" for job in jobs)
     taken = store.take_callback(first, 30)
     assert taken is not None and taken["record"].id == jobs[0]
+    assert records.run(producer, records.due_callbacks())[0] == 0
     records.run(broker.client("operator"), records.create_secret("default"))
     receiver = store.receiver(taken["url"], "default")
     assert not receiver.disabled and len(receiver.secrets) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -28,25 +29,43 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def start(tmp_path: Path, *more: str) -> subprocess.Popen[str]:
+def free_ports(number: int) -> int:
+    """The first of so many loopback ports in a row that are free. Below those that the kernel gives to outgoing connections."""
+    for first in range(21_000, 32_000, number):
+        with contextlib.ExitStack() as opened:
+            try:
+                for port in range(first, first + number):
+                    opened.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return first
+    pytest.fail("no free ports")
+
+
+def start(tmp_path: Path, *more: str, **env: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "latentline.cli", "up", "--port", "0", "--data-dir", str(tmp_path / "data"), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_it_serves_and_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
-    process = start(tmp_path)
+    metrics_port = free_ports(3)
+    process = start(tmp_path, LATENTLINE_METRICS_PORT=str(metrics_port))
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("ready http://127.0.0.1:"), process.communicate(timeout=30)
     url = line.split()[1]
     children = descendants(process.pid)
     assert len(children) >= 4  # broker, store, API, worker
+    told = {"latentline_http_requests_total": 0, "latentline_callbacks_total": 1, "latentline_steps_total": 2}  # one of each role's own
+    for name, offset in told.items():  # each role has a port of its own
+        assert f"# TYPE {name} " in httpx.get(f"http://127.0.0.1:{metrics_port + offset}/metrics").text
     # A job in flight must not delay the end.
     assert httpx.post(f"{url}/v1/jobs", json={"prompt": "a cat", "num_inference_steps": 100, "num_images": 8}).status_code == 202
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out == ""  # nothing was printed after the ready line
+    assert all(f": http://127.0.0.1:{metrics_port + offset}/metrics\n" in err for offset in told.values())
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(url.rsplit(":", 1)[1])))
@@ -87,6 +106,11 @@ def test_a_broken_model_is_named_and_everything_stops(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1 and out == ""
     assert f"{model}/model_index.json: not readable as JSON" in err and "Traceback" not in err
+
+
+def test_a_setting_that_is_wrong_is_named_before_anything_starts(tmp_path: Path) -> None:
+    out, err = start(tmp_path, LATENTLINE_METRICS_PORT="many").communicate(timeout=60)
+    assert out == "" and err.startswith("latentline: LATENTLINE_METRICS_PORT: ") and not (tmp_path / "data").exists()
 
 
 def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:

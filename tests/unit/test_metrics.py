@@ -28,7 +28,7 @@ from latentline.jobs import JobRequest, Status, resolve
 from latentline.models import Working
 from latentline.records import Records
 from latentline.testing import MODEL
-from latentline_worker.callbacks.metrics import CallbackMetrics, OutboxMetrics
+from latentline_worker.callbacks.metrics import CallbackMetrics
 from latentline_worker.generate.metrics import EngineMetrics, JobMetrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -105,11 +105,14 @@ def test_the_fleet_is_told_as_it_was_last_seen(client: fakeredis.FakeRedis, monk
     one = resolve(JobRequest.parse({"prompt": "a cat"}))
     records.run(client, records.submit([one, one], 600))
     store.bury("dead", "message", "no JSON")
+    client.zadd(routing.due_callbacks_key(), {"late": 1, "later": 2, "not yet": 4e9})
     metrics.look()
     assert value(registry, "latentline_broker_up") == 1
     assert value(registry, "latentline_queued_jobs", model=MODEL.id) == 2 and value(registry, "latentline_queued_jobs", model="other") == 0
     assert value(registry, "latentline_workers", model=MODEL.id) == 2 and value(registry, "latentline_workers", model="other") == 1
     assert value(registry, "latentline_dead_letters") == 1
+    assert value(registry, "latentline_callbacks_due") == 2
+    assert (value(registry, "latentline_callbacks_oldest_due_seconds") or 0) > 1.7e9
     assert (value(registry, "latentline_queue_oldest_seconds", model=MODEL.id) or 0) >= 0
     monkeypatch.setattr("latentline.api.metrics.records.run", away)
     metrics.look()
@@ -193,9 +196,8 @@ def served() -> set[str]:
     Records(client).announce("gpu-1", [MODEL])
     fleet = FleetMetrics.__new__(FleetMetrics)
     fleet._seen, fleet._up = records.run(client, records.overview()), True
-    outbox = OutboxMetrics(Records(client))
-    outbox.run_once()
-    return names | {metric.name for collector in (fleet, outbox) for metric in collector.collect()}
+    fleet._due = records.run(client, records.due_callbacks())
+    return names | {metric.name for metric in fleet.collect()}
 
 
 def expressions() -> list[str]:

@@ -87,6 +87,7 @@ class FleetMetrics(Collector):
     def __init__(self, settings: Settings) -> None:
         self._client = connect(settings.redis_url.get_secret_value())
         self._seen: Overview | None = None
+        self._due = (0, 0.0)  # callbacks, and for how long the oldest has been
         self._up = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="fleet metrics", daemon=True)
@@ -100,6 +101,8 @@ class FleetMetrics(Collector):
     def look(self) -> None:
         """Look at the fleet once. While the broker is away, what was seen last stays."""
         try:
+            # Callbacks are told here and not by the deliverer: one that does not run could not say that they are late.
+            self._due = records.run(self._client, records.due_callbacks())
             self._seen = records.run(self._client, records.overview())
             self._up = True
         except LatentlineError as error:
@@ -120,6 +123,9 @@ class FleetMetrics(Collector):
             return
         yield GaugeMetricFamily("latentline_running_jobs", "Jobs that workers hold.", seen.running)
         yield GaugeMetricFamily("latentline_dead_letters", "Jobs that failed for good, and unreadable messages.", seen.num_letters)
+        due, oldest_due_s = self._due
+        yield GaugeMetricFamily("latentline_callbacks_due", "Callbacks whose next try is due, counted up to 1000.", due)
+        yield GaugeMetricFamily("latentline_callbacks_oldest_due_seconds", "For how long the oldest of them has been due.", oldest_due_s)
         waiting = GaugeMetricFamily("latentline_queued_jobs", "Jobs that wait.", labels=("model",))
         for model, number in seen.queued_by_model.items():
             waiting.add_metric((model,), number)

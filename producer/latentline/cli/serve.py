@@ -53,6 +53,7 @@ def worker(model: str | None, models: str | None, concurrency: int | None) -> No
 @json_option
 def up(data_dir: Path | None, port: int, model: str | None, as_json: bool) -> None:
     """Run broker, object store, worker and API in the foreground."""
+    check_settings()
     sys.exit(_stack_module("latentline up", "latentline_worker.embedded.up").up(data_dir, port, model, as_json))
 
 

@@ -9,7 +9,7 @@ from latentline import routing
 from latentline.errors import JobNotFound
 from latentline.scripts import PUT_BACK_CALLBACK, REPLAY_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
 
-from .driving import Driven, Operation, call_script, driven, hgetall_many, pairs, set_if_absent
+from .driving import Driven, Operation, broker_time, call_script, driven, hgetall_many, pairs, set_if_absent
 from .jobs import record_of
 from .secrets import read_secrets
 
@@ -27,6 +27,14 @@ def callbacks(job_id: str | None = None, limit: int = 50) -> Operation[list[dict
 def replay_callback(callback_id: str) -> Operation[bool]:
     """Send a callback once more, whatever its status, also to a receiver that answered 410 Gone; False when it is not known."""
     return bool((yield from call_script(REPLAY_CALLBACK, id=callback_id)))
+
+
+def due_callbacks() -> Operation[tuple[int, float]]:
+    """How many callbacks are due (counted up to 1000), and for how many seconds the oldest of them has been."""
+    now = yield from broker_time()
+    key = routing.due_callbacks_key()
+    due = yield lambda client: client.zrangebyscore(key, "-inf", now, start=0, num=MAX_WAKE_CALLBACKS, withscores=True)
+    return len(due), max(0.0, now - due[0][1]) if due else 0.0
 
 
 class Receiver(NamedTuple):
@@ -64,14 +72,6 @@ class Outbox(Driven):
     def take_callbacks_turn(self, process: str, life_s: float) -> Operation[bool]:
         """Whether this process may wake callbacks now. If so, no other process may for ``life_s``, also if this one ends."""
         return bool((yield set_if_absent(routing.callbacks_turn_key(), process, life_s)))
-
-    @driven
-    def due_callbacks(self) -> Operation[tuple[int, float]]:
-        """How many callbacks are due (counted up to 1000), and for how many seconds the oldest of them has been."""
-        seconds, micros = yield lambda client: client.time()
-        now, key = seconds + micros / 1e6, routing.due_callbacks_key()
-        due = yield lambda client: client.zrangebyscore(key, "-inf", now, start=0, num=MAX_WAKE_CALLBACKS, withscores=True)
-        return len(due), max(0.0, now - due[0][1]) if due else 0.0
 
     @driven
     def wake_callbacks(self) -> Operation[int]:

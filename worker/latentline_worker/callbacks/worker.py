@@ -17,7 +17,7 @@ from latentline_worker.transport.app import NO_GOSSIP, create_app
 
 from .deliverer import Deliverer
 from .message import Links
-from .metrics import CallbackMetrics, OutboxMetrics
+from .metrics import CallbackMetrics
 
 CONCURRENCY = 16  # concurrent tries of one process
 
@@ -30,8 +30,7 @@ def serve(settings: ProcessSettings) -> int:
     """
     records = Records(connect(settings.redis_url.get_secret_value()), settings.retention_s)
     secrets = settings.callback_secret.get_secret_value().split(",") if settings.callback_secret else []
-    metrics, outbox = CallbackMetrics(), OutboxMetrics(records)
-    metrics.registry.register(outbox)
+    metrics = CallbackMetrics()
     serve_metrics(settings, metrics.registry)
     common = [one.strip() for one in secrets if one.strip()]
     deliverer = Deliverer(records, common, settings.callback_rule, links=Links.of(settings), metrics=metrics)
@@ -43,13 +42,11 @@ def serve(settings: ProcessSettings) -> int:
     def on_ready(**_: object) -> None:
         wakes.start()
         liveness.start()
-        outbox.start()
 
     worker_ready.connect(on_ready, weak=False)
     worker = app.Worker(hostname=name, pool="threads", concurrency=CONCURRENCY, queues=[CALLBACK_QUEUE], loglevel="INFO", **NO_GOSSIP)
     worker.start()
     wakes.stop()
-    outbox.stop()
     liveness.stop(wait_s=1.0)  # a touch after the removal would bring the file back
     liveness.remove()
     return int(worker.exitcode or 0)

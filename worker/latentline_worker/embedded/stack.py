@@ -27,6 +27,8 @@ from .store import Store
 
 READY_TIMEOUT_S = 180.0  # a cold start imports torch and loads a model
 DRAIN_S = 5.0  # how long jobs that upload at the end may take
+# With LATENTLINE_METRICS_PORT: what is added to it for each part. The worker comes last, since GPU n takes its port + n.
+METRICS_OFFSETS = {"API": 0, "deliverer": 1, "worker": 2}
 
 Tell = Callable[[str, str, float | None], None]
 """What is told while a stack starts: the part, what it does now, and the seconds that it took once it is done."""
@@ -70,6 +72,14 @@ class Stack:
         return {"LATENTLINE_REDIS_URL": self._broker.url, **self._store.environment}
 
     @property
+    def metrics(self) -> dict[str, str]:
+        """Where each part serves its metrics; empty without ``LATENTLINE_METRICS_PORT``."""
+        wanted = Settings()
+        if not wanted.metrics_port:
+            return {}
+        return {part: f"http://{wanted.metrics_host}:{wanted.metrics_port + offset}/metrics" for part, offset in METRICS_OFFSETS.items()}
+
+    @property
     def settings(self) -> Settings:
         return Settings.from_variables(self.environment)
 
@@ -87,14 +97,16 @@ class Stack:
                     client.delete(workers_key())  # a worker announced in the last run would make this one ready too early
             with self._starting("object store", "starts"):
                 self._store.start()
-            env = self._processes_environment(keys["callback_secret"])
+            secret = keys["callback_secret"]
             worker = [sys.executable, "-m", "latentline_worker.generate.launch", *(["--model", self._model] if self._model else [])]
-            self._worker = Child("the worker", worker, self._folder / "worker.log", env)
+            self._worker = Child("the worker", worker, self._folder / "worker.log", self._process_environment("worker", secret))
             assert self._socket is not None  # _take_port made it
             fd = self._socket.fileno()
             command = [sys.executable, "-m", "latentline.cli", "callbacks", "serve"]
-            self._callbacks = Child("the callback deliverer", command, self._folder / "callbacks.log", env | self._store.reader_environment)
+            env = self._process_environment("deliverer", secret) | self._store.reader_environment
+            self._callbacks = Child("the callback deliverer", command, self._folder / "callbacks.log", env)
             api = [sys.executable, "-m", "latentline.cli", "api", "--fd", str(fd)]
+            env = self._process_environment("API", secret)
             self._api = Child("the API", api, self._folder / "api.log", env, pass_fds=[fd])
             with self._starting("API", f"starts on {self.url}"):
                 self._api.wait_until(lambda: self._answers("/healthz"), READY_TIMEOUT_S)
@@ -127,10 +139,12 @@ class Stack:
         parts = (self._worker, self._callbacks, self._api, self._store and self._store.child, self._broker and self._broker.child)
         return next((part for part in parts if part and not part.alive), None)
 
-    def _processes_environment(self, callback_secret: str) -> dict[str, str]:
-        """The whole environment of worker, API and deliverer."""
+    def _process_environment(self, part: str, callback_secret: str) -> dict[str, str]:
+        """The whole environment of the worker, the API or the deliverer."""
         env = self.environment | {"LATENTLINE_CALLBACK_SECRET": callback_secret, "LATENTLINE_DRAIN_S": str(DRAIN_S)}
         env |= {"LATENTLINE_AUTH": "none"}  # on loopback alone
+        if port := Settings().metrics_port:
+            env |= {"LATENTLINE_METRICS_PORT": str(port + METRICS_OFFSETS[part])}
         # The operator's settings for callbacks, model and batching apply here too; addresses of services do not.
         given = {key: value for key, value in os.environ.items() if key.startswith("LATENTLINE_") and key not in env}
         return clean_env(**(given | env))

@@ -41,7 +41,7 @@ def up(data_dir: Path | None, port: int, model: str | None, as_json: bool = Fals
             with Stack(folder, port, model, _tell_json if as_json else _tell) as stack:
                 variables = {**stack.environment, "LATENTLINE_URL": stack.url}
                 with env_file(folder.resolve() / ENV_FILE, variables) as path:
-                    (_ready_json if as_json else _ready)(stack.url, path)
+                    (_ready_json if as_json else _ready)(stack.url, path, stack.metrics)
                     while (dead := stack.dead()) is None:
                         time.sleep(0.5)
                 raise ConfigurationError(f"{dead.name} ended with status {dead.process.returncode}:\n{dead.tail()}")
@@ -75,9 +75,10 @@ def _tell_json(part: str, does: str, seconds: float | None) -> None:
     say_json_line({"part": part, "does": does, "seconds": None if seconds is None else round(seconds, 3)})
 
 
-def _ready(url: str, path: Path) -> None:
+def _ready(url: str, path: Path, metrics: Mapping[str, str]) -> None:
     say(f"ready {url}")
     for line in (
+        *(f"metrics      {part}: {address}" for part, address in metrics.items()),
         "",
         "Ctrl-C stops everything. In another terminal:",
         f"  latentline submit --url {url} 'a red apple' -o apple.png",
@@ -86,5 +87,5 @@ def _ready(url: str, path: Path) -> None:
         note(line)
 
 
-def _ready_json(url: str, path: Path) -> None:
-    say_json_line({"part": "all", "does": "ready", "url": url, "env_file": str(path)})
+def _ready_json(url: str, path: Path, metrics: Mapping[str, str]) -> None:
+    say_json_line({"part": "all", "does": "ready", "url": url, "env_file": str(path), "metrics": dict(metrics)})
