@@ -18,7 +18,7 @@ import json
 import redis as redis_py
 
 from . import routing
-from .errors import StaleToken, StoreUnavailable
+from .errors import JobNotFound, StaleToken, StoreUnavailable
 from .jobs import Claim, ImageRef, JobError, JobRecord, ModelInfo, Phase, Status
 from .models import level_of_worker
 from .records import Beat, Records, Verdict
@@ -105,10 +105,10 @@ class FakeWorker:
 
     def run(self, job_id: str) -> JobRecord | None:
         """Run one job from claim to settled record; None when it is not to be run now, or was deleted or taken over meanwhile."""
-        claim = self.records.claim(job_id, self.name, lease_s=30)
         try:
+            claim = self.records.claim(job_id, self.name, lease_s=30)
             return None if claim is None else self.finish(claim)
-        except StaleToken:
+        except (JobNotFound, StaleToken):
             return None
 
     def finish(self, claim: Claim) -> JobRecord:

@@ -142,6 +142,14 @@ def test_urls_are_made_when_read_and_never_stored(client: Any, worker: FakeWorke
     assert client.get(job_id).images[0].url == client.list()[0][0].images[0].url == "memory://k"
 
 
+def test_the_fake_worker_leaves_a_job_that_was_deleted_before_its_claim(client: Any, worker: FakeWorker) -> None:
+    """The wake-up of a deleted job stays in its queue."""
+    gone, kept = client.submit(prompt="a cat"), client.submit(prompt="a dog")
+    client.cancel(gone.id)
+    client.delete(gone.id)
+    assert [record.id for record in worker.run_all()] == [kept.id]
+
+
 def test_submit_takes_a_request_too(client: Any, worker: FakeWorker) -> None:
     request = JobRequest.parse({"prompt": "a cat", "seed": 3})
     assert client.submit(request).request.seed == 3
