@@ -1,4 +1,4 @@
-"""The FastAPI application: health checks, the shape of errors, and the routers of the dialects."""
+"""The FastAPI application: its routers, its middleware, what the routes share, and the shape of errors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
+from starlette.datastructures import State
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from latentline import __version__
 from latentline.client import AsyncClient
-from latentline.errors import LatentlineError
 from latentline.settings import Settings
 
-from . import batch, events, fleet, jobs, pictures, session, thumbnails, timelines
+from . import batch, events, fleet, health, jobs, pictures, session, thumbnails, timelines
 from .auth import Access, LoopbackHosts
 from .dialects import mount_dialects
 from .document import complete_document
@@ -32,6 +32,8 @@ from .problems import Problem, handle_problems
 from .streams import Streams
 from .thumbnails import Thumbnails
 
+ROUTERS = tuple(module.router for module in (health, jobs, batch, events, pictures, thumbnails, timelines, fleet, session))
+
 
 def create_app(settings: Settings | None = None, client: AsyncClient | None = None, metrics: ApiMetrics | None = None) -> FastAPI:
     """The application.
@@ -44,27 +46,44 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.client = client or AsyncClient(settings)
-        app.state.access = Access(app.state.client, keys=settings.auth == "keys")
-        app.state.streams = Streams(app.state.client)
-        app.state.groups = Groups(app.state.client)
-        app.state.places = Places(app.state.client)
-        app.state.estimates = Estimates(app.state.client)
-        app.state.leavers = Leavers(app.state.client)
-        app.state.thumbnails = Thumbnails()
-        yield
-        await app.state.leavers.close()
-        await app.state.estimates.close()
-        await app.state.places.close()
-        await app.state.groups.close()
-        await app.state.streams.close()
-        await app.state.client.close()
+        async with _services(app.state, settings, client or AsyncClient(settings)):
+            yield
 
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
     app = FastAPIOffline(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    routers = [module.router for module in (jobs, batch, events, pictures, thumbnails, timelines, fleet, session)]
-    for router in routers:
+    for router in ROUTERS:
         app.include_router(router)
+    _add_page(app)
+    complete_document(app, keys=settings.auth == "keys")
+    mount_dialects(app, settings)
+    handle_problems(app, _render)
+    _add_middleware(app, settings)
+    if metrics:
+        app.add_middleware(Measured, metrics=metrics)  # the last one, so the outermost: answers of the other middleware count as well
+    return app
+
+
+@asynccontextmanager
+async def _services(state: State, settings: Settings, client: AsyncClient) -> AsyncIterator[None]:
+    """What the routes share while the application runs."""
+    state.client = client
+    state.access = Access(client, keys=settings.auth == "keys")
+    state.streams = Streams(client)
+    state.groups = Groups(client)
+    state.places = Places(client)
+    state.estimates = Estimates(client)
+    state.leavers = Leavers(client)
+    state.thumbnails = Thumbnails()
+    yield
+    await state.leavers.close()
+    await state.estimates.close()
+    await state.places.close()
+    await state.groups.close()
+    await state.streams.close()
+    await client.close()
+
+
+def _add_page(app: FastAPI) -> None:
     files = PageFiles()
     app.mount("/page", files, "page")
 
@@ -72,29 +91,10 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     async def page(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
 
-    @app.get("/healthz", tags=["health"], summary="Whether this process is alive")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
 
-    @app.get(
-        "/readyz", tags=["health"], summary="Whether a job would be accepted and run now", responses={503: {"description": "Not ready"}}
-    )
-    async def readyz(request: Request) -> JSONResponse:
-        reasons: list[str] = []
-        try:
-            if not await request.app.state.client.workers():
-                reasons.append("no worker is alive")
-        except LatentlineError as error:
-            reasons.append(error.message)
-        try:
-            await request.app.state.client.check_store()
-        except LatentlineError as error:
-            reasons.append(error.message)
-        return JSONResponse({"status": "unavailable" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)
-
-    complete_document(app, keys=settings.auth == "keys")
-    mount_dialects(app, settings)
-    app.add_middleware(Methods, routes=[*app.routes, *(route for router in routers for route in router.routes)])
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """Each one added is outside of those before it."""
+    app.add_middleware(Methods, routes=[*app.routes, *(route for router in ROUTERS for route in router.routes)])
     origins = [origin for origin in settings.cors_origins.split(",") if origin]
     if origins:  # outside of Methods, since it answers a browser's OPTIONS itself
         app.add_middleware(
@@ -108,10 +108,6 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
     if settings.auth == "none":
         message = "this API serves without keys, so the Host header must be localhost or a loopback address"
         app.add_middleware(LoopbackHosts, refusal=error_answer(403, "not_allowed", message))
-    handle_problems(app, _render)
-    if metrics:
-        app.add_middleware(Measured, metrics=metrics)  # the last one, so the outermost: answers of the other middleware count as well
-    return app
 
 
 def error_answer(status: int, code: str, message: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
