@@ -97,6 +97,7 @@ class StoredCallback(Message):
 
     url: str
     events: tuple[str, ...] = ("job.succeeded", "job.failed", "job.cancelled")
+    prediction_base: str | None = None
 
 
 class StoredLora(Message):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LEVEL: Final = 3
 """The level of requests up to which this code knows every field and value."""
 
-ADDED: dict[str, int] = {"loras": 3}
+ADDED: dict[str, int] = {"loras": 3, "callback.prediction_base": 2}
 """What was added to requests after level 1, with its level: a field by its dotted name, or a new value as ``field=value``.
 
 Adapters have a level of their own: workers whose models have none do not read its queues."""

@@ -75,14 +75,21 @@ class Output(Submitted):
 
 
 class Callback(Submitted):
-    """Where status callbacks go (POST, signed as in Standard Webhooks) and for which events."""
+    """Where status callbacks go (POST, signed as in Standard Webhooks) and for which events.
+
+    With ``prediction_base``, the URL of an API's ``/replicate/v1``, their body is a prediction as Replicate's API has it, whose own
+    URLs stand under this one.
+    """
 
     url: Annotated[str, Field(max_length=2000)]
     events: tuple[CallbackEvent, ...] = ("job.succeeded", "job.failed", "job.cancelled")
+    prediction_base: Annotated[str, Field(max_length=2000)] | None = None
 
-    @field_validator("url")
+    @field_validator("url", "prediction_base")
     @classmethod
-    def _http_only(cls, url: str) -> str:
+    def _http_only(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
         try:
             parts = urlsplit(url)
             # urlsplit checks the port only when it is read.

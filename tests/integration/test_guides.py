@@ -41,6 +41,9 @@ def test_a_snippet_runs(
     exec(compile(code.replace("pixelart", "one"), f"{name}, snippet {number}", "exec"), left)
     printed = capsys.readouterr().out
     assert name != "guides.md" or re.search(PRINTED[number], printed), f"{code}\n{printed}"
+    if "predicted" in left:
+        secret, text = generate_secret(), json.dumps({"id": "1", "model": "latentline/x", "version": "v", "status": "succeeded"})
+        assert left["predicted"](sign(secret, "an id", int(time.time()), text.encode()), text, secret).status == "succeeded"
     if "received" in left:
         secret, body = generate_secret(), json.dumps({"type": "job.succeeded"}).encode()
         assert left["received"](sign(secret, "an id", int(time.time()), body), body, secret) == "job.succeeded"

@@ -118,6 +118,9 @@ def test_a_callback_that_is_no_plain_http_url(url: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         request(callback={"url": url})
     assert caught.value.field == "callback.url"
+    with pytest.raises(InvalidRequest) as caught:
+        request(callback={"url": "https://host/", "prediction_base": url})
+    assert caught.value.field == "callback.prediction_base"
 
 
 def test_a_callback() -> None:
@@ -345,6 +348,9 @@ def test_what_goes_beyond_the_limits_of_level_1_has_a_higher_level() -> None:
     assert level(prompt="x" * 2000, negative_prompt="y" * 2000, num_images=8) == (1, "")
     assert level(prompt="x" * 2001) == (2, "prompt") and level(negative_prompt="x" * 2001) == (2, "negative_prompt")
     assert level(num_images=9) == (2, "num_images") and level(num_images=10, loras=[{"name": "b"}]) == (3, "loras")
+    hook = {"url": "https://example.com/hook"}
+    assert level(callback=hook) == (1, "")
+    assert level(callback=hook | {"prediction_base": "https://example.com/replicate/v1"}) == (2, "callback.prediction_base")
     assert models.level_of_worker(info()) >= 2, "every worker of this release takes them"
 
 

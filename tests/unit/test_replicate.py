@@ -11,15 +11,19 @@ import pytest
 import replicate
 from pydantic import SecretStr
 from replicate.exceptions import ModelError, ReplicateError
-from replicate.webhook import InvalidSignatureError, Webhooks
-from support.live_api import Live, live_api
+from replicate.prediction import Prediction
+from replicate.webhook import InvalidSignatureError, Webhooks, WebhookSigningSecret
+from support.live_api import Live, live_api, new_key
 from support.receiver import Receiver
 
-from latentline import Settings
-from latentline.api.dialects.replicate.names import find, full_name, version_of
+from latentline import Settings, records
+from latentline.api.dialects.replicate.names import find
+from latentline.images import Images
 from latentline.jobs import JobError, JobWarning
+from latentline.predictions import full_name, version_of
 from latentline.testing import TINY_PNG
 from latentline_worker.callbacks.deliverer import Deliverer
+from latentline_worker.callbacks.message import Links
 
 MODEL = "latentline/latentline-emoji"
 SECRET = "whsec_" + "A" * 32
@@ -189,18 +193,47 @@ def test_webhooks_become_callbacks(client: replicate.Client, live: Live) -> None
     assert live.http.get(f"/v1/jobs/{made.id}").json()["request"]["callback"] is None
 
 
-def test_a_webhook_is_valid_by_the_clients_own_validator(client: replicate.Client, live: Live) -> None:
+def test_webhooks_are_predictions_and_valid_by_the_clients_own_validator(client: replicate.Client, live: Live) -> None:
     receiver = Receiver()
-    made = client.predictions.create(version=MODEL, input={"prompt": "x"}, webhook=receiver.url, webhook_events_filter=["completed"])
+    made = client.predictions.create(version=MODEL, input={"prompt": "x", "num_outputs": 2, "go_fast": True}, webhook=receiver.url)
     live.worker.run_all()
-    Deliverer(live.worker.records, [SECRET], SETTINGS.callback_rule).deliver(f"msg_{made.id}_succeeded")
+    deliverer = Deliverer(live.worker.records, [SECRET], SETTINGS.callback_rule)
+    for event in ("running_1", "succeeded"):
+        deliverer.deliver(f"msg_{made.id}_{event}")
+    receiver.close()
+    begun, ended = (Prediction(**json.loads(body)) for _, body in receiver.requests)
+    assert (begun.status, begun.output, begun.completed_at) == ("processing", None, None)
+    base = str(live.http.base_url).rstrip("/")
+    assert ended.output == [f"{base}/v1/jobs/{made.id}/images/{i}" for i in range(2)], "without keys of the store to sign others"
+    read = client.predictions.get(made.id)
+    assert ended.dict(exclude={"output"}) == read.dict(exclude={"output"}) and ended.progress and ended.logs and "go_fast" in ended.logs
+    secret = client.webhooks.default.secret()
+    for headers, body in receiver.requests:
+        Webhooks.validate(headers=headers, body=body.decode(), secret=secret, tolerance=300)
+        with pytest.raises(InvalidSignatureError):
+            Webhooks.validate(headers=headers, body=body.decode() + " ", secret=secret)
+
+
+def test_with_keys_a_tenants_webhooks_are_valid_by_the_secret_that_the_operator_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Images, "sign", lambda _, key: f"https://store.example/{key}?signed")
+    links = Links.of(Settings(s3_access_key_id="id", s3_secret_access_key=SecretStr("secret")))
+    receiver = Receiver()
+    with live_api(monkeypatch, SETTINGS.model_copy(update={"auth": "keys"})) as live:
+        client = replicate.Client(api_token=new_key(live, tenant="shop"), base_url=str(live.http.base_url).rstrip("/") + "/replicate")
+        with pytest.raises(ReplicateError, match="latentline secrets create shop") as refused:
+            client.webhooks.default.secret()
+        assert refused.value.status == 404 and SECRET not in str(refused.value)
+        shown = records.run(live.worker.redis, records.create_secret("shop")).secret
+        made = client.predictions.create(version=MODEL, input={"prompt": "x"}, webhook=receiver.url, webhook_events_filter=["completed"])
+        live.worker.run_all()
+        Deliverer(live.worker.records, [SECRET], SETTINGS.callback_rule, links=links).deliver(f"msg_{made.id}_succeeded")
+        client._client.close()
     receiver.close()
     ((headers, body),) = receiver.requests
-    assert json.loads(body)["data"]["id"] == made.id and json.loads(body)["data"]["status"] == "succeeded"
-    secret = client.webhooks.default.secret()
-    Webhooks.validate(headers=headers, body=body.decode(), secret=secret, tolerance=300)
+    assert Prediction(**json.loads(body)).output == [f"https://store.example/shop/{made.id}/1/0.png?signed"], "no key is needed"
+    Webhooks.validate(headers=headers, body=body.decode(), secret=WebhookSigningSecret(key=shown), tolerance=300)
     with pytest.raises(InvalidSignatureError):
-        Webhooks.validate(headers=headers, body=body.decode() + " ", secret=secret)
+        Webhooks.validate(headers=headers, body=body.decode(), secret=WebhookSigningSecret(key=SECRET))
 
 
 def test_names() -> None:

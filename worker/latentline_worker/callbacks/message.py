@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from latentline.callbacks import CallbackData, CallbackImage, CallbackMessage
 from latentline.errors import ConfigurationError
 from latentline.images import Images
 from latentline.jobs import ImageRef, JobRecord
+from latentline.predictions import picture_url, prediction
 from latentline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,11 @@ class Links:
 
 
 def message_body(taken: dict[str, Any], links: Links | None) -> bytes:
-    """The JSON of a callback. A try that comes later has URLs of its own."""
+    """The JSON of a callback, or of a prediction where the job came by Replicate's dialect. A try that comes later has URLs of its own."""
     record: JobRecord = taken["record"]
+    base = record.request.callback.prediction_base if record.request.callback else None
+    if base is not None:
+        return json.dumps(prediction(record, base, _output(record, base, links)), ensure_ascii=False).encode()
     data = CallbackData(
         id=record.id,
         status=record.status.value,
@@ -63,6 +68,12 @@ def message_body(taken: dict[str, Any], links: Links | None) -> bytes:
     )
     at = datetime.fromtimestamp(taken["at"], UTC)
     return CallbackMessage(id=taken["id"], type=taken["type"], timestamp=at, seq=taken["seq"], data=data).model_dump_json().encode()
+
+
+def _output(record: JobRecord, base: str, links: Links | None) -> list[str] | None:
+    """URLs that open the pictures without a key; where none can be signed, the API's, which want one."""
+    urls = [links.sign(image.key)[0] if links else picture_url(base, record, number) for number, image in enumerate(record.images)]
+    return urls or None
 
 
 def _image(image: ImageRef, links: Links | None) -> CallbackImage:

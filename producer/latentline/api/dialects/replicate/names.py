@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from latentline.api.dialects.common import offered
 from latentline.api.service import JobService
+from latentline.predictions import OWNER, full_name, version_of
 from latentline.settings import Settings
-
-OWNER = "latentline"  # of models whose own name has no owner in it
-
-
-def full_name(model: str) -> str:
-    """``owner/name`` of a model or an alias. Clients allow one slash: any further ones are written as two hyphens."""
-    owner, slash, name = model.partition("/")
-    return f"{owner}/{name.replace('/', '--')}" if slash else f"{OWNER}/{model}"
-
-
-def version_of(model: str) -> str:
-    """The one version of a model: what a worker has loaded under its name."""
-    return hashlib.sha256(model.encode()).hexdigest()
 
 
 async def known_names(jobs: JobService, settings: Settings) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from latentline.api.dialects.common import parsed
 from latentline.errors import InvalidRequest
+from latentline.predictions import IGNORED
 from latentline.requests import MAX_IMAGES, MAX_LORAS, MAX_SEED, Guidance, Lora, Steps, Submitted, Whole
 
 # Native field -> this dialect's word for it.
@@ -24,13 +25,6 @@ SCHEDULERS = {
     "K_EULER": "euler", "K_EULER_ANCESTRAL": "euler_ancestral", "PNDM": "pndm",
 }  # fmt: skip
 """What models on Replicate call schedulers -> the native name. Native names are accepted too."""
-
-IGNORED = {
-    "apply_watermark": "pictures carry no watermark",
-    "disable_safety_checker": "pictures are not checked",
-    "go_fast": "num_inference_steps decides",
-}
-"""Input without a meaning here -> what the prediction's logs say."""
 
 EVENTS = {
     "start": ("job.running",),
@@ -79,8 +73,12 @@ class PredictionRequest(Submitted):
         except InvalidRequest as error:
             raise InvalidRequest(f"input.{error.field}", error.value, error.allowed) from None
 
-    def native(self, asked: Input, model: str) -> dict[str, Any]:
-        """The native request."""
+    def native(self, asked: Input, model: str, base: str) -> dict[str, Any]:
+        """The native request.
+
+        Args:
+            base: URL of this dialect, as the client reaches it.
+        """
         output: dict[str, Any] = {"format": {"jpg": "jpeg", None: "png"}.get(asked.output_format, asked.output_format)}
         if asked.output_quality is not None:
             output["quality"] = max(1, asked.output_quality)
@@ -97,12 +95,12 @@ class PredictionRequest(Submitted):
             "loras": None if asked.loras is None else [lora.model_dump() for lora in asked.loras],
             "seed": asked.seed,
             "output": output,
-            "callback": self._callback(),
+            "callback": self._callback(base),
             "metadata": {"ignored": ",".join(ignored)} if (ignored := sorted(asked.model_fields_set & IGNORED.keys())) else None,
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _callback(self) -> dict[str, Any] | None:
+    def _callback(self, base: str) -> dict[str, Any] | None:
         url = self.webhook or self.webhook_completed
         if url is None:
             return None
@@ -110,4 +108,4 @@ class PredictionRequest(Submitted):
         if self.webhook and self.webhook_events_filter is not None:
             wanted = self.webhook_events_filter
         events = sorted({event for name in wanted for event in EVENTS[name]})
-        return {"url": url, "events": events} if events else None
+        return {"url": url, "events": events, "prediction_base": base} if events else None

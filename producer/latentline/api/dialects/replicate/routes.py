@@ -17,9 +17,10 @@ from latentline.api.problems import Problem
 from latentline.api.service import JobService, Reading, Submitting
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import JobRecord
+from latentline.predictions import head, prediction, progress_line
 from latentline.settings import Settings
 
-from .answers import head, last_events, model_answer, output_of, page, prediction, progress_line, render, sse, version_answer
+from .answers import base_of, last_events, model_answer, output_of, page, render, sse, version_answer
 from .names import find, known_names
 from .request import NAMES, PredictionRequest
 from .schema import STREAM, ModelAnswer, ModelPage, Prediction, PredictionPage, Secret, VersionAnswer, VersionPage, errors
@@ -63,12 +64,12 @@ def create(state: State, settings: Settings) -> FastAPI:
     @router.get("/predictions/{prediction_id}", response_model=Prediction, responses=errors(404))
     async def get_prediction(request: Request, jobs: Reading, prediction_id: str) -> dict[str, Any]:
         record = await jobs.get(prediction_id)
-        return prediction(request, record, await output_of(request, jobs, record))
+        return prediction(record, base_of(request), await output_of(request, jobs, record))
 
     @router.post("/predictions/{prediction_id}/cancel", response_model=Prediction, responses=errors(404))
     async def cancel_prediction(request: Request, jobs: Submitting, prediction_id: str) -> dict[str, Any]:
         record = await jobs.cancel(prediction_id)
-        return prediction(request, record, await output_of(request, jobs, record))
+        return prediction(record, base_of(request), await output_of(request, jobs, record))
 
     @router.get(
         "/predictions/{prediction_id}/stream", response_class=StreamingResponse, responses={200: {"content": STREAM}, **errors(404)}
@@ -109,10 +110,15 @@ def _add_models(router: APIRouter, settings: Settings) -> None:
 
 def _add_rest(router: APIRouter, settings: Settings) -> None:
     @router.get("/webhooks/default/secret", tags=["webhooks"], response_model=Secret, responses=errors(404))
-    async def secret(_: Reading) -> dict[str, Any]:
-        """The secret with which webhooks are signed, where the API serves this machine alone. With keys, several tenants could share it."""
-        if settings.auth == "keys" or settings.callback_secret is None:
-            raise HTTPException(404, "this API does not tell the secret of webhooks: whoever runs it has it")
+    async def secret(jobs: Reading) -> dict[str, Any]:
+        """The secret with which webhooks are signed, where the API serves this machine alone. With keys only deliverers can read it."""
+        if key := jobs.principal.key:
+            command = f"latentline secrets create {key.tenant}"
+            raise HTTPException(
+                404, f"the secret of webhooks is shown once, to whoever runs this API and makes it with `{command}`: ask there"
+            )
+        if settings.callback_secret is None:
+            raise HTTPException(404, "webhooks are not signed, and so not sent: LATENTLINE_CALLBACK_SECRET is not set for this API")
         return {"key": settings.callback_secret.get_secret_value().partition(",")[0].strip()}
 
     @router.post("/files", tags=["files"], status_code=501, response_model=None, responses=errors(501))
@@ -137,7 +143,7 @@ async def _made(request: Request, jobs: JobService, settings: Settings, asked: P
     wait_s = _wait_s(request)
     names = await known_names(jobs, settings)
     try:
-        record = await submit(jobs, asked.native(asked.parsed_input(), find(version, names)), NAMES, settings)
+        record = await submit(jobs, asked.native(asked.parsed_input(), find(version, names), base_of(request)), NAMES, settings)
     except InvalidRequest as error:
         if error.field == "version":
             raise InvalidRequest("version", version, f"one of: {', '.join(names)}, or the id of a version of one") from None
@@ -150,7 +156,7 @@ async def _made(request: Request, jobs: JobService, settings: Settings, asked: P
             return Response(status_code=499)  # nobody reads it; the prediction goes on
         # Clients take any other answer to a wait for the end of the prediction.
         status = None if record.status.terminal else "starting"
-    answer = prediction(request, record, await output_of(request, jobs, record), status)
+    answer = prediction(record, base_of(request), await output_of(request, jobs, record), status)
     return JSONResponse(answer, 201, headers={"Location": answer["urls"]["get"]})
 
 
