@@ -7,14 +7,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import pytest
 import redis
-from support.dialects import A1111, NATIVE_WORDS, SPEAKERS, Ask, OpenAI, Speaker
+from support import dialects
+from support.dialects import A1111, NATIVE_WORDS, Ask, OpenAI, Speaker
 from support.live_api import serving
+from support.mcp_dialect import MCP
 from support.proxy import Proxy
 
 from latentline import AsyncClient, Settings, records, routing
@@ -24,10 +27,13 @@ from latentline.api.leavers import Leavers
 from latentline.connection import connect
 from latentline.jobs import MAX_BODY_BYTES, MAX_IMAGES, MAX_PROMPT_CHARS, Claim, JobError, JobRecord, JobWarning, Phase, Status
 from latentline.keys import NewKey
+from latentline.mcp.server import create_server
 from latentline.records import Beat
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
 PATIENCE_S = 60
+OVER_MCP = MCP()
+SPEAKERS = (*dialects.SPEAKERS, OVER_MCP)
 WAITING = [speaker for speaker in SPEAKERS if speaker.waits]
 by_name: dict[str, Any] = {"ids": lambda speaker: speaker.name}
 
@@ -52,10 +58,15 @@ class Bench:
         return records.run(self.redis, records.create_key(new))[0]
 
     def post(self, speaker: Speaker, ask: Ask | None = None, key: str | None = None, **more: Any) -> httpx.Response:
-        """An answer that comes at once: an error, or that of a dialect that does not wait."""
-        more = more or {"json": speaker.body(ask or Ask())}
-        headers = speaker.headers(self.key if key is None else key) | more.pop("headers", {})
-        return self.http.post(speaker.path, headers=headers, **more)
+        """An answer that comes at once: an error, or that of a dialect that does not wait.
+
+        Args:
+            more: a body that is none, as httpx takes it; without, that of what is asked for.
+        """
+        headers = speaker.headers(self.key if key is None else key)
+        if more:
+            return self.http.post(speaker.path, headers=headers | more.pop("headers", {}), **more)
+        return speaker.send(self.http, headers, speaker.body(ask or Ask()))
 
     def start(self, speaker: Speaker, ask: Ask | None = None) -> tuple[str, Future[httpx.Response]]:
         """A job of this test's tenant, and the answer to whoever asked for it."""
@@ -64,7 +75,7 @@ class Bench:
         self.made.append(answer)
 
         def found() -> str | None:
-            if answer.done() and answer.result().is_error:
+            if answer.done() and speaker.refused(answer.result()):
                 raise AssertionError(answer.result().text)
             return next((record.id for record in self.jobs() if record.id not in before), None)
 
@@ -103,7 +114,12 @@ def running(valkey_url: str) -> Iterator[Bench]:
     )  # type: ignore[arg-type]
     client = AsyncClient(settings)
     client.images = images  # type: ignore[assignment]
-    with serving(create_app(client=client)) as (http, _), ThreadPoolExecutor(8) as pool:
+    with ExitStack() as stack:
+        http, _ = stack.enter_context(serving(create_app(client=client)))
+        tools = create_server(str(http.base_url), None, wait_s=PATIENCE_S, max_bytes=400_000)
+        over_mcp, _ = stack.enter_context(serving(tools.streamable_http_app()))  # type: ignore[arg-type]
+        OVER_MCP.at = str(over_mcp.base_url.join("/mcp"))
+        pool = stack.enter_context(ThreadPoolExecutor(8))
         yield Bench(http, broker, proxy, images, worker, pool)
     proxy.close()
     broker.close()
@@ -134,15 +150,27 @@ def bench(running: Bench) -> Iterator[Bench]:
 
 def problem(speaker: Speaker, answer: httpx.Response, status: int, code: str, word: str | None = None) -> None:
     """An error: its native code, the dialect's status and shape, and the field in the dialect's own word."""
-    native = answer.json()["error"]["code"] if speaker.name == "native" else answer.headers["latentline-error"]
     shown = "model_not_found" if word == "model" else code
-    assert (native, answer.status_code) == (code, speaker.status(shown, status)), answer.text
+    assert (speaker.code(answer), answer.status_code) == (code, speaker.status(shown, status)), answer.text
     assert speaker.blamed(answer) == (word and speaker.field_of(word))
     if speaker.name != "native":
         assert not [one for one in NATIVE_WORDS if one in answer.text and one not in speaker.words]
 
 
-every = pytest.mark.parametrize("speaker", SPEAKERS, **by_name)
+def by(*speakers: Speaker) -> Callable[[Any], Any]:
+    """Run a test by these dialects, without those that cannot have what it is about."""
+
+    def mark(test: Any) -> Any:
+        return pytest.mark.parametrize("speaker", [one for one in speakers if test.__name__ not in one.lacks], **by_name)(test)
+
+    return mark
+
+
+every = by(*SPEAKERS)
+
+
+def test_what_a_dialect_lacks_is_something_that_the_suite_asks_for() -> None:
+    assert all(lacking in globals() and why for speaker in SPEAKERS for lacking, why in speaker.lacks.items())
 
 
 @every
@@ -164,7 +192,7 @@ def test_what_a_request_leaves_out_is_the_models_own(bench: Bench, speaker: Spea
     assert (request.model, request.scheduler, request.guidance_scale) == (MODEL.id, "dpmpp_2m", 5.0)
 
 
-@pytest.mark.parametrize("speaker", [one for one in SPEAKERS if one.name != "openai"], **by_name)
+@every
 def test_progress(bench: Bench, speaker: Speaker) -> None:
     job_id, _ = bench.start(speaker, Ask(steps=4))
     claim = bench.claim(job_id)
@@ -197,7 +225,7 @@ def test_a_job_that_fails(bench: Bench, speaker: Speaker) -> None:
     done = answer.result(PATIENCE_S)
     if speaker.waits:
         assert speaker.ended(done) == "failed" and job_id in done.text and "out_of_memory: it takes 3 bytes" in done.text
-        assert done.headers["latentline-error"] == "job_failed"
+        assert speaker.code(done) == "job_failed"
 
 
 @every
@@ -258,7 +286,7 @@ def test_bodies_that_are_none(bench: Bench, speaker: Speaker) -> None:
 
 @every
 def test_keys(bench: Bench, speaker: Speaker) -> None:
-    problem(speaker, bench.http.post(speaker.path, json={}), 401, "not_authenticated")
+    problem(speaker, speaker.send(bench.http, {}, speaker.body(Ask())), 401, "not_authenticated")
     problem(speaker, bench.post(speaker, key="not a key"), 401, "not_authenticated")
     problem(speaker, bench.post(speaker, key=f"ll_{'0' * 12}_{'A' * 43}"), 401, "not_authenticated")
     problem(speaker, bench.post(speaker, key=bench.new_key(bench.tenant, "read")), 403, "not_allowed")
@@ -271,13 +299,13 @@ def test_too_much_queued_and_too_many_submissions(bench: Bench, speaker: Speaker
     bench.start(speaker)
     full = bench.post(speaker)
     problem(speaker, full, 429, "tenant_quota_exceeded")
-    assert int(full.headers["retry-after"]) > 0
+    assert speaker.retry_after_s(full) > 0
     key = bench.new_key(f"{bench.tenant}-2", rate=1)
     first = bench.pool.submit(bench.post, speaker, None, key)
     until(lambda: bench.redis.zcard(routing.tenant_index_key(f"{bench.tenant}-2")))
     problem(speaker, bench.post(speaker, key=key), 429, "rate_exceeded")
     bench.worker.run_all()
-    assert not first.result(PATIENCE_S).is_error
+    assert not speaker.refused(first.result(PATIENCE_S))
 
 
 @every
@@ -299,7 +327,7 @@ def test_no_worker_is_there(bench: Bench, speaker: Speaker) -> None:
     bench.redis.hset(routing.models_key(), "gone", MODEL.model_copy(update={"id": "gone"}).first_fields())
     answer = bench.post(speaker, Ask(model="gone"))
     problem(speaker, answer, 503, "no_worker")
-    assert int(answer.headers["retry-after"]) > 0
+    assert speaker.retry_after_s(answer) > 0
 
 
 @every
@@ -315,7 +343,7 @@ def test_paths_and_methods_that_are_none(bench: Bench, speaker: Speaker) -> None
 
 @every
 def test_an_alias_that_the_operator_has_set(bench: Bench, speaker: Speaker) -> None:
-    if speaker.name == "native":
+    if speaker.name in ("native", "mcp"):
         problem(speaker, bench.post(speaker, Ask(model="dall-e-9")), 422, "invalid_request", "model")
         return
     job_id, _ = bench.start(speaker, Ask(model="dall-e-9"))
@@ -350,7 +378,7 @@ def test_a_failure_of_the_server_is_told_without_its_text(bench: Bench, speaker:
 # What only dialects that wait for a job have.
 
 
-@pytest.mark.parametrize("speaker", WAITING, **by_name)
+@by(*WAITING)
 def test_the_limit_of_waiting(bench: Bench, speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "WAIT_LIMIT_S", 0.05)
     job_id, answer = bench.start(speaker)

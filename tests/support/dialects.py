@@ -40,6 +40,21 @@ class Speaker:
     shows_running = False  # whether it shows a job only while that runs
     statuses: ClassVar[dict[str, int]] = {}  # native code -> status, where it is not the native one
     words: ClassVar[tuple[str, ...]] = ()  # native words that are this dialect's own too
+    lacks: ClassVar[dict[str, str]] = {}  # behaviours (names of tests) that this dialect cannot have -> why
+
+    def send(self, http: httpx.Client, headers: dict[str, str], body: dict[str, Any]) -> httpx.Response:
+        """Ask for pictures."""
+        return http.post(self.path, headers=headers, json=body)
+
+    def refused(self, answer: httpx.Response) -> bool:
+        return answer.is_error
+
+    def code(self, answer: httpx.Response) -> str:
+        """The native code of an error."""
+        return str(answer.headers["latentline-error"])
+
+    def retry_after_s(self, answer: httpx.Response) -> int:
+        return int(answer.headers["retry-after"])
 
     def headers(self, key: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {key}"}
@@ -91,10 +106,16 @@ class Speaker:
         return http.get(f"/v1/jobs/{job_id}", headers=headers).status_code == 200
 
 
+class Native(Speaker):
+    def code(self, answer: httpx.Response) -> str:
+        return str(answer.json()["error"]["code"])
+
+
 class OpenAI(Speaker):
     name = "openai"
     path = "/openai/v1/images/generations"
     waits = True
+    lacks: ClassVar[dict[str, str]] = {"test_progress": "only a stream tells, see test_openai.py"}
     statuses: ClassVar[dict[str, int]] = {"invalid_request": 400}
 
     def body(self, ask: Ask) -> dict[str, Any]:
@@ -117,9 +138,6 @@ class OpenAI(Speaker):
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"] and error["type"]
         return error["param"]  # type: ignore[no-any-return]
-
-    def progress(self, http: httpx.Client, job_id: str, headers: dict[str, str]) -> float:
-        raise NotImplementedError  # only a stream tells: test_openai.py
 
     def ended(self, answer: httpx.Response) -> str:
         if answer.status_code == 200:
@@ -224,4 +242,4 @@ class Replicate(Speaker):
         return http.get(f"{self.path}/{job_id}", headers=headers).status_code == 200
 
 
-SPEAKERS: tuple[Speaker, ...] = (Speaker(), OpenAI(), Replicate(), A1111())
+SPEAKERS: tuple[Speaker, ...] = (Native(), OpenAI(), Replicate(), A1111())

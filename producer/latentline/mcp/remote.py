@@ -23,8 +23,16 @@ MADE_BY = {"made_by": "latentline mcp"}
 Show = Callable[[dict[str, Any]], Awaitable[None]]  # the data of an event
 
 
-class Unreachable(ToolError):
-    """The API does not answer, which may pass."""
+class Refused(ToolError):
+    """What the API refuses, with its code (the table of errors in ``docs/usage.md``)."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Unreachable(Refused):
+    """The API, or what it needs, does not answer, which may pass."""
 
 
 class Remote:
@@ -60,7 +68,7 @@ class Remote:
         params = {"metadata": [f"{name}:{value}" for name, value in MADE_BY.items()], "limit": 1}
         jobs: list[dict[str, Any]] = (await self.call("GET", "/v1/jobs", params=params))["jobs"]
         if not jobs:
-            raise ToolError("job_id: none was given, and none of the newest jobs was made by generate_image")
+            raise Refused("job_id: none was given, and none of the newest jobs was made by generate_image", "job_not_found")
         return jobs[0]
 
     async def cancel(self, job_id: str) -> dict[str, Any]:
@@ -110,7 +118,7 @@ class Remote:
             answer = await self._http.request(method, path, headers=self._headers, **options)
         except httpx.HTTPError as error:
             message = f"{self._http.base_url} does not answer ({type(error).__name__}); a job that was accepted goes on"
-            raise Unreachable(message) from None
+            raise Unreachable(message, "api_unreachable") from None
         if answer.is_error:
             raise _refused(answer)
         return answer
@@ -120,11 +128,11 @@ def _path(job_id: str, rest: str = "") -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}{rest}"
 
 
-def _refused(answer: httpx.Response) -> ToolError:
+def _refused(answer: httpx.Response) -> Refused:
     try:
-        message = str(answer.json()["error"]["message"])
+        message, code = (str(answer.json()["error"][name]) for name in ("message", "code"))
     except (ValueError, KeyError, TypeError):
-        message = f"the API answered with status {answer.status_code}"
+        message, code = f"the API answered with status {answer.status_code}", "api_unreachable"
     if wait_s := answer.headers.get("retry-after"):
         message += f" (try again in {wait_s} s)"
-    return Unreachable(message) if answer.status_code >= 500 else ToolError(message)
+    return (Unreachable if answer.status_code >= 500 else Refused)(message, code)

@@ -12,6 +12,14 @@ from pydantic import BaseModel
 from .pictures import for_chat
 from .remote import ENDED, Remote
 
+ERROR = "latentline/error"
+"""In the ``_meta`` of a tool error: its code, as the HTTP API and its dialects have it."""
+
+
+def refusal(message: str, code: str) -> CallToolResult:
+    """A tool error: a sentence for the model, and a code for programs."""
+    return CallToolResult(content=[TextContent(text=message)], is_error=True, _meta={ERROR: code})
+
 
 class Picture(BaseModel):
     seed: int
@@ -45,8 +53,8 @@ async def job_result(remote: Remote, job: dict[str, Any], max_bytes: int) -> Cal
         content.append(ImageContent(data=base64.b64encode(small).decode(), mime_type=kind))
         name = f"picture {number} of job {result.job_id}, full size"
         content.append(ResourceLink(name=name, uri=picture.resource, mime_type=image["content_type"], size=len(data)))
-    bad = job["status"] in ("failed", "cancelled")
-    return CallToolResult(content=content, structured_content=result.model_dump(), is_error=bad)
+    meta = {ERROR: f"job_{job['status']}"} if job["status"] in ("failed", "cancelled") else None
+    return CallToolResult(content=content, structured_content=result.model_dump(), is_error=meta is not None, _meta=meta)
 
 
 def cancel_result(job: dict[str, Any]) -> CallToolResult:

@@ -17,10 +17,11 @@ from mcp_types import CallToolResult, InputRequiredResult, ToolAnnotations
 from pydantic import ValidationError
 
 from latentline import __version__
-from latentline.errors import ConfigurationError
+from latentline.errors import ConfigurationError, InvalidRequest
 from latentline.requests import allowed_by
 
-from .remote import TIMEOUT_S
+from .remote import TIMEOUT_S, Refused
+from .results import refusal
 from .tools import Caller, Tools
 
 INSTRUCTIONS = """Draws pictures from text on a latentline service. generate_image answers with the pictures, or with a job's id when they
@@ -37,16 +38,18 @@ class Server(MCPServer[httpx.AsyncClient]):
     ) -> CallToolResult | InputRequiredResult:
         known = next((tool.input_schema["properties"] for tool in await self.list_tools() if tool.name == name), None)
         if known is not None and (unknown := sorted(arguments.keys() - known.keys())):
-            raise ToolError(f"{unknown[0][:80]}: {name} has no such argument; allowed: {', '.join(known) or 'none'}")
+            message = f"{unknown[0][:80]}: {name} has no such argument; allowed: {', '.join(known) or 'none'}"
+            return refusal(message, InvalidRequest.code)
         try:
             return await super().call_tool(name, arguments, context)
         except ToolError as error:
-            if isinstance(error.__cause__, ValidationError):
-                raise ToolError(_blamed(error.__cause__)) from None
-            if isinstance(error.__cause__, ToolError) and not isinstance(
-                error, UnexpectedToolError
-            ):  # without the words that the library puts before it
-                raise ToolError(str(error.__cause__)) from None
+            cause = error.__cause__
+            if isinstance(cause, ValidationError):
+                return refusal(_blamed(cause), InvalidRequest.code)
+            if isinstance(cause, Refused):
+                return refusal(str(cause), cause.code)
+            if isinstance(cause, ToolError) and not isinstance(error, UnexpectedToolError):
+                raise ToolError(str(cause)) from None  # without the words that the library puts before it
             raise
 
 
