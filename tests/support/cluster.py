@@ -125,20 +125,20 @@ class Cluster:
         """Worker processes that are alive."""
         return [child for child in self.alive() if child.name.startswith("worker")]
 
-    def start_callbacks(self, *, code: Code = THIS_CODE, role: str | None = None) -> Child:
+    def start_callbacks(self, *, code: Code = THIS_CODE, role: str | None = None, **env: str) -> Child:
         """The process that delivers callbacks."""
-        environment = self.environment(role) | {"PYTHONPATH": code.path}
+        environment = self.environment(role, **env) | {"PYTHONPATH": code.path}
         command = code.module("latentline.cli", "callbacks", "serve")
         child = Child("callbacks", command, self.folder / f"callbacks{next(self._names)}.log", environment)
         self.children.append(child)
         child.wait_until(lambda: "ready" in child.log.read_text(errors="replace"), PATIENCE_S)
         return child
 
-    def start_api(self, *, code: Code = THIS_CODE, role: str | None = None) -> httpx.Client:
+    def start_api(self, *, code: Code = THIS_CODE, role: str | None = None, **env: str) -> httpx.Client:
         """An API process; a client for it, which the test closes."""
         port = free_port()
         http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
-        environment = self.environment(role) | {"PYTHONPATH": code.path}
+        environment = self.environment(role, **env) | {"PYTHONPATH": code.path}
         command = code.module("latentline.cli", "api", "--port", str(port))
         child = Child("api", command, self.folder / f"api{next(self._names)}.log", environment)
         self.children.append(child)
