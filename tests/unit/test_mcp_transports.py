@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from mcp import Client, MCPError, StdioServerParameters
+from mcp import Client, MCPError
 from mcp_types import ImageContent, ResourceLink
 from support.live_api import Live, live_api
+from support.mcp_processes import over_http, stdio, using
 
 from latentline.testing import TINY_PNG
 
 PAGE = (Path(__file__).parents[2] / "docs" / "mcp.md").read_text()
 CONFIGURATIONS = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
-COMMAND = [sys.executable, "-m", "latentline.cli", "mcp"]
 
 
 @pytest.fixture(scope="module")
@@ -33,31 +30,17 @@ def live() -> Iterator[Live]:
 
 
 @pytest.fixture(scope="module")
-def environment(live: Live) -> dict[str, str]:
-    return os.environ | {"LATENTLINE_URL": str(live.http.base_url)}
-
-
-@pytest.fixture(scope="module")
-def http_server(environment: dict[str, str]) -> Iterator[str]:
+def http_server(live: Live) -> Iterator[str]:
     """The address of the server over streamable HTTP."""
-    server = subprocess.Popen([*COMMAND, "--http", "--port", "0"], env=environment, stderr=subprocess.PIPE, text=True)
-    assert server.stderr
-    ready = server.stderr.readline()
-    assert ready.startswith("ready http://127.0.0.1:"), ready + server.stderr.read()
-    yield ready.split()[1]
-    server.terminate()
-    said = server.stderr.read()
-    assert server.wait(20) in (0, -15), said
-    assert "Traceback" not in said
-    server.stderr.close()
+    with over_http(str(live.http.base_url)) as address:
+        yield address
 
 
 @pytest.fixture(params=["stdio", "http"])
-def server(request: pytest.FixtureRequest, environment: dict[str, str]) -> Any:
+def server(request: pytest.FixtureRequest, live: Live) -> Any:
     if request.param == "http":
         return request.getfixturevalue("http_server")
-    host = CONFIGURATIONS[0]["mcpServers"]["latentline"]
-    return StdioServerParameters(command=COMMAND[0], args=[*COMMAND[1:-1], *host["args"]], env=environment)
+    return stdio(str(live.http.base_url), CONFIGURATIONS[0]["mcpServers"]["latentline"]["args"])
 
 
 def working(live: Live) -> threading.Thread:
@@ -70,14 +53,6 @@ def working(live: Live) -> threading.Thread:
     thread = threading.Thread(target=work)
     thread.start()
     return thread
-
-
-def using(server: Any, mode: Any, use: Callable[[Client], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with Client(server, mode=mode) as client:
-            await use(client)
-
-    anyio.run(main)
 
 
 @pytest.mark.parametrize(("mode", "version"), [("legacy", "2025-11-25"), ("auto", "2026-07-28")])
@@ -108,8 +83,11 @@ def test_a_picture_with_progress(live: Live, server: Any, mode: str, version: st
     using(server, mode, use)
 
 
-def test_a_time_out_and_a_cancel(live: Live, server: Any) -> None:
-    """What the client gives up goes on, and is there when the model asks for it; what the model cancels ends."""
+def test_a_time_out_and_a_cancel(live: Live, http_server: str) -> None:
+    """What the client gives up goes on, and is there when the model asks for it; what the model cancels ends.
+
+    Over stdio too: ``tests/integration/test_mcp_client.py``.
+    """
 
     async def use(client: Client) -> None:
         with pytest.raises(MCPError):
@@ -137,7 +115,7 @@ def test_a_time_out_and_a_cancel(live: Live, server: Any) -> None:
             ended = await client.call_tool("cancel_job", {"job_id": newest["id"]})
             assert ended.structured_content["status"] == "cancelled"
 
-    using(server, "auto", use)
+    using(http_server, "auto", use)
     while live.worker.take():  # the wake-up of what was cancelled
         pass
 
