@@ -193,6 +193,8 @@ class JobRecord(Message):
     warnings: tuple[JobWarning, ...] = ()
     timings: dict[str, float] = Field(default_factory=dict)
     """Durations in seconds by phase, and ``shared_steps``: denoise steps that ran together with another job's."""
+    traceparent: str = ""
+    """Of the span in which it was submitted (W3C trace context), where there was one."""
 
 
 class JobEvent(Message):
@@ -255,6 +257,8 @@ class Submission:
     """The same with the size resolved: what version 0.1.0 compares."""
     sending: Sending | None = None
     """Of a client that may send the same request again for the same job."""
+    traceparent: str = ""
+    """Of the span in which it is submitted; empty without one."""
 
 
 def resolve(request: JobRequest, info: ModelInfo | None = None) -> Submission:

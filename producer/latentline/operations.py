@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from .jobs import JobRecord, JobRequest, ResolvedRequest, Sending, Status, Submi
 from .keys import Limits
 from .records import CachedFleet, Fleet, JobFilter, Operation
 from .settings import Settings
+from .tracing import current_traceparent
 
 SUBMIT_CHUNK = 500  # jobs of one pipeline
 
@@ -45,8 +45,8 @@ class Operations:
 
     def _submit(self, requests: Sequence[Request], limits: Limits, sending: Sending | None = None) -> Operation[list[Outcome]]:
         accepted = yield from self._fleet.accept_many(lambda fleet: _accept(requests, fleet, self.settings.callback_rule))
-        if sending:
-            accepted = [one if isinstance(one, LatentlineError) else dataclasses.replace(one, sending=sending) for one in accepted]
+        traceparent = current_traceparent()
+        accepted = [one if isinstance(one, LatentlineError) else replace(one, sending=sending, traceparent=traceparent) for one in accepted]
         written: list[Outcome] = []
         failure: LatentlineError | None = None
         for chunk in _chunks(accepted):

@@ -55,6 +55,8 @@ class Account(Message):
     beside: tuple[str, ...] = ()
     """Ids of jobs that shared a step with it, the first few."""
     made: Made | None = None
+    span: str = ""
+    """Of this attempt in the job's trace (W3C ``traceparent``), where it has one."""
 
     def to_json(self) -> str:
         """As it is stored: at most ``MAX_ACCOUNT_BYTES``, without its runs if it would be longer."""

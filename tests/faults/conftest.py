@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.cluster import Cluster
+from support.collector import Collector, collecting
 from support.receiver import Receiver
 from support.tiny import tiny_pipeline
 from support.tiny_families import TINY
@@ -69,6 +70,15 @@ def cluster(request: pytest.FixtureRequest, services: tuple[Broker, Store], tmp_
     running = Cluster(tmp_path, *services, request.getfixturevalue(getattr(request, "param", "tiny_model")))
     yield running
     running.close()
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """Where the processes that a test starts send their spans."""
+    with collecting() as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        yield running
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from support.cluster import EACH_MODEL, LEASE_S, Cluster
+from support.collector import CLIENT_SPAN, TRACE_ID, TRACEPARENT, Collector, Span, in_trace, tree
 from support.receiver import Receiver
 
 from latentline import records, routing
@@ -31,24 +32,46 @@ def of(cluster: Cluster) -> str:
     return " (flow matching)" if cluster.flow else ""
 
 
+def check_trace(collector: Collector, job_id: str, lost: int) -> None:
+    """The trace of a job that lost its worker: both attempts below the span in which it was submitted, the second linked to the first."""
+
+    def told(found: list[Span]) -> list[Span]:
+        return [span for span in found if span.name == "attempt" and span.attributes["latentline.job.id"] == job_id]
+
+    spans = collector.until(TRACE_ID, lambda found: len(told(found)) > lost)
+    first, second = told(spans)[lost - 1 : lost + 1]
+    own = {first.span_id, second.span_id}
+    print(tree([first, second, *(span for span in spans if span.parent_id in own)]))
+    assert first.parent_id == second.parent_id == CLIENT_SPAN
+    assert (first.attributes["latentline.outcome"], second.attributes["latentline.outcome"]) == ("lost", "succeeded")
+    assert (first.failed, second.failed, second.links) == (True, False, ((TRACE_ID, first.span_id),))
+    assert first.attributes["latentline.worker"] != second.attributes["latentline.worker"] == second.instance
+    steps = {span.parent_id: sum(event["count"] for kind, event in span.events if kind == "steps") for span in spans if span.events}
+    assert steps[second.span_id] == 100 - second.attributes["latentline.resumed_from"] and steps[first.span_id] > 0
+    names = [span.name for span in spans if span.parent_id == second.span_id]
+    assert {"claim", "denoising", "uploading", "settle"} <= set(names)
+
+
 @EACH_MODEL
 def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
-    cluster: Cluster, receiver: Receiver, full: bool, figure: Figure
+    cluster: Cluster, receiver: Receiver, collector: Collector, full: bool, figure: Figure
 ) -> None:
-    """kill -9 under load, over and over: nothing lost, nothing doubled, few steps done twice."""
+    """kill -9 under load, over and over: nothing lost, nothing doubled, few steps done twice; traces tell it."""
     full = full and not cluster.flow
     kills = 100 if full else 1
     rng = random.Random(0)
     cluster.start_worker()
     cluster.start_worker()
     cluster.start_callbacks()
+    hit: list[tuple[str, int]] = []  # jobs, and the attempt that was lost
     resumed_after: list[float] = []
     repeated: list[int] = []
     repeated_s: list[float] = []
     for _ in range(kills):
         cluster.until_ready(cluster.workers())  # another worker is there to take the jobs over
         while len(cluster.client.list(Status.QUEUED, limit=200)[0]) < 4:
-            cluster.submit(4, num_inference_steps=100, callback={"url": receiver.url})
+            with in_trace(TRACEPARENT):
+                cluster.submit(4, num_inference_steps=100, callback={"url": receiver.url})
         cluster.until(lambda: cluster.running(step=8))
         time.sleep(rng.uniform(0, 2))  # at any moment of a job's life
         victim = rng.choice(cluster.workers())
@@ -66,6 +89,8 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
             cluster.until(next_attempt)
             events = records.run(cluster.redis, records.events(job_id))
             attempts = [i for i, event in enumerate(events) if event.type == "job.running"]
+            if len(attempts) > record.attempt:
+                hit.append((job_id, record.attempt))
             if len(attempts) > record.attempt:  # another attempt has begun: from which step, and what of this attempt is repeated
                 start = events[attempts[record.attempt]]
                 this_attempt = events[attempts[record.attempt - 1] : attempts[record.attempt]]
@@ -89,6 +114,9 @@ def test_a_killed_workers_jobs_go_on_elsewhere_from_their_checkpoints(
         longest_repeated_s=round(max(repeated_s, default=0.0), 2),
     )
     assert repeated, "no job was hit: the test shows nothing"
+    if kills == 1:  # a worker that is killed may take the spans of jobs with it that it had ended
+        for job_id, number in hit:
+            check_trace(collector, job_id, number)
     if full:  # times are judged only on a machine that does nothing else
         # A checkpoint is due every 0.2 s, less often if all of them would cost over 1% of the time; a beat may report steps that are
         # newer than the newest checkpoint.

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.collector import Collector, collecting
 
 from latentline.errors import MissingExtra
 from latentline.settings import Settings
@@ -23,14 +24,21 @@ CALLBACKS = {"LATENTLINE_CALLBACK_ALLOW": "127.0.0.1", "LATENTLINE_CALLBACK_PORT
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def collector() -> Iterator[Collector]:
+    """Where the stack sends its spans."""
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
     running = Stack(tmp_path_factory.mktemp("stack"))
     adapters = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two")):
         save_file(bundled_updates(seed), adapters / f"{name}.safetensors")
     try:
         aliases = {"LATENTLINE_MODEL_ALIASES": "gpt-image-2=latentline-emoji"}
-        with mock.patch.dict(os.environ, {"LATENTLINE_LORA_DIR": str(adapters), **aliases, **CALLBACKS}):
+        with mock.patch.dict(os.environ, {"LATENTLINE_LORA_DIR": str(adapters), **aliases, **CALLBACKS, **collector.environment}):
             running.start()
     except MissingExtra as error:
         if os.environ.get("CI"):

@@ -8,13 +8,16 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import httpx
 import pytest
 import redis
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from redis.asyncio.connection import AbstractConnection
+from support.collector import TRACEPARENT
 from support.jobs import PATIENCE_S, accepted
 
 from latentline import Settings, records, routing
@@ -28,9 +31,11 @@ from latentline.provenance import Made
 from latentline.records import Records
 from latentline.testing import MODEL, FakeImages
 from latentline.timeline import Account, Run
+from latentline.tracing.export import Traces
 from latentline_worker.embedded.process import clean_env
 from latentline_worker.generate.leased_job import LeasedJob
 from latentline_worker.generate.leases import INTERVAL_S, Leases
+from latentline_worker.generate.spans import AttemptSpans
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red apple left of a green cup on a wooden table, soft light, in the style of an old children's book"
@@ -105,39 +110,38 @@ def store(empty_valkey: redis.Redis) -> Records:
     return Records(empty_valkey, 600)
 
 
-def submit(client: redis.Redis, count: int = 1) -> list[str]:
+def submit(client: redis.Redis, count: int = 1, traceparent: str = "") -> list[str]:
     requests = [JobRequest.parse({"prompt": PROMPT, "num_inference_steps": 20, "seed": i}) for i in range(count)]
-    return [record.id for record in accepted(records.run(client, records.submit([resolve(one) for one in requests], 600)))]
+    submissions = [replace(resolve(one), traceparent=traceparent) for one in requests]
+    return [record.id for record in accepted(records.run(client, records.submit(submissions, 600)))]
 
 
-def live(client: redis.Redis, store: Records) -> None:
+def live(client: redis.Redis, store: Records, traceparent: str = "") -> None:
     """All transitions of one job, with the beats that a job of some seconds needs."""
     now = [0.0]
     leases = Leases(store, 30, clock=lambda: now[0])
-    (job_id,) = submit(client)
+    (job_id,) = submit(client, traceparent=traceparent)
     assert not store.suspect(job_id)
     claim = store.claim(job_id, "one", 30)
     assert claim is not None
+    spans = AttemptSpans(Traces("latentline-test", "one", InMemorySpanExporter()).tracer if traceparent else None, store)
     with leases.hold(claim) as job:
         request = Request()
         job.attach(cast(Any, request))
         for step in (1, 20):
             request.step, now[0] = step, now[0] + 1
             leases.beat()
-    store.settle(
-        job_id,
-        claim.token,
-        Status.SUCCEEDED,
-        images=[IMAGE],
-        timings={"denoising_s": 1.5},
-        account=ACCOUNT,
-    )
+    with spans.ending(job) as ending:
+        account = Account.model_validate_json(ACCOUNT).model_copy(update={"span": traceparent}).to_json()
+        store.settle(job_id, claim.token, Status.SUCCEEDED, images=[IMAGE], timings={"denoising_s": 1.5}, account=account)
+        ending.outcome = "succeeded"
 
 
-def test_all_transitions_of_a_job_fit_a_budget(empty_valkey: redis.Redis, store: Records) -> None:
-    live(empty_valkey, store)  # the broker knows the scripts from here on
+@pytest.mark.parametrize("traceparent", ["", TRACEPARENT], ids=["untraced", "traced"])
+def test_all_transitions_of_a_job_fit_a_budget(empty_valkey: redis.Redis, store: Records, traceparent: str) -> None:
+    live(empty_valkey, store, traceparent)  # the broker knows the scripts from here on
     counted = Counted(empty_valkey)
-    live(empty_valkey, store)
+    live(empty_valkey, store, traceparent)
     spent = counted.since()
     assert spent["scripts"] <= 5
     assert spent["commands"] <= 80, spent

@@ -23,6 +23,7 @@ from latentline.api.metrics import ApiMetrics
 from latentline.api.protocol import PatientProtocol
 from latentline.keys import NewKey
 from latentline.testing import FakeImages, FakeWorker
+from latentline.tracing.export import Traces
 
 Told = list[tuple[str | None, str, dict[str, Any]]]  # id, type and data of server-sent events
 
@@ -54,14 +55,19 @@ def new_key(live: Live, *scopes: str, tenant: str = "ann", **limits: int) -> str
 
 
 @contextlib.contextmanager
-def live_api(monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None, metrics: ApiMetrics | None = None) -> Iterator[Live]:
+def live_api(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Settings | None = None,
+    metrics: ApiMetrics | None = None,
+    traces: Traces | None = None,
+) -> Iterator[Live]:
     redis, images = fakeredis.FakeServer(), FakeImages()
     monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
     worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
     worker.announce()
     client = AsyncClient(settings)
-    app = create_app(client=client, metrics=metrics)
+    app = create_app(client=client, metrics=metrics, traces=traces)
     with serving(app) as (http, server):
         yield Live(http, client, redis, images, worker, app, server)
         redis.connected = True  # whatever a test did to it

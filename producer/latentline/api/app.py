@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -30,17 +30,27 @@ from .page import PageFiles
 from .places import Places
 from .problems import Problem, handle_problems
 from .streams import Streams
+from .telemetry import telemetry
 from .thumbnails import Thumbnails
+
+if TYPE_CHECKING:
+    from latentline.tracing.export import Traces
 
 ROUTERS = tuple(module.router for module in (health, jobs, batch, events, pictures, thumbnails, timelines, fleet, session))
 
 
-def create_app(settings: Settings | None = None, client: AsyncClient | None = None, metrics: ApiMetrics | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None,
+    client: AsyncClient | None = None,
+    metrics: ApiMetrics | None = None,
+    traces: Traces | None = None,
+) -> FastAPI:
     """The application.
 
     Args:
         client: for tests; without it, one is opened when the application starts. Either is closed at its end.
         metrics: where requests are counted; None counts none.
+        traces: where spans of requests go; None makes none.
     """
     settings = settings or (client.settings if client else Settings())
 
@@ -50,7 +60,8 @@ def create_app(settings: Settings | None = None, client: AsyncClient | None = No
             yield
 
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
-    app = FastAPIOffline(title="latentline", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    options: dict[str, Any] = {"lifespan": lifespan, "docs_url": "/docs", "redoc_url": None, "telemetry": telemetry(traces)}
+    app = FastAPIOffline(title="latentline", version=__version__, **options)
     for router in ROUTERS:
         app.include_router(router)
     _add_page(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import uvicorn
 
 from latentline.settings import Settings
+from latentline.tracing import open_traces
 
 from .app import create_app
 from .auth import check_exposure
@@ -30,9 +32,13 @@ def serve(settings: Settings, host: str, port: int, fd: int | None, shutdown_s: 
     check_exposure(settings, host, listener)
     options: dict[str, Any] = {"access_log": False, "timeout_graceful_shutdown": shutdown_s, "http": PatientProtocol, "ws": "none"}
     metrics = serve_api_metrics(settings) if settings.metrics_port else None
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, metrics=metrics), host=host, port=port, **options))
+    traces = open_traces("api", f"api@{socket.gethostname()}:{os.getpid()}")
+    application = create_app(settings, metrics=metrics, traces=traces)
+    server = uvicorn.Server(uvicorn.Config(application, host=host, port=port, **options))
     # uvicorn takes every inherited descriptor for a Unix socket, and asyncio then leaves TCP_NODELAY out, which costs 40 ms an
     # answer on a connection that is kept alive. Python finds the true family of a descriptor by itself.
     server.run(None if listener is None else [listener])
+    if traces:
+        traces.close()
     if not server.started:
         sys.exit(3)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Query, Request
 from starlette.datastructures import State
 
+from latentline import tracing
 from latentline.client import AsyncClient
 from latentline.errors import InvalidRequest, JobNotFound, LatentlineError
 from latentline.jobs import ImageRef, JobEvent, JobRecord, JobRequest, Sending
@@ -60,6 +61,7 @@ class JobService:
         (outcome,) = await self._client.submit_many([JobRequest.parse(self._own(data))], self.principal.limits, sending)
         if isinstance(outcome, LatentlineError):
             raise outcome
+        tracing.note_job(outcome)
         return outcome
 
     async def get(self, job_id: str) -> JobRecord:
@@ -87,6 +89,7 @@ class JobService:
         Raises:
             RateExceeded: they are more than the key's rate allows now; none was submitted.
         """
+        tracing.note_batch(len(items))
         await self._access.count(self.principal, len(items))
         parsed = [self._parsed(item) for item in items]
         accepted = await self._client.submit_many([one for one in parsed if isinstance(one, JobRequest)], self.principal.limits)
@@ -136,7 +139,7 @@ class JobService:
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Cancel a job; raises JobNotFound."""
-        await self.get(job_id)  # a job never changes its tenant
+        tracing.note_job(await self.get(job_id))  # a job never changes its tenant
         return await self._client.cancel(job_id)
 
     async def delete(self, job_id: str) -> None:

@@ -14,13 +14,13 @@ from .outbox import callbacks, due_callbacks, replay_callback
 from .overview import Overview, overview
 from .secrets import create_secret, revoke_secrets, rotate_secret, secret_times
 from .tagged import Created, Look, newest, newest_at_ms, tagged
-from .timeline import timeline
+from .timeline import AttemptStory, timeline
 from .unanswered import ENDED_S, WRITTEN_S, AnswerOutcome, note_answer, take_unanswered
 from .worker import Records
 
 __all__ = [
     "ENDED_S", "MAX_ERRORS", "MAX_LABELS", "MAX_LOOK", "MAX_OVERDUE", "MAX_PAGE", "MAX_WAKE", "START", "WRITTEN_S",
-    "AnswerOutcome", "Backoff", "Beat", "CachedFleet", "Call", "Created", "Fleet", "JobFilter", "Look", "Operation",
+    "AnswerOutcome", "AttemptStory", "Backoff", "Beat", "CachedFleet", "Call", "Created", "Fleet", "JobFilter", "Look", "Operation",
     "Overview", "Records", "Signal", "Verdict", "arun", "callbacks", "cancel", "create_key", "create_secret", "dead_letter",
     "dead_letters", "delete", "domain_errors", "drop_dead_letter", "due_callbacks", "durability", "events", "find_keys", "fleet", "follow",
     "follow_many", "get", "get_many", "get_with_key", "gone", "keys", "list_jobs", "models", "newest", "newest_at_ms",

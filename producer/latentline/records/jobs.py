@@ -193,6 +193,7 @@ def _arguments(one: Submission, retention_s: int, tenant_cap: int, max_jobs: int
         "labels": labels(request.metadata),
         "digest": one.sending.digest if one.sending else "",
         "sending": one.sending.count if one.sending else 0,
+        "traceparent": one.traceparent,
     }
 
 
@@ -250,6 +251,7 @@ def record_of(raw: dict[str, str]) -> JobRecord:
             error=JobError.model_validate_json(raw["error"]) if raw.get("error") else None,
             warnings=tuple(JobWarning.model_validate(warning) for warning in json.loads(raw.get("warnings", "[]"))),
             timings=json.loads(raw.get("timings", "{}")),
+            traceparent=raw.get("traceparent", ""),
         )
     except (KeyError, ValueError, ValidationError) as error:
         raise JobNotFound(f"job {raw.get('id')!r} has a record that this version cannot read") from error

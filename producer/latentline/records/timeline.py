@@ -76,6 +76,15 @@ def timeline(job_id: str, tenant: str | None = None) -> Operation[Timeline]:
     )
 
 
+def attempts(record: JobRecord) -> Operation[list[AttemptStory]]:
+    """Every attempt at a job as its events tell of it, in one round trip."""
+    reply = yield lambda client: client.xread({routing.events_key(record.id): START})
+    story = _Story(record.created_at)
+    for entry in _entries(reply):
+        story.tell(entry)
+    return story.attempts
+
+
 class _Entry(NamedTuple):
     kind: str
     at: float
@@ -94,8 +103,8 @@ def _entries(reply: Any) -> Iterable[_Entry]:
 
 
 @dataclass
-class _Attempt:
-    """An attempt as its events tell of it; times are seconds after the submission."""
+class AttemptStory:
+    """An attempt as its events tell of it; times are seconds after the submission. Fields are those of :class:`Attempt`."""
 
     number: int
     worker: int
@@ -172,7 +181,7 @@ class _Story:
     def __init__(self, created_at: float) -> None:
         self._created_at = created_at
         self._workers: dict[str, int] = {}
-        self.attempts: list[_Attempt] = []
+        self.attempts: list[AttemptStory] = []
         self.waiting_since: float | None = 0.0
         self.waited_s = 0.0
 
@@ -201,7 +210,7 @@ class _Story:
         self.waited_s, self.waiting_since = self.waited_s + at - since, None
         name = data.get("worker")
         worker = self._workers.setdefault(str(name), len(self._workers) + 1)
-        self.attempts.append(_Attempt(len(self.attempts) + 1, worker, name, since, at, int(data.get("step") or 0)))
+        self.attempts.append(AttemptStory(len(self.attempts) + 1, worker, name, since, at, int(data.get("step") or 0)))
 
 
 def _callback_ids(record: JobRecord) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentline import routing
-from latentline.jobs import Announcement, ModelInfo
+from latentline.jobs import Announcement, JobRecord, ModelInfo
 from latentline.models import Working
 from latentline.scripts import ANNOUNCE, HEARTBEAT
 
@@ -17,6 +17,7 @@ from .fleet import ANNOUNCED_S, FORGOTTEN_S, WORKER_ALIVE_S, durability, up_s
 from .held import HeldJobs
 from .maintenance import Maintenance
 from .outbox import Outbox
+from .timeline import AttemptStory, attempts
 
 
 class Records(HeldJobs, Maintenance, Outbox):
@@ -77,6 +78,11 @@ class Records(HeldJobs, Maintenance, Outbox):
     def worker_gone(self, name: str) -> Operation[None]:
         """Say that a worker has stopped."""
         yield lambda client: client.zrem(routing.workers_key(), name)
+
+    @driven
+    def attempts(self, record: JobRecord) -> Operation[list[AttemptStory]]:
+        """Every attempt at a job as its events tell of it."""
+        return attempts(record)
 
     @driven
     def bury(self, /, dead_id: str, kind: str, reason: str, **more: Any) -> Operation[None]:

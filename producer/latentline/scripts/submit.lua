@@ -10,6 +10,7 @@
 -- * A job with a deadline is in `deadlines` from here until it ends.
 -- * A tenant may always have one job, however costly; more only while their sum stays within the cap.
 -- * A tenant has at most max_jobs jobs that have not ended.
+-- * `traceparent`, of the trace in which the job was submitted, is a field of its own: readers that do not know it leave it out.
 -- * All of a tenant's jobs of a model lie in one shard while it has any. A tenant without jobs gets the shard with the fewest
 --   tenants, and of those the emptiest.
 --
@@ -19,7 +20,7 @@
 
 local id, request, num_steps, model, tenant, priority, priority_step, deadline_s, cost, cap, idempotency_key, fingerprint,
   sized_fingerprint, retention_s, callback_url, callback_events, queue_prefix, level, max_jobs, labels, digest,
-  sending = unpack(ARGV)
+  sending, traceparent = unpack(ARGV)
 
 local idempotency = keys.idempotency(tenant, idempotency_key)
 if idempotency_key ~= '' then
@@ -83,9 +84,10 @@ local key = keys.job(id)
 local created_at = string.format('%d.%03d', math.floor(clock.ms / 1000), clock.ms % 1000)
 -- Sorts first by the priority's list, then by the time of submission.
 local order = string.format('%.0f', tonumber(priority_step) * const.PRIORITY_SCORE + redis.call('INCR', keys.messages()))
+local trace = traceparent ~= '' and {'traceparent', traceparent} or {} -- in the same command, since traces cost none
 redis.call('HSET', key, 'id', id, 'request', request, 'status', 'queued', 'step', 0, 'num_steps', num_steps, 'attempt', 0,
   'token', 0, 'errors', 0, 'crashes', 0, 'crashes_alone', 0, 'model', model, 'tenant', tenant, 'priority', priority,
-  'queue', queue_prefix .. shard, 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order)
+  'queue', queue_prefix .. shard, 'cost', cost, 'created_at', created_at, 'score', clock.ms, 'order', order, unpack(trace))
 if tonumber(level) > 1 then redis.call('HSET', key, 'level', level) end
 if labels ~= '' then redis.call('HSET', key, 'labels', labels) end -- for page.lua
 if idempotency_key ~= '' then redis.call('HSET', key, 'idempotency_key', idempotency_key) end

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpcore
 import httpx
@@ -24,11 +24,16 @@ import httpx
 from latentline.addresses import CallbackRule
 from latentline.errors import ConfigurationError
 from latentline.records import Records
+from latentline.tracing import current_traceparent
 from latentline.webhooks import sign
 
 from .address import AddressRefused, GuardedBackend
 from .message import Links, message_body
 from .metrics import CallbackMetrics
+from .spans import note_outcome, try_span
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +61,7 @@ class Deliverer:
         timeout_s: limit of one try.
         backend: makes the connections; tests replace it.
         metrics: told of each try.
+        tracer: makes a span of each try; None makes none.
 
     Raises:
         ConfigurationError: a secret is malformed.
@@ -72,7 +78,9 @@ class Deliverer:
         schedule_s: Sequence[float] = SCHEDULE_S,
         backend: httpcore.AsyncNetworkBackend | None = None,
         metrics: CallbackMetrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self._metrics = metrics or CallbackMetrics()
         for secret in secrets:
             sign(secret, "check", 0, b"")  # a malformed secret must stop the process at its start
@@ -111,7 +119,7 @@ class Deliverer:
             self._records.put_back_callback(callback_id, taken["tries"], random.uniform(0.5, 1.5))
             return
         try:
-            with self._metrics.seconds.time():
+            with self._metrics.seconds.time(), try_span(self._tracer, taken):
                 self._try(taken, secrets)
         finally:
             self._leave(host)
@@ -150,6 +158,7 @@ class Deliverer:
     def _settle(self, taken: dict[str, Any], status: str, reason: str, delay_s: float = 0.0) -> None:
         # The URL is not logged: its path and query may hold the receiver's own secrets.
         self._metrics.outcomes.labels(status).inc()
+        note_outcome(self._tracer, status, reason)
         log.info("callback %s, try %d: %s (%s)", taken["id"], taken["tries"], status, reason)
         entry = {"at": round(time.time(), 3), "try": taken["tries"], "result": reason[:300].encode(errors="replace").decode()}
         self._records.settle_callback(taken["id"], taken["tries"], entry, status, delay_s)
@@ -181,6 +190,8 @@ class Deliverer:
         signed = [sign(secret, message_id, timestamp, body) for secret in secrets]
         for name, value in signed[0].items():
             headers[name] = value
+        if traceparent := current_traceparent():
+            headers["traceparent"] = traceparent
         headers["webhook-signature"] = " ".join(one["webhook-signature"] for one in signed)
         request = httpcore.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
         limits = {"connect": min(CONNECT_TIMEOUT_S, self._timeout_s), "read": self._timeout_s, "write": self._timeout_s}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from celery.signals import worker_ready
@@ -10,6 +11,7 @@ from latentline.connection import connect
 from latentline.exporter import serve_metrics
 from latentline.records import Records
 from latentline.routing import CALLBACK_QUEUE, CALLBACK_TASK, CALLBACK_UNACKED
+from latentline.tracing import open_traces
 from latentline_worker.maintenance.callback_wakes import CallbackWakes
 from latentline_worker.maintenance.liveness import LivenessFile
 from latentline_worker.settings import ProcessSettings
@@ -33,10 +35,12 @@ def serve(settings: ProcessSettings) -> int:
     metrics = CallbackMetrics()
     serve_metrics(settings, metrics.registry)
     common = [one.strip() for one in secrets if one.strip()]
-    deliverer = Deliverer(records, common, settings.callback_rule, links=Links.of(settings), metrics=metrics)
+    name = f"callbacks@{socket.gethostname()}"
+    traces = open_traces("callbacks", f"{name}:{os.getpid()}")
+    tracer = traces.tracer if traces else None
+    deliverer = Deliverer(records, common, settings.callback_rule, links=Links.of(settings), metrics=metrics, tracer=tracer)
     app = create_app(settings, [CALLBACK_QUEUE], records, CONCURRENCY, CALLBACK_UNACKED)
     app.task(deliverer.deliver, name=CALLBACK_TASK, shared=False)
-    name = f"callbacks@{socket.gethostname()}"
     wakes, liveness = CallbackWakes(records, name), LivenessFile(settings.ready_file)
 
     def on_ready(**_: object) -> None:
@@ -49,4 +53,6 @@ def serve(settings: ProcessSettings) -> int:
     wakes.stop()
     liveness.stop(wait_s=1.0)  # a touch after the removal would bring the file back
     liveness.remove()
+    if traces:
+        traces.close()
     return int(worker.exitcode or 0)

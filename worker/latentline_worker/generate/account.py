@@ -24,19 +24,23 @@ NO_WAIT_S = 0.001  # a wait for memory that is shorter is none
 PAUSE_S = 0.005  # a gap between two steps of a job that counts as a pause, if it is also longer than the step before it
 
 
-def account_of(job: LeasedJob) -> str:
-    """The account as it is stored; empty where the engine did not get to the job. It never fails a job."""
+def account_of(job: LeasedJob, span: str = "") -> str:
+    """The account as it is stored; empty where the engine did not get to the job. It never fails a job.
+
+    Args:
+        span: of the attempt, where it has one.
+    """
     request = job.request
     if request is None:
         return ""
     try:
-        return _account(job, request).to_json()
+        return _account(job, request, span).to_json()
     except Exception:
         log.exception("job %s: no account of this attempt", job.claim.record.id)
         return ""
 
 
-def _account(job: LeasedJob, request: Request) -> Account:
+def _account(job: LeasedJob, request: Request, span: str) -> Account:
     own = job.claim.record.id
     times = request.times
     spans = {name: (times[start], times[end]) for name, (start, end) in PHASES.items() if start in times and end in times}
@@ -57,6 +61,7 @@ def _account(job: LeasedJob, request: Request) -> Account:
         checkpoints=tuple((step, ms(at)) for step, at in job.checkpoints[-MAX_CHECKPOINTS:]),
         beside=tuple(others)[:MAX_BESIDE],
         made=job.made,
+        span=span,
     )
 
 

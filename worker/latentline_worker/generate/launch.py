@@ -112,6 +112,7 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
 
     from latentline.connection import connect
     from latentline.records import Records
+    from latentline.tracing import open_traces
     from latentline_worker.images.store import ImageStore
     from latentline_worker.maintenance.liveness import LivenessFile
 
@@ -127,7 +128,8 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     log.info("%s: %s loaded and warm", name, ", ".join(model for model in roster.ids if model not in roster.said().cold))
     # The device's index where it is a number: each process of this machine serves its metrics on a port of its own.
     offset = int(device_index) if device_index and device_index.isdigit() else 0
-    return GenerateWorker(name, settings, roster, engine, records, store, loader, offset).run()
+    traces = open_traces("worker", name)
+    return GenerateWorker(name, settings, roster, engine, records, store, loader, offset, traces).run()
 
 
 if __name__ == "__main__":

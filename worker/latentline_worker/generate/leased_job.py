@@ -31,6 +31,7 @@ class LeasedJob:
     uploading: bool = False
     made: Made | None = None  # what the engine made its pictures with
     claimed_at: float = field(default_factory=time.monotonic)
+    claim_began: float = field(default_factory=time.monotonic)  # when the worker asked for it
     upload_began: float | None = None  # time.monotonic(), and so below
     upload_ended: float | None = None
     checkpoints: list[tuple[int, float]] = field(default_factory=list)  # step, and when the broker had it

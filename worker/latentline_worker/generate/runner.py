@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,6 @@ from latentline_worker.models.base import Family
 from latentline_worker.samplers import CompileError
 
 from . import outcome
-from .account import account_of
 from .cut_texts import cut_texts
 from .exclusive import SharedExclusiveLock
 from .leased_job import LeasedJob
@@ -34,6 +33,10 @@ from .making import made_with
 from .metrics import JobMetrics
 from .outcome import CancelRequested, Failed, HandOver, NotOurs, Outcome, Succeeded, TryAgain
 from .roster import Roster
+from .spans import AttemptSpans
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class JobRunner:
         lease_s: the first lease of a claim; ``leases`` renews it.
         engine_stalled: whether the engine counts as hung; then no further job is claimed.
         metrics: told what becomes of each job.
+        tracer: makes the spans of attempts; None makes none.
     """
 
     def __init__(
@@ -66,7 +70,9 @@ class JobRunner:
         lease_s: float,
         engine_stalled: Callable[[], bool] = lambda: False,
         metrics: JobMetrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._spans = AttemptSpans(tracer, records)
         self._worker, self._roster, self._records, self._engine = worker, roster, records, engine
         self._uploader, self._leases, self._lease_s, self._engine_stalled = uploader, leases, lease_s, engine_stalled
         self._metrics = metrics or JobMetrics()
@@ -84,12 +90,14 @@ class JobRunner:
         if alone:
             log.warning("job %s: workers were lost with it, so it runs alone", job_id)
         with self._lock.exclusive() if alone else self._lock.shared():
+            claim_began = time.monotonic()
             claim = self._claim(job_id, alone)
             if claim is None:
                 return
             log.info("job %s: started, attempt %d", job_id, claim.record.attempt)
             timings: Timings = {}
             with self._leases.hold(claim) as job:
+                job.claim_began = claim_began
                 self._conclude(job, self._attempt(job, timings), timings)
 
     def _claim(self, job_id: str, alone: bool) -> Claim | None:
@@ -130,7 +138,9 @@ class JobRunner:
                 self._retry(job, error)
             case HandOver(reason):
                 self._save_checkpoint(job)
-                self._insist(lambda: self._records.release(job_id, token, account_of(job)))
+                with self._spans.ending(job) as ending:
+                    if self._insist(lambda: self._records.release(job_id, token, ending.account)):
+                        ending.outcome = "handed_over"
                 log.info("job %s: back to the queue at step %d: %s", job_id, job.checkpoint_step, reason)
             case NotOurs(reason):
                 log.warning("job %s: %s", job_id, reason)
@@ -188,11 +198,12 @@ class JobRunner:
         return pixels
 
     def _settle(self, job: LeasedJob, status: Status, images: tuple[ImageRef, ...], error: JobError | None, timings: Timings) -> None:
-        job_id, token, account = job.claim.record.id, job.claim.token, account_of(job)
+        job_id, token = job.claim.record.id, job.claim.token
         try:
-            record = self._insist(
-                lambda: self._records.settle(job_id, token, status, images=images, error=error, timings=timings, account=account)
-            )
+            with self._spans.ending(job) as ending:
+                told: dict[str, Any] = {"images": images, "error": error, "timings": timings, "account": ending.account}
+                record = self._insist(lambda: self._records.settle(job_id, token, status, **told))
+                ending.outcome, ending.error = status.value, error.code if error else ""
         except StaleToken:
             log.warning("job %s: settled by another worker", job_id)
             self._metrics.fenced.inc()
@@ -203,11 +214,13 @@ class JobRunner:
         log.info("job %s: %s in %.2f s", job_id, status.value, (record.finished_at or 0) - (record.started_at or 0))
 
     def _retry(self, job: LeasedJob, error: JobError) -> None:
-        job_id, token, account = job.claim.record.id, job.claim.token, account_of(job)
+        job_id, token = job.claim.record.id, job.claim.token
         # Jitter, so that jobs that failed together do not come back together.
         backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, random.uniform(0.5, 1))
         try:
-            status, delay_s = self._insist(lambda: self._records.retry(job_id, token, error, backoff, account))
+            with self._spans.ending(job) as ending:
+                status, delay_s = self._insist(lambda: self._records.retry(job_id, token, error, backoff, ending.account))
+                ending.outcome, ending.error = "error" if status is Status.QUEUED else status.value, error.code
         except StaleToken:
             log.warning("job %s: another worker owns it now", job_id)
             self._metrics.fenced.inc()

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
@@ -37,6 +37,9 @@ from .swapper import Loader, Swapper
 from .watchdog import Watchdog
 from .working import WorkingNow
 
+if TYPE_CHECKING:
+    from latentline.tracing.export import Traces
+
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,7 @@ class GenerateWorker:
         store: where images go; its bucket exists.
         loader: loads models again; needed where not all of them are in memory.
         metrics_offset: added to ``LATENTLINE_METRICS_PORT``: the worker's number on this machine.
+        traces: where spans of attempts go; None makes none.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class GenerateWorker:
         store: ImageStore,
         loader: Loader | None = None,
         metrics_offset: int = 0,
+        traces: Traces | None = None,
     ) -> None:
+        self._traces = traces
         self._metrics_offset = metrics_offset
         self._name, self._settings, self._engine, self._records, self._roster = name, settings, engine, records, roster
         self._liveness = LivenessFile(settings.ready_file)
@@ -98,6 +104,7 @@ class GenerateWorker:
             settings.lease_s,
             engine_stalled=self.engine_stalled,
             metrics=metrics,
+            tracer=traces.tracer if traces else None,
         )
         metrics.registry.register(EngineMetrics(engine, self._leases.num_held, settings.concurrency, lambda: roster.said().swaps))
         self._metrics = metrics
@@ -162,6 +169,7 @@ class GenerateWorker:
         self._leases.stop()
         self._announcer.stop()
         self._liveness.remove()
+        self._close_traces()
 
     def engine_stalled(self) -> bool:
         """Whether the engine has failed, or has finished nothing for ``stall_s`` seconds although it has work."""
@@ -177,6 +185,7 @@ class GenerateWorker:
         what = f"has finished nothing for {stalled_s:.0f} s" if math.isfinite(stalled_s) else "has failed"
         log.critical("%s: the engine %s: this process ends", self._name, what)
         self._liveness.remove()
+        self._close_traces()
         os._exit(os.EX_SOFTWARE)
 
     def _app(self) -> Celery:
@@ -204,8 +213,13 @@ class GenerateWorker:
     def _end_now(self) -> None:
         try:
             self._leases.release_all()
+            self._close_traces()
         finally:
             os._exit(0)  # whatever went wrong: nothing else ends the process while a task is left
+
+    def _close_traces(self) -> None:
+        if self._traces:
+            self._traces.close()
 
     def _on_ready(self, **_: object) -> None:
         self.start()
