@@ -19,6 +19,7 @@ from support.live_api import Live, live_api, new_key, problem
 from latentline import AsyncClient, Settings, records, routing
 from latentline.api.app import create_app
 from latentline.api.auth import check_exposure
+from latentline.api.dialects import DIALECTS
 from latentline.api.streams import Streams
 from latentline.cli import main
 from latentline.errors import ConfigurationError, InvalidRequest, KeyNotFound
@@ -99,6 +100,22 @@ def test_every_route_of_the_api_is_in_the_table(live: Live) -> None:
     assert {scheme["scheme"] for scheme in document["components"]["securitySchemes"].values()} == {"bearer"}
     for route in map(bare, ROUTES):
         assert served[route]["security"] and {"401", "403"} <= served[route]["responses"].keys()
+
+
+@pytest.mark.parametrize("prefix", DIALECTS)
+def test_every_operation_in_the_document_of_a_dialect_asks_for_a_key_where_the_api_does(
+    live: Live, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    def document(live: Live) -> tuple[list[bool], bool]:
+        found = live.http.get(f"{prefix}/openapi.json").json()
+        asked = ["security" in operation for item in found["paths"].values() for operation in item.values()]
+        return asked, "securitySchemes" in found["components"]
+
+    asked, declared = document(live)
+    assert asked and all(asked) and declared
+    with live_api(monkeypatch, Settings(auth="none")) as without:
+        asked, declared = document(without)
+    assert asked and not any(asked) and not declared
 
 
 def test_probes_need_no_key(live: Live) -> None:

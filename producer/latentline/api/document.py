@@ -85,13 +85,19 @@ def complete_document(app: FastAPI, keys: bool) -> None:
             for path, item in document["paths"].items():
                 for method, operation in item.items():
                     _add_headers(path, method, operation["responses"])
-                    if not keys:
-                        operation.pop("security", None)
             if not keys:
-                document["components"].pop("securitySchemes", None)
+                drop_security(document)
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def drop_security(document: dict[str, Any]) -> None:
+    """No operation asks for a key: of an API that serves without."""
+    for item in document["paths"].values():
+        for operation in item.values():
+            operation.pop("security", None)
+    document.get("components", {}).pop("securitySchemes", None)
 
 
 def _webhook(event: str) -> dict[str, Any]:
@@ -101,7 +107,8 @@ def _webhook(event: str) -> dict[str, Any]:
     ]
     return {
         "summary": f"Told to the URL in a job's `callback`: {event}",
-        "description": "Signed as in Standard Webhooks. What is not answered with 2xx within 15 seconds is sent again, for three days.",
+        "description": "Signed as in Standard Webhooks. What is not answered with 2xx within 15 seconds is sent again, for three days. "
+        "With `callback.prediction_base` the body is a prediction, as `/replicate/v1` answers it.",
         "operationId": f"told_{event.partition('.')[2]}",
         "parameters": parameters,
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": REF.format(model="CallbackMessage")}}}},

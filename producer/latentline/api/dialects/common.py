@@ -15,6 +15,7 @@ from starlette.background import BackgroundTask
 from starlette.datastructures import State
 from starlette.responses import Response
 
+from latentline.api.document import drop_security
 from latentline.api.methods import Methods
 from latentline.api.problems import Problem, Render, handle_problems
 from latentline.api.service import JobService
@@ -56,10 +57,13 @@ def dialect_application(title: str, state: State, router: APIRouter, render: Ren
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = generate().setdefault("components", {}).setdefault("schemas", {})
+            document = generate()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for body in bodies:
                 schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= {**schema.pop("$defs", {}), body.__name__: schema}
+            if not state.access.keys:
+                drop_security(document)
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -118,6 +118,12 @@ def create(state: State, settings: Settings) -> FastAPI:
             await jobs.cancel(record.id)
         return {}
 
+    _add_options(router, settings)
+    _add_lists(router, settings)
+    return dialect_application("latentline: web UI", state, router, render, [Txt2Img])
+
+
+def _add_options(router: APIRouter, settings: Settings) -> None:
     @router.get("/options", responses=errors())
     async def get_options(jobs: Reading) -> dict[str, Any]:
         """The settings that have a meaning here."""
@@ -132,9 +138,6 @@ def create(state: State, settings: Settings) -> FastAPI:
         name, model = data.get("sd_model_checkpoint"), await model_of(None, jobs, settings)
         if name is not None and await model_of(str(name).partition(" [")[0], jobs, settings) != model:
             raise InvalidRequest("sd_model_checkpoint", name, f"{model!r} here; another one in override_settings of a request")
-
-    _add_lists(router, settings)
-    return dialect_application("latentline: web UI", state, router, render, [Txt2Img])
 
 
 def _add_lists(router: APIRouter, settings: Settings) -> None:

@@ -77,21 +77,22 @@ def create(state: State, settings: Settings) -> FastAPI:
             return Response(status_code=499)  # nobody reads it
         return await _answer(jobs, record, None, None)
 
+    _add_image_inputs(router)
+    _add_models(router, settings)
+    return dialect_application("latentline: OpenAI images", state, router, render, [GenerationRequest])
+
+
+def _add_image_inputs(router: APIRouter) -> None:
     @router.post("/images/edits", status_code=501, response_model=None, responses=errors(501))
     @router.post("/images/variations", status_code=501, response_model=None, responses=errors(501))
     async def not_yet(request: Request, jobs: Submitting) -> Response:
         """Not there yet: a clear 501."""
         kind = request.url.path.rsplit("/", 1)[-1]
-        return problem_answer(
-            render,
-            Problem(
-                501,
-                "not_implemented",
-                f"images/{kind} is not there yet: latentline takes no pictures as input",
-                {"x-should-retry": "false"},
-            ),
-        )
+        message = f"images/{kind} is not there yet: latentline takes no pictures as input"
+        return problem_answer(render, Problem(501, "not_implemented", message, {"x-should-retry": "false"}))
 
+
+def _add_models(router: APIRouter, settings: Settings) -> None:
     @router.get("/models", tags=["models"], response_model=ModelList, responses=errors())
     async def list_models(jobs: Reading) -> dict[str, Any]:
         """Every name that ``model`` may have: the models that workers serve now, and the operator's aliases for them."""
@@ -103,8 +104,6 @@ def create(state: State, settings: Settings) -> FastAPI:
         if name not in names:
             raise InvalidRequest("model", name, f"one of: {', '.join(names)}")
         return _model(name)
-
-    return dialect_application("latentline: OpenAI images", state, router, render, [GenerationRequest])
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -54,6 +54,15 @@ def create(state: State, settings: Settings) -> FastAPI:
                 raise HTTPException(404, error.message) from None
             raise
 
+    _add_predictions(router)
+    _add_models(router, settings)
+    _add_rest(router, settings)
+    return dialect_application("latentline: Replicate", state, router, render, [PredictionRequest])
+
+
+def _add_predictions(router: APIRouter) -> None:
+    """What is done with predictions that were made."""
+
     @router.get("/predictions", response_model=PredictionPage, responses=errors())
     async def list_predictions(
         request: Request, jobs: Reading, cursor: Annotated[str | None, Query(max_length=300)] = None
@@ -79,10 +88,6 @@ def create(state: State, settings: Settings) -> FastAPI:
         record = await jobs.get(prediction_id)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(_events(request, jobs, record), media_type="text/event-stream", headers=headers)
-
-    _add_models(router, settings)
-    _add_rest(router, settings)
-    return dialect_application("latentline: Replicate", state, router, render, [PredictionRequest])
 
 
 def _add_models(router: APIRouter, settings: Settings) -> None:
