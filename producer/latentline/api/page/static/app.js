@@ -1,11 +1,12 @@
 // The page: who is signed in, which part is shown, and what drops onto it.
-import { html, render, useEffect, useState } from "./vendor/preact-htm.js";
+import { html, render, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { call, get } from "./api.js";
 import { Detail } from "./detail.js";
 import { Fleet } from "./fleet.js";
-import { defaults, Form, fromRequest } from "./form.js";
+import { defaults, Form, fromRequest, withModel } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { NotOurs, recall } from "./recall.js";
+import { Sheet } from "./sheet.js";
 import { SignIn } from "./signin.js";
 import { store } from "./store.js";
 import { follow, unfollow } from "./stream.js";
@@ -37,6 +38,9 @@ function Studio({ session, leave }) {
   const [said, setSaid] = useState("");
   const [dragged, setDragged] = useState(false);
   const route = useRoute();
+  const behind = useRef({ part: "", hash: "#/" }); // what a job's detail stands in front of
+  if (route.part !== "job") behind.current = route;
+  const { part: shown, id: gridId } = behind.current;
 
   const say = (text) => {
     setSaid(text);
@@ -52,7 +56,7 @@ function Studio({ session, leave }) {
   useEffect(() => {
     const load = () => get("v1/models").then(({ models: found }) => {
       setModels(found);
-      setSettings((now) => (now.model || !found.length ? now : { ...defaults(found[0]), prompt: now.prompt }));
+      setSettings((now) => (now.model || !found.length ? now : withModel(now, found[0])));
     }, (error) => say(error.message));
     load();
     const timer = setInterval(() => document.hidden || load(), MODELS_MS);
@@ -84,14 +88,15 @@ function Studio({ session, leave }) {
       onDragLeave=${(e) => e.relatedTarget ?? setDragged(false)} onDrop=${dropped}>
     <a class="skip" href="#main" onClick=${(e) => (e.preventDefault(), document.getElementById("main").focus())}>Skip to the pictures</a>
     <header><a class="brand" href="#/"><img src="page/logo.svg" alt="" width="28" height="28" />latentline</a>
-      <nav aria-label="Parts of the page"><a href="#/" aria-current=${route.part === "fleet" ? undefined : "page"}>Pictures</a>
-        ${admin && html`<a href="#/fleet" aria-current=${route.part === "fleet" ? "page" : undefined}>Fleet</a>`}<a href="docs">API</a></nav>
+      <nav aria-label="Parts of the page"><a href="#/" aria-current=${shown === "fleet" ? undefined : "page"}>Pictures</a>
+        ${admin && html`<a href="#/fleet" aria-current=${shown === "fleet" ? "page" : undefined}>Fleet</a>`}<a href="docs">API</a></nav>
       <span class="who">${session.tenant ?? ""}</span><${Theme} />
       ${session.keys && html`<button type="button" class="quiet" onClick=${leave}>Sign out</button>`}</header>
-    <main id="main" tabindex="-1">${route.part === "fleet" && admin
+    <main id="main" tabindex="-1">${shown === "fleet" && admin
       ? html`<${Fleet} say=${say} />`
-      : html`<div class="studio">${canSubmit && html`<${Form} models=${models} settings=${settings} change=${setSettings} say=${say} />`}<${Gallery} /></div>`}</main>
-    ${route.part === "job" && html`<${Detail} id=${route.id} session=${session} reuse=${reuse} say=${say} />`}
+      : html`<div class="studio">${canSubmit && html`<${Form} models=${models} settings=${settings} change=${setSettings} say=${say} />`}
+        ${shown === "grid" ? html`<${Sheet} id=${gridId} say=${say} />` : html`<${Gallery} />`}</div>`}</main>
+    ${route.part === "job" && html`<${Detail} id=${route.id} back=${behind.current.hash} session=${session} reuse=${reuse} say=${say} />`}
     <p class="said ${said ? "" : "silent"}" role="status">${said}</p>
   </div>`;
 }
@@ -99,7 +104,8 @@ function Studio({ session, leave }) {
 function useRoute() {
   const read = () => {
     const [, part, id] = location.hash.split("/");
-    return { part: part === "job" && id ? "job" : part === "fleet" ? "fleet" : "", id: id && decodeURIComponent(id) };
+    const known = ((part === "job" || part === "grid") && id) || part === "fleet";
+    return { part: known ? part : "", id: id && decodeURIComponent(id), hash: known ? location.hash : "#/" };
   };
   const [route, setRoute] = useState(read);
   useEffect(() => {

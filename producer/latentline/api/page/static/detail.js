@@ -9,7 +9,7 @@ import { follow } from "./stream.js";
 import { Timeline } from "./timeline.js";
 import { ago, standing } from "./words.js";
 
-export function Detail({ id, session, reuse, say }) {
+export function Detail({ id, back, session, reuse, say }) {
   const dialog = useRef(null);
   const [missing, setMissing] = useState(null);
   const [, redraw] = useReducer((n) => n + 1, 0);
@@ -20,7 +20,7 @@ export function Detail({ id, session, reuse, say }) {
     if (!dialog.current.open) dialog.current.showModal();
   }, [id]);
   const job = store.jobs.get(id);
-  const close = () => (location.hash = "#/");
+  const close = () => (location.hash = back);
 
   return html`<dialog class="detail" ref=${dialog} aria-label=${job ? job.request.prompt.slice(0, 120) : "Job"} onClose=${close}
       onClick=${(e) => e.target === dialog.current && dialog.current.close()}>
@@ -56,6 +56,7 @@ function Facts({ job, session, reuse, say, close }) {
     <div class="actions">
       <button type="button" class="primary" onClick=${() => reuse(job.request)}>Use these settings</button>
       ${job.images?.map((image, n) => html`<a class="button" key=${n} href=${picturePath(job.id, n)} download=${`${job.id}-${n}.${image.content_type.split("/")[1]}`}>Save${job.images.length > 1 ? ` ${n + 1}` : ""}</a>`)}
+      ${typeof job.request.metadata?.grid_x === "string" && html`<a class="button" href=${`#/grid/${encodeURIComponent(job.request.metadata.grid)}`}>Its grid</a>`}
       ${alive && html`<button type="button" disabled=${job.cancel_requested} onClick=${() => change(async () => store.merge(await post(jobPath(job.id, "/cancel"))), "Cancelled.")}>${job.cancel_requested ? "Cancelling…" : "Cancel"}</button>`}
       ${!alive && html`<button type="button" class="danger" onClick=${() => change(async () => {
         await call("DELETE", jobPath(job.id));

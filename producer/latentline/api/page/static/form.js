@@ -1,18 +1,13 @@
 // The submission form: everything that the chosen model offers, presets, and grids of variations.
 import { html, useEffect, useMemo, useRef, useState } from "./vendor/preact-htm.js";
 import { post } from "./api.js";
+import { cells } from "./axes.js";
 import { store } from "./store.js";
 import { follow } from "./stream.js";
 import * as kept from "./presets.js";
+import { submitGrid, Variations } from "./variations.js";
 
 const PREVIEWS = 8; // pictures of one job while it sharpens
-const MOST_JOBS = 64; // of one grid
-const AXES = {
-  num_inference_steps: ["Steps", "8, 16, 32"],
-  guidance_scale: ["Guidance", "2, 5, 8"],
-  scheduler: ["Sampler", ""],
-  seed: ["Seed", "1, 2, 3, 4"],
-};
 
 export const FIELDS = {
   prompt: "Prompt", negative_prompt: "Leave out", model: "Model", width: "Width", height: "Height", scheduler: "Sampler",
@@ -23,7 +18,8 @@ export function defaults(model) {
   return {
     model: model?.id ?? "", prompt: "", negative_prompt: "", width: model?.default_width ?? 0, height: model?.default_height ?? 0,
     num_inference_steps: model?.default_num_inference_steps ?? 20, guidance_scale: model?.default_guidance_scale ?? 5,
-    scheduler: model?.default_scheduler ?? "", seed: "", num_images: 1, loras: {}, format: "png", axis: "", values: "",
+    scheduler: model?.default_scheduler ?? "", seed: "", num_images: 1, loras: {}, format: "png",
+    axis: "", values: "", second: "", second_values: "",
   };
 }
 
@@ -50,15 +46,6 @@ function toRequest(settings, model) {
   return request;
 }
 
-// One request, or one for each value of the axis, all with the same seed unless the seed is what varies.
-function variations(settings, model) {
-  const request = toRequest(settings, model);
-  if (!settings.axis) return [request];
-  const values = settings.values.split(",").map((value) => value.trim()).filter(Boolean);
-  const seed = request.seed ?? Math.floor(Math.random() * 2 ** 31);
-  return values.slice(0, MOST_JOBS).map((value) => ({ ...request, seed, [settings.axis]: settings.axis === "scheduler" ? value : Number(value) }));
-}
-
 export function Form({ models, settings, change, say }) {
   const [unfolded] = useState(wide);
   const model = models.find((one) => one.id === settings.model);
@@ -72,10 +59,10 @@ export function Form({ models, settings, change, say }) {
     setProblem(null);
     setBusy(true);
     try {
-      const requests = variations(settings, model);
-      if (!requests.length) throw Object.assign(new Error("Write the values of the variation, with commas between them."), { field: "values" });
-      for (const request of requests) store.add(await post("v1/jobs", request));
-      say(requests.length === 1 ? "Submitted." : `${requests.length} jobs submitted.`);
+      const made = cells(settings);
+      if (settings.axis) await submitGrid(made.map((cell) => ({ ...toRequest(cell.settings, model), metadata: cell.metadata })));
+      else store.add(await post("v1/jobs", toRequest(settings, model)));
+      say(settings.axis ? `${made.length} jobs submitted.` : "Submitted.");
     } catch (error) {
       setProblem(error);
     } finally {
@@ -107,13 +94,8 @@ export function Form({ models, settings, change, say }) {
     ${model?.loras.length > 0 && html`<${Loras} names=${model.loras} chosen=${settings.loras} wrong=${wrong("loras")} set=${set} />`}
     </details>
     <details class="more"><summary>Variations and presets</summary>
-      <div class="pair">
-        <label class="field"><span>Vary</span><select name="axis" value=${settings.axis} onChange=${(e) => set({ axis: e.target.value, values: axisValues(e.target.value, model) })}>
-          <option value="">nothing</option>${Object.entries(AXES).map(([name, [label]]) => html`<option value=${name}>${label}</option>`)}</select></label>
-        <${Choice} name="format" label="File" options=${["png", "webp", "jpeg"]} value=${settings.format} set=${set} />
-      </div>
-      ${settings.axis && html`<label class="field ${wrong("values") ? "wrong" : ""}"><span>Values, one job each, with the same seed</span>
-        <input name="values" value=${settings.values} onInput=${(e) => set({ values: e.target.value })} /></label>`}
+      <${Variations} settings=${settings} model=${model} set=${set} wrong=${wrong} />
+      <${Choice} name="format" label="File" options=${["png", "webp", "jpeg"]} value=${settings.format} set=${set} />
       <${Presets} settings=${settings} change=${change} say=${say} />
     </details>
     ${!models.length && html`<p class="warning">No worker has announced a model yet. The form opens as soon as one does.</p>`}
@@ -132,12 +114,11 @@ function explain(problem) {
 }
 
 // What another model does not offer falls back to its defaults.
-function withModel(settings, model) {
+export function withModel(settings, model) {
   const own = defaults(model);
-  return { ...own, prompt: settings.prompt, negative_prompt: settings.negative_prompt, seed: settings.seed, num_images: settings.num_images, format: settings.format };
+  for (const name of ["prompt", "negative_prompt", "seed", "num_images", "format", "axis", "values", "second", "second_values"]) own[name] = settings[name];
+  return own;
 }
-
-const axisValues = (axis, model) => (axis === "scheduler" ? (model?.schedulers ?? []).slice(0, 4).join(", ") : (AXES[axis]?.[1] ?? ""));
 
 function Prompt({ value, wrong, onInput, submit }) {
   const box = useRef(null);

@@ -8,8 +8,9 @@ export const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 
 class Store {
   constructor() {
-    this.jobs = new Map();
-    this.order = [];
+    this.jobs = new Map(); // all that is known, also what was opened by its address
+    this.order = []; // ids of the list
+    this.listed = new Set(); // the same ids
     this.listeners = new Set();
     this.reset("");
   }
@@ -18,6 +19,7 @@ class Store {
     this.status = status;
     this.jobs.clear();
     this.order = [];
+    this.listed.clear();
     this.cursor = null;
     this.complete = false;
     this.loading = null;
@@ -55,10 +57,8 @@ class Store {
   async _more(version) {
     const page = await get(this.path(this.cursor));
     if (version !== this.version) return; // another filter was chosen meanwhile
-    for (const job of page.jobs) {
-      if (!this.jobs.has(job.id)) this.order.push(job.id);
-      this.merge(job);
-    }
+    this.order.push(...this.unlisted(page.jobs));
+    for (const job of page.jobs) this.merge(job);
     this.cursor = page.next_cursor;
     this.complete = !page.next_cursor;
     this.loaded = true;
@@ -70,10 +70,17 @@ class Store {
     const version = this.version;
     const page = await get(this.path(null));
     if (version !== this.version) return;
-    const fresh = page.jobs.filter((job) => !this.jobs.has(job.id));
+    const fresh = this.unlisted(page.jobs);
     for (const job of page.jobs) this.merge(job);
-    this.order.unshift(...fresh.map((job) => job.id));
+    this.order.unshift(...fresh);
     if (fresh.length) this.changed();
+  }
+
+  // The ids of jobs that the list does not have yet; from now on it has them.
+  unlisted(jobs) {
+    const fresh = jobs.map((job) => job.id).filter((id) => !this.listed.has(id));
+    for (const id of fresh) this.listed.add(id);
+    return fresh;
   }
 
   watchNews() {
@@ -82,7 +89,7 @@ class Store {
   }
 
   add(job) {
-    if (!this.jobs.has(job.id)) this.order.unshift(job.id);
+    this.order.unshift(...this.unlisted([job]));
     this.merge(job);
   }
 
@@ -104,6 +111,7 @@ class Store {
 
   drop(id) {
     this.jobs.delete(id);
+    this.listed.delete(id);
     this.order = this.order.filter((one) => one !== id);
     this.changed();
   }
