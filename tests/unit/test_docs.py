@@ -11,6 +11,7 @@ import click
 import pytest
 
 from latentline.cli import main
+from latentline_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -33,6 +34,12 @@ def test_the_tree_on_the_architecture_page_has_every_room_and_no_other(root: str
 @pytest.mark.parametrize("root", ["producer/latentline/", "worker/latentline_worker/"])
 def test_modules_that_the_architecture_page_names_are_there(root: str) -> None:
     assert [name for name in drawn(root) if not (ROOT / root / name).exists()] == []
+
+
+def test_the_operators_guide_has_every_setting() -> None:
+    table = re.findall(r"^\| (`[A-Z].*?) \|", (ROOT / "docs" / "operating.md").read_text(), re.MULTILINE)
+    names = [name.lower() for row in table for name in re.findall("`([A-Z0-9_]+)`", row)]
+    assert sorted(name for name in names if not name.startswith("otel_")) == sorted(WorkerSettings.model_fields)
 
 
 def commands(page: Path) -> Iterator[str]:

@@ -200,9 +200,9 @@ def served() -> set[str]:
     return names | {metric.name for metric in fleet.collect()}
 
 
-def test_alerts_and_dashboard_name_metrics_that_exist() -> None:
-    alerts = (FOLDER / "alerts.yaml").read_text()  # its annotations name some as well
-    used = set(re.findall(r"latentline_[a-z_]+", "\n".join([*dashboard_expressions(), alerts])))
+def test_alerts_dashboard_and_guides_name_metrics_that_exist() -> None:
+    texts = [(FOLDER / "alerts.yaml").read_text(), *((DOCS / name).read_text() for name in ("runbook.md", "operating.md"))]
+    used = set(re.findall(r"\blatentline_[a-z_]+", "\n".join([*dashboard_expressions(), *texts])))
     assert used and used <= served()
 
 
