@@ -62,6 +62,7 @@ def create_app(
     # The page of /docs comes with its scripts, since a service may stand where the internet cannot be reached.
     options: dict[str, Any] = {"lifespan": lifespan, "docs_url": "/docs", "redoc_url": None, "telemetry": telemetry(traces)}
     app = FastAPIOffline(title="latentline", version=__version__, **options)
+    app.router.routes.insert(0, jobs.POLL)
     for router in ROUTERS:
         app.include_router(router)
     _add_page(app)

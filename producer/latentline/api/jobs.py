@@ -8,15 +8,18 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from latentline.errors import InvalidRequest
 from latentline.records import MAX_PAGE, JobFilter
-from latentline.requests import MAX_KEY_CHARS, MAX_METADATA_BYTES
+from latentline.requests import MAX_KEY_CHARS, MAX_METADATA_BYTES, allowed_by
 
 from .answers import JobAnswer, JobPage, LoraAnswer, LoraList, ModelList, answer, errors
 from .auth import bearer
 from .body import json_object
+from .conditional import IF_NONE_MATCH, unchanged
 from .service import Reading, Submitting, poll
 
 
@@ -34,7 +37,14 @@ Moment = Annotated[datetime, BeforeValidator(_no_number)]
 IdempotencyKey = Annotated[str | None, Header(json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_CHARS})]
 
 MAX_WAIT_S = 60.0  # of a long poll; proxies often cut a request after a minute
-
+_SECONDS = TypeAdapter(Annotated[float, Field(ge=0, le=MAX_WAIT_S)])
+JOB_ID: dict[str, Any] = {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string", "title": "Job Id"}}
+WAIT: dict[str, Any] = {
+    "name": "wait",
+    "in": "query",
+    "required": False,
+    "schema": {"type": "number", "minimum": 0.0, "maximum": MAX_WAIT_S, "default": 0, "title": "Wait"},
+}
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -87,30 +97,36 @@ async def list_jobs(
 @router.get(
     "/jobs/{job_id}",
     response_model=JobAnswer,
-    openapi_extra={"security": [{bearer.dependency.scheme_name: []}]},  # as a dependency it would cost each poll 5% of its time
+    openapi_extra={"security": [{bearer.dependency.scheme_name: []}], "parameters": [JOB_ID, WAIT, IF_NONE_MATCH]},
     responses={304: {"description": "Unchanged since the answer with this ETag"}, **errors(404)},
 )
-async def get_job(
-    request: Request,
-    job_id: str,
-    wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0,
-    if_none_match: Annotated[str | None, Header()] = None,
-) -> Response:
+async def get_job(request: Request) -> Response:
     """One job; with ``wait``, once it has ended or after so many seconds, whichever comes first.
 
     The URLs of its images stay the same for half of their life; ``If-None-Match`` with the ETag saves the answer.
     """
-    record = await poll(request, job_id, wait)
+    record = await poll(request, request.path_params["job_id"], _wait_s(request))
     eta_s = request.app.state.estimates.eta_s(record)
     body = answer(record, eta_s).model_dump_json().encode()
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     if not record.status.terminal:
         headers["Retry-After"] = str(ask_again_s(eta_s))
-    given = [one.strip() for one in (if_none_match or "").split(",")]
-    if given == ["*"] or etag in (one.removeprefix("W/") for one in given):
+    if unchanged(request, etag):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
+
+
+class PlainRoute(Route):
+    """A route of Starlette's that tells its path to the metrics, as FastAPI's own routes do."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self}
+
+
+# What clients ask for most. FastAPI's own way from a request to a function costs some 0.1 ms of CPU more, so it only documents this one.
+POLL = PlainRoute("/v1/jobs/{job_id}", get_job, methods=["GET"], include_in_schema=False)
 
 
 @router.delete("/jobs/{job_id}", status_code=204, response_class=Response, responses=errors(404, 409))
@@ -157,6 +173,17 @@ def _idempotency_key(request: Request, data: dict[str, Any]) -> str | None:
     if given and in_body not in (None, given[0]):
         raise InvalidRequest("idempotency_key", in_body, f"the same value as the Idempotency-Key header, {given[0][:80]!r}")
     return given[0] if given else in_body
+
+
+def _wait_s(request: Request) -> float:
+    """The query's ``wait``, 0 without; raises InvalidRequest."""
+    given = request.query_params.get("wait")
+    if given is None:
+        return 0
+    try:
+        return _SECONDS.validate_python(given)
+    except ValidationError as error:
+        raise InvalidRequest("wait", given, allowed_by(error.errors()[0])) from None
 
 
 def ask_again_s(eta_s: float | None) -> int:

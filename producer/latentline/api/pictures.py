@@ -12,6 +12,7 @@ from latentline.errors import PictureNotFound
 from latentline.jobs import ImageRef, JobRecord
 
 from .answers import errors
+from .conditional import IF_NONE_MATCH, unchanged
 from .methods import IS_HEAD
 from .service import Reading
 
@@ -25,6 +26,7 @@ _KINDS: dict[str, Any] = {f"image/{kind}": {"schema": {"type": "string", "format
 @router.get(
     "/jobs/{job_id}/images/{number}",
     response_class=Response,
+    openapi_extra={"parameters": [IF_NONE_MATCH]},
     responses={
         200: {"content": _KINDS, "description": "The picture"},
         206: {"content": _KINDS, "description": "The part of it that Range asks for"},
@@ -38,14 +40,13 @@ async def get_picture(
     jobs: Reading,
     job_id: str,
     number: int,
-    if_none_match: Annotated[str | None, Header()] = None,
     if_range: Annotated[str | None, Header()] = None,
     range_: Annotated[str | None, Header(alias="Range")] = None,
 ) -> Response:
     """A picture of a job, counted from 0. ``Range`` with one range of bytes is honoured."""
     image = picture_of(await jobs.get(job_id), number)
     headers = {**lasting(image.sha256), "Accept-Ranges": "bytes"}
-    if known(if_none_match, headers):
+    if unchanged(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     part = _part(range_, image.num_bytes) if if_range in (None, headers["ETag"]) else None
     if part and part[0] >= image.num_bytes:
@@ -71,11 +72,6 @@ def picture_of(record: JobRecord, number: int) -> ImageRef:
 def lasting(name: str) -> dict[str, str]:
     """The headers of what never changes under this name."""
     return {"ETag": f'"{name}"', "Cache-Control": f"private, max-age={KEPT_S}, immutable", "X-Content-Type-Options": "nosniff"}
-
-
-def known(if_none_match: str | None, headers: dict[str, str]) -> bool:
-    """Whether the client has what these headers belong to."""
-    return headers["ETag"] in {one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")}
 
 
 def _part(range_: str | None, size: int) -> tuple[int, int] | None:

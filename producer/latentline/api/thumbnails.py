@@ -12,15 +12,16 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from PIL import Image
 
 from latentline.requests import MAX_SIZE_PX
 
 from .answers import errors
+from .conditional import IF_NONE_MATCH, unchanged
 from .methods import IS_HEAD
-from .pictures import known, lasting, picture_of
+from .pictures import lasting, picture_of
 from .service import Reading
 
 MAX_CACHE_BYTES = 32 * 1024 * 1024  # some 1,000 thumbnails of 256 pixels
@@ -83,6 +84,7 @@ def shrink(data: bytes, width: int) -> bytes:
 @router.get(
     "/jobs/{job_id}/images/{number}/thumbnail",
     response_class=Response,
+    openapi_extra={"parameters": [IF_NONE_MATCH]},
     responses={
         200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}, "description": "The thumbnail"},
         304: {"description": "Unchanged since the answer with this ETag"},
@@ -95,13 +97,12 @@ async def get_thumbnail(
     job_id: str,
     number: int,
     width: Annotated[Literal["64", "128", "256", "512"], Query(description="Pixels; the height follows")] = "256",
-    if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """A small copy of a picture of a job, as WebP. It never changes: browsers keep it for an hour without asking."""
     image = picture_of(await jobs.get(job_id), number)
     name = f"{image.sha256}-{width}"
     headers = lasting(name)
-    if known(if_none_match, headers):
+    if unchanged(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     if request.scope.get(IS_HEAD):
         return Response(headers=headers, media_type="image/webp")

@@ -18,7 +18,7 @@ from latentline.scripts import BEAT, CHECKPOINT, CLAIM, RELEASE, RETRY, SETTLE, 
 
 from .dead import bury
 from .driving import Driven, Operation, call_script, call_script_many, driven, pairs
-from .jobs import record_of
+from .stored import record_of
 
 MAX_ERRORS = 4  # Retryable errors after which a job fails.
 SUSPECT_CRASHES = 2  # Crashes without progress after which a job runs alone.

@@ -12,7 +12,8 @@ from latentline.jobs import JobRecord, Status
 from latentline.scripts import PAGE
 
 from .driving import Operation, call_script_many, pairs
-from .jobs import end_overdue, label, record_of
+from .jobs import end_overdue, label
+from .stored import record_of
 
 MAX_PAGE = 200
 # Jobs that one page looks at: a list by anything but tenant alone or status alone looks at others too. Each costs the broker some 20

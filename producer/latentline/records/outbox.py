@@ -10,8 +10,8 @@ from latentline.errors import JobNotFound
 from latentline.scripts import PUT_BACK_CALLBACK, REPLAY_CALLBACK, SETTLE_CALLBACK, TAKE_CALLBACK, WAKE_CALLBACKS
 
 from .driving import Driven, Operation, broker_time, call_script, driven, hgetall_many, pairs, set_if_absent
-from .jobs import record_of
 from .secrets import read_secrets
+from .stored import record_of
 
 MAX_WAKE_CALLBACKS = 1000  # Max. callbacks woken per call.
 

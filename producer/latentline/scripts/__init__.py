@@ -14,6 +14,7 @@ CHECKPOINT = load("checkpoint")
 CANCEL = load("cancel")
 DELETE = load("delete")
 VIEW = load("view")
+POLL = load("poll")
 PAGE = load("page")
 SINCE = load("since")
 POSITIONS = load("positions")
@@ -43,7 +44,7 @@ REPLAY_CALLBACK = load("replay_callback")
 
 __all__ = [
     "ANNOUNCE", "BEAT", "BEGIN_TURN", "BURY", "CANCEL", "CHECKPOINT", "CLAIM", "DELETE", "END_IF_OVERDUE", "END_OVERDUE", "EXPIRE",
-    "HEARTBEAT", "NOTE_ANSWER", "PAGE", "POSITIONS", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY", "SETTLE",
-    "SETTLE_CALLBACK", "SINCE", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS", "WARN",
-    "Script",
+    "HEARTBEAT", "NOTE_ANSWER", "PAGE", "POLL", "POSITIONS", "PUT_BACK_CALLBACK", "RECLAIM", "RELEASE", "REPLAY_CALLBACK", "RETRY",
+    "SETTLE", "SETTLE_CALLBACK", "SINCE", "SUBMIT", "TAKE_CALLBACK", "TAKE_TURN", "TAKE_UNANSWERED", "VIEW", "WAKE", "WAKE_CALLBACKS",
+    "WARN", "Script",
 ]  # fmt: skip
