@@ -28,11 +28,11 @@ class Listener:
 
     Args:
         many: jobs that are not there are told as events.
-        places: places in the queue are told as events.
+        stream: places in the queue are told as events, and an outage of the broker is waited out.
     """
 
-    def __init__(self, many: bool = False, places: bool = False) -> None:
-        self.many, self.places = many, places
+    def __init__(self, many: bool = False, stream: bool = False) -> None:
+        self.many, self.stream = many, stream
         self._batches: asyncio.Queue[Batch | LatentlineError] = asyncio.Queue()  # bounded by the lengths of the jobs' streams
         self._early: dict[str, list[Batch]] = {}  # what the shared read brought before this listener's own first read ended
         self._last: dict[str, tuple[int, int]] = {}  # job -> id of the last event that was given

@@ -124,7 +124,7 @@ def test_bad_ids_and_unknown_jobs_are_refused_at_once(empty_valkey: redis.Redis,
             with pytest.raises(InvalidRequest):
                 async with reader.listen({job_id: "x"}):
                     pass
-            assert reader._jobs == {}, "nothing is left of them"
+            assert not reader.jobs, "nothing is left of them"
 
     asyncio.run(listen())
 

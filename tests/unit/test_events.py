@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
-from support.live_api import Live, Told, live_api, problem, sse
+import redis
+from support.live_api import Live, Told, live_api, new_key, problem, sse
 
-from latentline import Settings, records, routing
+from latentline import Settings, event_reader, records, routing
 from latentline.api import events as api_events
 from latentline.api import streams as api_streams
 from latentline.api import tokens
@@ -100,9 +101,9 @@ def test_a_stream_whose_client_goes_away_leaves_nothing(live: Live, monkeypatch:
     with live.http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
         lines = answer.iter_lines()  # kept: the connection closes with it
         assert next(lines)
-        assert live.client._events._jobs
+        assert live.client._events.jobs
     for _ in range(6000):
-        if not live.client._events._jobs:
+        if not live.client._events.jobs:
             return
         time.sleep(0.01)
     pytest.fail("somebody still listens")
@@ -317,6 +318,116 @@ def told_places(lines: Iterator[str]) -> Iterator[tuple[int, float]]:
         last = line
 
 
+# The broker is away
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API tries again, and says that it is there, without pauses that a test would wait for."""
+    monkeypatch.setattr(event_reader, "AGAIN_S", 0.01)
+    monkeypatch.setattr(api_events, "KEEP_ALIVE_S", 0.02)
+
+
+@pytest.mark.usefixtures("outage")
+def test_a_stream_outlives_an_outage_and_loses_nothing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker: Any = live.client._redis
+    read, away, tries = broker.xread, False, 0
+
+    async def cut_off(*args: Any, **kwargs: Any) -> Any:
+        nonlocal tries
+        if away and kwargs.get("block") is not None:
+            tries += 1
+            raise redis.ConnectionError("cut off")
+        return await read(*args, **kwargs)
+
+    monkeypatch.setattr(event_reader, "BLOCK_MS", 10)
+    monkeypatch.setattr(broker, "xread", cut_off)
+    ids = [live.submit()["id"] for _ in range(3)]
+    with live.http.stream("GET", "/v1/events", params={"jobs": ",".join(ids)}) as answer:
+        lines = answer.iter_lines()
+        told = read_until(lines, lambda told: len(told) == len(ids))
+        away = True
+        while tries < 3:
+            assert next(lines) is not None  # keep-alive comments
+        live.worker.run_all()  # this process alone is cut off
+        away = False
+        told += sse("\n".join(lines))
+    assert told[-1][1] == "end"
+    story = [one for one in told if one[1] not in (POSITION, "end")]
+    assert by_job(story) == by_job(sse(follow(live, *ids).text)), "nothing is lost, nothing comes twice"
+
+
+@pytest.mark.usefixtures("outage")
+def test_streams_of_a_key_and_by_metadata_outlive_an_outage(guarded: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Groups, "look_s", 0.01)
+    ann = new_key(guarded)
+    headers = {"Authorization": f"Bearer {ann}"}
+
+    def submit() -> str:
+        body = {"prompt": "a cat", "metadata": {"session": "s"}}
+        return str(guarded.http.post("/v1/jobs", json=body, headers=headers).raise_for_status().json()["id"])
+
+    first = submit()
+    with guarded.http.stream("GET", "/v1/events", params={"metadata.session": "s"}, headers=headers) as answer:
+        lines = answer.iter_lines()
+        assert [data["job_id"] for _, _, data in read_until(lines, lambda told: len(told) == 1)] == [first]
+        guarded.redis.connected = False
+        for _ in range(20):
+            assert first_of(lines, ": ") == "keep-alive"
+        problem(guarded.http.get(f"/v1/jobs/{first}", headers=headers), 503, "broker_unavailable")
+        guarded.redis.connected = True
+        second = submit()
+        guarded.worker.run_all()
+        told = read_until(lines, lambda told: sum(kind == "job.succeeded" for _, kind, _ in told) == 2)
+        assert {data["job_id"] for _, _, data in told} == {first, second}
+        revoke(guarded, headers)
+        for _ in lines:  # until the revoked key ends it
+            pass
+
+
+@pytest.mark.usefixtures("outage")
+@pytest.mark.parametrize("auth", ["none", "keys"])
+def test_an_eventsource_comes_back_until_the_broker_does(live: Live, guarded: Live, monkeypatch: pytest.MonkeyPatch, auth: str) -> None:
+    api, headers = (live, {}) if auth == "none" else (guarded, {"Authorization": f"Bearer {new_key(guarded, tenant='default')}"})
+    monkeypatch.setattr(type(api.client.event_reader), "outage_s", 0.1)
+    job_id = str(api.http.post("/v1/jobs", json={"prompt": "a cat"}, headers=headers).json()["id"])
+    with api.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as answer:
+        lines = answer.iter_lines()
+        ((last, _, _),) = read_until(lines, lambda told: len(told) == 1)
+        api.redis.connected = False
+        assert not [line for line in lines if "end" in line], "too long an outage ends it, and not as the last event does"
+    source = {**headers, "Accept": "text/event-stream"}
+    for path in (f"/v1/jobs/{job_id}/events", f"/v1/events?jobs={job_id}", "/v1/events?metadata.session=s"):
+        problem(api.http.get(path, headers=headers), 503, "broker_unavailable")
+        away = api.http.get(path, headers=source)
+        assert (away.status_code, away.text) == (200, f"retry: {api_events.AWAY_MS}\n\n")
+        assert away.headers["content-type"].startswith("text/event-stream")
+    api.redis.connected = True
+    api.worker.run_all()
+    story = sse(api.http.get(f"/v1/jobs/{job_id}/events", headers={**source, "Last-Event-ID": str(last)}).text)
+    kinds = [kind for _, kind, _ in story]
+    assert kinds[0] == "job.running" and kinds[-2:] == ["job.succeeded", "end"]
+
+
+def test_a_waiting_poll_does_not_wait_for_a_broker_that_is_away(live: Live) -> None:
+    job_id = live.submit()["id"]
+    threading.Timer(0.1, lambda: setattr(live.redis, "connected", False)).start()
+    problem(live.http.get(f"/v1/jobs/{job_id}", params={"wait": 60}), 503, "broker_unavailable")
+
+
+def read_until(lines: Iterator[str], enough: Callable[[Told], bool]) -> Told:
+    """The events of a stream, without places in the queue, until there are enough of them."""
+    told: Told = []
+    block: list[str] = []
+    while not enough(told):
+        line = next(lines)
+        block.append(line)
+        if not line:
+            told += [one for one in sse("\n".join(block)) if one[1] != POSITION]
+            block = []
+    return told
+
+
 # Tokens, and keys that are revoked
 
 
@@ -519,7 +630,7 @@ def test_a_stream_that_closes_leaves_nothing_of_its_group(live: Live, monkeypatc
         lines = answer.iter_lines()
         assert first_of(lines, "event: ") == "job.queued"
     for _ in range(6000):
-        if not live.app.state.groups._tenants and not live.client.event_reader._jobs:
+        if not live.app.state.groups._tenants and not live.client.event_reader.jobs:
             return
         time.sleep(0.01)
     pytest.fail("somebody still listens")

@@ -43,10 +43,10 @@ def served(settings: Settings) -> Iterator[Live]:
         with pytest.MonkeyPatch.context() as patch, live_api(patch, settings) as live:
             yield live
             for _ in range(1000):
-                if not (live.server.server_state.connections or live.server.server_state.tasks or live.client._events._jobs):
+                if not (live.server.server_state.connections or live.server.server_state.tasks or live.client._events.jobs):
                     break
                 time.sleep(0.01)
-            assert not live.server.server_state.connections and not live.server.server_state.tasks and not live.client._events._jobs
+            assert not live.server.server_state.connections and not live.server.server_state.tasks and not live.client._events.jobs
     finally:
         logging.getLogger().removeHandler(log)
     assert log.found == []

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from latentline.errors import InvalidRequest, LatentlineError
+from latentline.errors import BrokerUnavailable, InvalidRequest, LatentlineError
 from latentline.jobs import JobEvent
 from latentline.listener import POSITION, Listener
 
@@ -25,12 +26,36 @@ from .tokens import make_token
 
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream
 RETRY_MS = 1000  # after which an EventSource comes back when its connection breaks
+AWAY_MS = 3000  # the same while the broker is away
+NOT_KEPT = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
     204: {"description": "Every event of every job was told before"},
 }
 
-router = APIRouter(prefix="/v1", tags=["events"])
+
+class StreamRoute(APIRoute):
+    """A route whose answer lets an EventSource come back while the broker is away.
+
+    An EventSource takes any other status than 200 for the end (WHATWG HTML, 9.2.3), so it gets a stream that ends at once and says when
+    to come back. It asks for ``text/event-stream``; other clients get the error, 503.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except BrokerUnavailable:
+                if "text/event-stream" not in request.headers.get("accept", ""):
+                    raise
+                return Response(f"retry: {AWAY_MS}\n\n", media_type="text/event-stream", headers=NOT_KEPT)
+
+        return handle
+
+
+router = APIRouter(prefix="/v1", tags=["events"], route_class=StreamRoute)
 
 
 class TokenAnswer(BaseModel):
@@ -113,10 +138,9 @@ def _stream(
     if listener.ended and not endless:
         # The client has seen every event. 204 tells an EventSource that did not close at `end` not to reconnect.
         return StreamingResponse(iter(()), 204)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if request.scope.get(IS_HEAD):
-        return StreamingResponse(iter(()), media_type="text/event-stream", headers=headers)
-    return EventStream(_written(jobs, listener, name, endless), opened.pop_all(), headers)
+        return StreamingResponse(iter(()), media_type="text/event-stream", headers=NOT_KEPT)
+    return EventStream(_written(jobs, listener, name, endless), opened.pop_all(), NOT_KEPT)
 
 
 class EventStream(StreamingResponse):

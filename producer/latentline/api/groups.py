@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from latentline import records
 from latentline.client import AsyncClient
-from latentline.errors import LatentlineError
+from latentline.errors import BrokerUnavailable, LatentlineError
 from latentline.jobs import JobEvent
 from latentline.listener import Listener
 from latentline.records import Created, Look
@@ -67,7 +68,7 @@ class Groups:
     @contextlib.asynccontextmanager
     async def open(self, tenant: str, name: str, value: str, cursor: GroupCursor) -> AsyncIterator[Group]:
         """Follow a tenant's jobs with a value from where the cursor stands; without a position, those among its newest 2,000 jobs."""
-        async with self._reader.listen({}, many=True, places=True) as listener:
+        async with self._reader.listen({}, many=True, stream=True) as listener:
             group = Group(tenant, name, value, cursor, listener)
             place = self._tenants.get(tenant)
             if place is None:
@@ -96,12 +97,15 @@ class Groups:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _look(self) -> None:
+        answered = time.monotonic()
         while self._tenants:
             await asyncio.sleep(self.look_s)
             try:
                 await self._look_once()
-            except LatentlineError as error:
-                self._fail(error)
+                answered = time.monotonic()
+            except BrokerUnavailable as error:  # the next look finds what this one would have found
+                if time.monotonic() - answered > self._reader.outage_s:
+                    self._fail(error)
             except Exception as error:
                 log.exception("looking for new jobs failed")
                 self._fail(LatentlineError(str(error)))
@@ -116,7 +120,13 @@ class Groups:
                 group.waiting += [one for one in found if one.metadata.get(group.name) == group.value and self._is_new(group, one)]
                 if group.waiting:
                     growing.append(group)
-        await asyncio.gather(*map(self._follow, growing))
+        await asyncio.gather(*map(self._grow, growing))
+
+    async def _grow(self, group: Group) -> None:
+        try:
+            await self._follow(group)
+        except LatentlineError as error:  # a stream that is opened again, from its last event, follows these jobs as well
+            group.listener.fail(error)
 
     @staticmethod
     def _is_new(group: Group, one: Created) -> bool:

@@ -36,7 +36,7 @@ class Places:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _look(self) -> None:
-        while self._client.event_reader.reading:
+        while self._client.event_reader.jobs:
             await asyncio.sleep(self.look_s)
             try:
                 await self.look_once()
@@ -45,8 +45,8 @@ class Places:
 
     async def look_once(self) -> None:
         """Look at the places of the jobs whose turn it is, and tell those that have changed."""
-        reader = self._client.event_reader
-        waiting = reader.waiting()
+        jobs = self._client.event_reader.jobs
+        waiting = jobs.waiting()
         turn = waiting[self._next : self._next + self.most]
         self._next = self._next + self.most if self._next + self.most < len(waiting) else 0
         if not turn:
@@ -55,4 +55,4 @@ class Places:
         for one in turn:
             place = places[one.id]
             if place is not None and place != one.queue_position:
-                reader.moved(one.id, place)
+                jobs.moved(one.id, place)

@@ -76,7 +76,7 @@ class JobService:
 
     def eta_of_event(self, event: JobEvent) -> float | None:
         """The same as of an event of a job that is listened to."""
-        record = self._client.event_reader.record(event.job_id)
+        record = self._client.event_reader.jobs.record(event.job_id)
         return self._estimates.eta_s(record) if record else None
 
     def eta_s(self, record: JobRecord) -> float | None:
@@ -154,7 +154,7 @@ class JobService:
     @contextlib.asynccontextmanager
     async def listen(self, job_id: str, last_event_id: str | None) -> AsyncIterator[Listener]:
         """Follow a job; raises JobNotFound and TooManyStreams. It ends within seconds after the key was revoked."""
-        async with self._client.event_reader.listen({job_id: last_event_id}, self._sees, places=True) as listener:
+        async with self._client.event_reader.listen({job_id: last_event_id}, self._sees, stream=True) as listener:
             with self._streams.watch(self.principal.key, listener):
                 self._places.begin()
                 yield listener
@@ -162,7 +162,7 @@ class JobService:
     @contextlib.asynccontextmanager
     async def listen_to(self, after: Mapping[str, str | None]) -> AsyncIterator[Listener]:
         """Follow many jobs, each from after an event; raises as :meth:`listen`, JobNotFound where none of them is there."""
-        async with self._client.event_reader.listen(after, self._sees, many=True, places=True) as listener:
+        async with self._client.event_reader.listen(after, self._sees, many=True, stream=True) as listener:
             with self._streams.watch(self.principal.key, listener):
                 self._places.begin()
                 yield listener

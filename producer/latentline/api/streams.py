@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -67,12 +68,17 @@ class Streams:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _look(self) -> None:
+        answered = time.monotonic()
         while any(self._open):  # "" is no key
             await asyncio.sleep(self.check_s)
             try:
                 there = await self._client.keys([prefix for prefix in self._open if prefix])
+                answered = time.monotonic()
             except LatentlineError:
-                there = {}  # what cannot be checked is not open
+                # While the broker is away no key can be revoked, and no stream gets an event.
+                if time.monotonic() - answered < self._client.event_reader.outage_s:
+                    continue
+                there = {}  # what cannot be checked for long is not open
             for prefix, entry in self._open.items():
                 now = there.get(prefix)
                 if prefix and (now is None or now.digest != entry.digest):
