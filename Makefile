@@ -40,7 +40,7 @@ bench: $(STAMP) ## Measure throughput and latency of the engine on this machine
 faults: $(STAMP) ## Break everything that can break, at full counts (an hour); writes faults.json
 	LATENTLINE_FAULTS_JSON=faults.json $(BIN)/pytest tests/faults
 
-fuzz: $(STAMP) ## Generate many more requests from the API's and its dialects' own documents than `make test` does (hours)
+fuzz: $(STAMP) ## Generate many more requests from the API's and its dialects' own documents than `make test` does (long)
 	LATENTLINE_FUZZ_EXAMPLES=500 $(BIN)/pytest tests/integration/test_schemathesis.py
 
 mutants: $(STAMP) ## Mutate the core and see whether a test notices (hours; continues where it stopped)
