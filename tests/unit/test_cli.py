@@ -22,7 +22,7 @@ import pytest
 from support.commands import Service, call, refused, served
 
 from latentline import records
-from latentline.cli import main
+from latentline.cli import listing, main
 from latentline.connection import connect
 from latentline.jobs import JobError, JobRequest, resolve
 from latentline.testing import MODEL, TINY_PNG
@@ -145,6 +145,25 @@ def test_status_cancel_and_list(service: Service) -> None:
     assert len(call("jobs", "--limit", "1").stdout.splitlines()) == 1
 
 
+def test_jobs_are_listed_by_model_time_metadata_and_tenant(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = service.submit(metadata={"order": "17", "n": 2}), service.submit(tenant="shop", metadata={"order": "17"})
+    created = json.loads(call("status", other, "--json").stdout)["created_at"]
+
+    def listed(*options: str) -> list[str]:
+        return [job["id"] for job in json.loads(call("jobs", "--json", *options).stdout)["jobs"]]
+
+    assert listed("--metadata", "order:17") == [other, first] and listed("--metadata", "order:17", "--metadata", "n:2") == [first]
+    assert listed("--tenant", "shop") == [other] and listed("--model", MODEL.id) == [other, first] and listed("--model", "none") == []
+    assert listed("--since", created) == [other] and listed("--until", created) == [first]
+    assert listed("--since", "2020-01-01") == [other, first] and listed("--until", "2020-01-01T10:00:00+01:00") == []
+    page = json.loads(call("jobs", "--limit", "1", "--json").stdout)
+    assert [job["id"] for job in page["jobs"]] == [other] and listed("--cursor", page["next_cursor"]) == [first]
+    service.asked.clear()
+    monkeypatch.setattr(listing, "MAX_PAGE", 1)
+    assert listed("--limit", "3") == [other, first]
+    assert service.asked == [("GET", "/v1/jobs")] * 2, "pages are put together"
+
+
 def test_an_ended_job_is_deleted(service: Service) -> None:
     job_id = service.submit()
     assert "cancel it first" in refused("delete", job_id)
@@ -184,7 +203,10 @@ def test_models(service: Service) -> None:
         (["submit", "a cat", "--lora", "x:much"], "NAME:SCALE"),
         (["submit", "a cat", "--lora", "absent"], "no worker of 'latentline-emoji' has adapters"),
         (["jobs", "--status", "done"], "status"),
-        (["jobs", "--limit", "0"], "limit"),
+        (["jobs", "--limit", "0"], "--limit: got 0; allowed: at least 1"),
+        (["jobs", "--since", "yesterday"], "--since: got 'yesterday'; allowed: a date"),
+        (["jobs", "--metadata", "order"], "metadata"),
+        (["jobs", "--cursor", "x"], "cursor"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(service: Service, args: list[str], names: str) -> None:

@@ -33,6 +33,7 @@ def _no_number(text: Any) -> Any:
 
 
 Moment = Annotated[datetime, BeforeValidator(_no_number)]
+Entry = Annotated[str, Field(max_length=MAX_METADATA_BYTES, json_schema_extra={"pattern": ":"})]
 # Only documented here: the field of the request that it becomes is checked.
 IdempotencyKey = Annotated[str | None, Header(json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_CHARS})]
 
@@ -80,7 +81,7 @@ async def list_jobs(
     model: Annotated[str | None, Query(max_length=MAX_KEY_CHARS)] = None,
     created_after: Annotated[Moment | None, Query(description="Then or later")] = None,
     created_before: Annotated[Moment | None, Query(description="Earlier than this")] = None,
-    metadata: Annotated[list[Annotated[str, Field(max_length=MAX_METADATA_BYTES)]] | None, Query(description="key:value")] = None,
+    metadata: Annotated[list[Entry] | None, Query(description="key:value")] = None,
     tenant: Annotated[str | None, Query(max_length=100)] = None,
 ) -> JobPage:
     """Jobs, newest first: those of the key's tenant, of all tenants or of ``tenant`` for a key with the scope ``admin``.

@@ -12,8 +12,9 @@ from .dead import dead
 from .errors import Commands
 from .evaluate import evaluate
 from .grid import grid
-from .jobs import cancel, delete, jobs, status, submit
+from .jobs import cancel, delete, status, submit
 from .keys import keys
+from .listing import jobs
 from .loras import loras
 from .mcp import mcp
 from .models import models

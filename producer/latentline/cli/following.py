@@ -88,23 +88,41 @@ def _told(event: ServerSentEvent, show: Show) -> bool:
 
 @contextlib.contextmanager
 def _progress(job: dict[str, Any]) -> Iterator[Show]:
-    """A line on stderr that follows the job: a bar on a terminal, elsewhere one line when it begins."""
+    """What follows the job on stderr: on a terminal a line that is drawn anew, elsewhere one line when it begins."""
     if not sys.stderr.isatty():
         note(f"{job['id']}  {job['status']}")
         yield lambda kind, data: None
         return
-    columns = (
+    columns = (  # 74 characters at most: one line on a terminal of 80
         TextColumn("{task.description}", markup=False),
         BarColumn(30),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(f"{job['status']:<10}", total=job["num_steps"])
+        left = _left(job)
+        bar = progress.add_task(f"{clean(job['status']):<10.10}", total=job["num_steps"], left=left)
 
         def show(kind: str, data: dict[str, Any]) -> None:
+            nonlocal left
             step = data.get("step")
             phase = clean(data.get("phase") or data.get("status") or "")
-            progress.update(bar, description=f"{phase:<10.10}" if phase else None, completed=step if isinstance(step, int) else None)
+            if kind in ("position", "progress"):
+                left = _left(data)
+            progress.update(
+                bar,
+                description=f"{phase:<10.10}" if phase else None,
+                completed=step if isinstance(step, int) else None,
+                left="" if kind == "running" else left,
+            )
 
         yield show
+
+
+def _left(data: dict[str, Any]) -> str:
+    """What is before a job, or how long it still takes, where that is known: 14 characters at most."""
+    place, eta_s = data.get("queue_position"), data.get("eta_s")
+    if isinstance(eta_s, int | float):
+        return f"{eta_s:.0f} s left"[:14]
+    return f"{place} ahead"[:14] if isinstance(place, int) else ""

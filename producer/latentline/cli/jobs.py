@@ -1,4 +1,4 @@
-"""Jobs over HTTP: submit, status, cancel, delete, jobs."""
+"""Jobs over HTTP: submit, status, cancel, delete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .errors import EXIT_BAD_INPUT, EXIT_FAILED, fail
 from .following import follow
 from .options import json_option, url_option
 from .pictures import check_output, format_for, save
-from .remote import JOB_FIELDS, Api, job_path
+from .remote import Api, job_path
 
 PROMPT_CHARS = 60  # of a prompt in a list
 
@@ -115,22 +115,6 @@ def delete(job_id: str, url: str, as_json: bool) -> None:
         say_json({"id": job_id, "deleted": True})
     else:
         say(f"{job_id}  deleted")
-
-
-@click.command()
-@click.option("--status", "status_", help="queued, running, succeeded, failed or cancelled")
-@click.option("--limit", type=int, default=20, show_default=True)
-@url_option
-@json_option
-def jobs(status_: str | None, limit: int, url: str, as_json: bool) -> None:
-    """List jobs, newest first."""
-    params: dict[str, Any] = {"limit": limit} | ({"status": status_} if status_ else {})
-    page = Api(url).page("/v1/jobs", "jobs", JOB_FIELDS, params=params)
-    if as_json:
-        say_json(page)
-        return
-    for job in page["jobs"]:
-        show(job | {"images": []}, False)
 
 
 def show(job: dict[str, Any], as_json: bool) -> None:

@@ -57,6 +57,9 @@ def list_jobs(
     where = where or JobFilter(status, tenant or "")
     if len(where.metadata) > MAX_LABELS:
         raise InvalidRequest("metadata", len(where.metadata), f"at most {MAX_LABELS} entries")
+    for entry in where.metadata:
+        if ":" not in entry:
+            raise InvalidRequest("metadata", entry, "key:value, such as order:17")
     before, last_id = _begin(cursor, where.created_before)
     arguments = {
         "tenant": where.tenant,
