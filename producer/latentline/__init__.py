@@ -41,7 +41,8 @@ from .jobs import (
 from .models import ServedModel
 
 if TYPE_CHECKING:
-    from .client import AsyncClient, Client
+    from .async_client import AsyncClient
+    from .client import Client
     from .operations import Outcome
     from .records import JobFilter
     from .settings import Settings
@@ -83,7 +84,7 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"Client": "client", "AsyncClient": "client", "JobFilter": "records", "Outcome": "operations", "Settings": "settings"}
+_LAZY = {"Client": "client", "AsyncClient": "async_client", "JobFilter": "records", "Outcome": "operations", "Settings": "settings"}
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     """A service at LATENTLINE_URL."""
     redis, images = fakeredis.FakeServer(), HttpImages()
     monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
-    monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
+    monkeypatch.setattr("latentline.async_client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
     worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
     worker.announce()
     app = create_app(client=AsyncClient())

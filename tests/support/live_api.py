@@ -63,7 +63,7 @@ def live_api(
 ) -> Iterator[Live]:
     redis, images = fakeredis.FakeServer(), FakeImages()
     monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
-    monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
+    monkeypatch.setattr("latentline.async_client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
     worker = FakeWorker(fakeredis.FakeRedis(server=redis, decode_responses=True), images)
     worker.announce()
     client = AsyncClient(settings)

@@ -103,7 +103,7 @@ def client(
 ) -> Iterator[Any]:
     monkeypatch.setattr("latentline.operations.Images", lambda settings: images)
     monkeypatch.setattr("latentline.client.connect", lambda url: fakeredis.FakeRedis(server=server, decode_responses=True))
-    monkeypatch.setattr("latentline.client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=server, decode_responses=True))
+    monkeypatch.setattr("latentline.async_client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=server, decode_responses=True))
     if request.param == "sync":
         with Client(settings) as made:
             yield made

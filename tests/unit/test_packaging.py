@@ -32,7 +32,9 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
-@pytest.mark.parametrize("module", ["latentline", "latentline.client", "latentline.webhooks", "latentline.cli", "latentline.testing"])
+@pytest.mark.parametrize(
+    "module", ["latentline", "latentline.client", "latentline.async_client", "latentline.webhooks", "latentline.cli", "latentline.testing"]
+)
 def test_producer_imports_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from latentline import __version__
-from latentline.client import AsyncClient
+from latentline.async_client import AsyncClient
 from latentline.settings import Settings
 
 from . import batch, events, fleet, health, jobs, pictures, session, thumbnails, timelines

@@ -18,7 +18,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from latentline import records, routing
-from latentline.client import AsyncClient
+from latentline.async_client import AsyncClient
 from latentline.errors import ConfigurationError, NotAllowed, NotAuthenticated, RateExceeded
 from latentline.keys import ApiKey, Credential, Limits
 from latentline.keys import Scope as KeyScope

@@ -12,8 +12,8 @@ from latentline.operations import Outcome
 
 from .answers import ErrorBody, JobAnswer, answer, errors
 from .body import json_object
+from .dependencies import Submitting
 from .problems import problem_of
-from .service import Submitting
 
 MAX_BATCH = 100  # jobs of one request
 MAX_BATCH_BYTES = 1024 * 1024  # of its body

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from latentline import records
-from latentline.client import AsyncClient
+from latentline.async_client import AsyncClient
 from latentline.errors import LatentlineError
 from latentline.jobs import JobRecord, Status
 from latentline.models import StepCost

@@ -20,8 +20,9 @@ from latentline.listener import POSITION, Listener
 
 from .answers import ImageAnswer, errors
 from .cursors import MAX_JOBS, Cursor, GroupCursor
+from .dependencies import Listening, Reading
 from .methods import IS_HEAD
-from .service import JobService, Listening, Reading
+from .service import JobService
 from .tokens import make_token
 
 KEEP_ALIVE_S = 15.0  # between keep-alive comments on a quiet stream

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from latentline.records import Overview
 
 from .answers import JobAnswer, answer, errors
-from .service import Administering
+from .dependencies import Administering
 
 router = APIRouter(prefix="/v1", tags=["fleet"])
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from latentline import records
-from latentline.client import AsyncClient
+from latentline.async_client import AsyncClient
 from latentline.errors import BrokerUnavailable, LatentlineError
 from latentline.jobs import JobEvent
 from latentline.listener import Listener

@@ -20,7 +20,8 @@ from .answers import JobAnswer, JobPage, LoraAnswer, LoraList, ModelList, answer
 from .auth import bearer
 from .body import json_object
 from .conditional import IF_NONE_MATCH, unchanged
-from .service import Reading, Submitting, poll
+from .dependencies import Reading, Submitting
+from .polls import poll
 
 
 def _no_number(text: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from latentline.client import AsyncClient
+from latentline.async_client import AsyncClient
 from latentline.errors import LatentlineError
 from latentline.jobs import Sending
 

@@ -13,8 +13,8 @@ from latentline.jobs import ImageRef, JobRecord
 
 from .answers import errors
 from .conditional import IF_NONE_MATCH, unchanged
+from .dependencies import Reading
 from .methods import IS_HEAD
-from .service import Reading
 
 KEPT_S = 3600  # a browser keeps a picture for so long without asking; it never changes
 

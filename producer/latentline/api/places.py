@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from latentline import records
-from latentline.client import AsyncClient
+from latentline.async_client import AsyncClient
 from latentline.errors import LatentlineError
 
 log = logging.getLogger(__name__)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
-from fastapi import Depends, Query, Request
 from starlette.datastructures import State
 
 from latentline import tracing
-from latentline.client import AsyncClient
-from latentline.errors import InvalidRequest, JobNotFound, LatentlineError
+from latentline.async_client import AsyncClient
+from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import ImageRef, JobEvent, JobRecord, JobRequest, Sending
-from latentline.keys import Credential, Scope
 from latentline.listener import Listener
 from latentline.models import ServedModel
 from latentline.operations import Outcome
 from latentline.records import JobFilter, Overview, not_found
 from latentline.timeline import Timeline
 
-from .auth import Access, Principal, bearer, credential_of
+from .auth import Access, Principal
 from .cursors import GroupCursor
 from .estimates import Estimates
 from .groups import Group, Groups
 from .leavers import Leavers
 from .places import Places
 from .streams import Streams
-from .tokens import key_of_token, prefix_of_token
 
 
 class JobService:
@@ -223,64 +220,3 @@ def seen(record: JobRecord, principal: Principal) -> JobRecord:
     if principal.sees not in (None, record.request.tenant):
         raise not_found(record.id)
     return record
-
-
-async def poll(request: Request, job_id: str, wait_s: float = 0) -> JobRecord:
-    """One job for the key of a request, both in one round trip: what clients ask for most.
-
-    With ``wait_s``, once it has ended or after so many seconds. The wait ends within seconds after the key was revoked.
-    """
-    record, principal = await _poll(request, job_id)
-    if wait_s and not record.status.terminal:
-        await JobService(request.app.state, principal).wait(job_id, wait_s)
-        record, _ = await _poll(request, job_id)
-    return record
-
-
-async def _poll(request: Request, job_id: str) -> tuple[JobRecord, Principal]:
-    client: AsyncClient = request.app.state.client
-    access: Access = request.app.state.access
-    credential = credential_of(request) if access.keys else None
-    if credential is None:
-        principal = await access.principal(None, "read")
-        return await client.get(job_id), principal
-    found, key = await client.get_with_key(job_id, credential.prefix)
-    principal = access.check(credential, key, "read")
-    if isinstance(found, JobNotFound):
-        raise found
-    return seen(found, principal), principal
-
-
-def opened(
-    scope: Scope, scheme: Any = bearer, credential_of: Callable[[Request], Credential | None] = credential_of
-) -> Callable[..., Awaitable[JobService]]:
-    """A dependency that gives the service to whoever may do this.
-
-    Args:
-        scheme: names the way to present a key in the OpenAPI document.
-        credential_of: reads the key of a request.
-    """
-
-    async def service(request: Request, _: Any = scheme) -> JobService:
-        state = request.app.state
-        credential = credential_of(request) if state.access.keys else None
-        return JobService(state, await state.access.principal(credential, scope))
-
-    return service
-
-
-async def _listening(request: Request, _: Annotated[Any, bearer], token: Annotated[str | None, Query(max_length=200)] = None) -> JobService:
-    """The service for a stream, whose URL may hold a token instead of a key in a header."""
-    state = request.app.state
-    if token is None or not state.access.keys:
-        return await opened("read")(request)
-    prefix = prefix_of_token(token)
-    key = (await state.client.keys([prefix])).get(prefix)
-    return JobService(state, Principal(key_of_token(token, key)))
-
-
-# What a route declares to get the service. The key is looked at before the parameters and the body are.
-Reading = Annotated[JobService, Depends(opened("read"))]
-Submitting = Annotated[JobService, Depends(opened("submit"))]
-Administering = Annotated[JobService, Depends(opened("admin"))]
-Listening = Annotated[JobService, Depends(_listening)]

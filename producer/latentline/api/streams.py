@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from latentline.client import AsyncClient
+from latentline.async_client import AsyncClient
 from latentline.errors import LatentlineError, NotAuthenticated, TooManyStreams
 from latentline.keys import ApiKey
 from latentline.listener import Listener

@@ -20,9 +20,9 @@ from latentline.requests import MAX_SIZE_PX
 
 from .answers import errors
 from .conditional import IF_NONE_MATCH, unchanged
+from .dependencies import Reading
 from .methods import IS_HEAD
 from .pictures import lasting, picture_of
-from .service import Reading
 
 MAX_CACHE_BYTES = 32 * 1024 * 1024  # some 1,000 thumbnails of 256 pixels
 MAX_AT_ONCE = 2  # made at the same time, each from a picture in memory: one of 2048 x 2048 takes 12 MB

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from latentline.timeline import Timeline
 
 from .answers import errors
-from .service import Reading
+from .dependencies import Reading
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 

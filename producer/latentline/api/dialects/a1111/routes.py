@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from latentline.api.auth import credential_of
 from latentline.api.body import json_object
+from latentline.api.dependencies import opened
 from latentline.api.dialects import common
 from latentline.api.dialects.common import (
     ClientGone,
@@ -27,7 +28,7 @@ from latentline.api.dialects.common import (
     while_there,
 )
 from latentline.api.problems import Problem
-from latentline.api.service import JobService, opened
+from latentline.api.service import JobService
 from latentline.errors import InvalidRequest, NotAuthenticated
 from latentline.infotext import sampler_name
 from latentline.jobs import JobRecord

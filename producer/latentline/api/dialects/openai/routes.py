@@ -11,6 +11,7 @@ from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from latentline.api.body import json_object
+from latentline.api.dependencies import Reading, Submitting
 from latentline.api.dialects.common import (
     ClientGone,
     body_of,
@@ -25,7 +26,7 @@ from latentline.api.dialects.common import (
     written,
 )
 from latentline.api.problems import Problem, problem_of
-from latentline.api.service import JobService, Reading, Submitting
+from latentline.api.service import JobService
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import JobRecord, Sending
 from latentline.settings import Settings

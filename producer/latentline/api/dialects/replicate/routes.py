@@ -12,9 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from latentline.api.body import json_object
+from latentline.api.dependencies import Reading, Submitting
 from latentline.api.dialects.common import ClientGone, body_of, dialect_application, parsed, problem_answer, submit, wait
 from latentline.api.problems import Problem
-from latentline.api.service import JobService, Reading, Submitting
+from latentline.api.service import JobService
 from latentline.errors import InvalidRequest, LatentlineError
 from latentline.jobs import JobRecord
 from latentline.predictions import head, prediction, progress_line
