@@ -123,6 +123,7 @@ def test_a_producer_submits_reads_lists_follows_cancels_and_deletes(broker: Guar
     assert records.run(client, records.cancel(second, 600)).status is Status.CANCELLED
     assert [event.type for event in records.run(client, records.events(second))] == ["job.queued", "job.cancelled"]
     assert set(records.run(client, records.follow_many({first: None, second: None}))) == {first, second}
+    assert records.run(client, records.get_with_key(first, "none"))[1] is None
     assert records.run(client, records.positions({first: MODEL.id, second: MODEL.id})) == {first: 1, second: None}
     assert records.run(client, records.tagged("default", "session", "abc")) == [] and records.run(client, records.newest_at_ms("default"))
     assert records.run(client, records.step_costs()) == {}

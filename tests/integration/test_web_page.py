@@ -11,13 +11,16 @@ import pytest
 import redis
 from support.apis import Apis
 from support.browser import Origin, chromium
+from support.live_api import live_api, sse
 
-from latentline import records
+from latentline import Settings, records
+from latentline.api import events
+from latentline.event_reader import EventReader
 from latentline.keys import NewKey
 from latentline.testing import TINY_PNG, FakeImages, FakeWorker
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Request
 
 PAGE = re.search(r"```html\n(.+?)```", (Path(__file__).parents[2] / "docs/usage.md").read_text(), re.DOTALL)
 PATIENCE_MS = 60_000
@@ -96,6 +99,41 @@ def test_a_page_of_another_origin_follows_ten_jobs_on_one_stream(
     assert polled(page, api, key) == 30
     assert {path: count for path, count in store.asked.items() if path.startswith("/images/")} == pictures, "polls load no picture anew"
     assert problems == [] and all(content == TINY_PNG for _, content in store.files.values())
+
+
+LISTENING = """<script>
+window.told = [];
+window.source = new EventSource("API/v1/jobs/ID/events");
+for (const type of ["queued", "running", "progress", "succeeded"])
+  source.addEventListener(`job.${type}`, (event) => told.push(event.lastEventId));
+source.addEventListener("end", () => { source.close(); window.ended = true; });
+</script>"""
+
+
+def test_an_eventsource_comes_back_while_the_broker_is_away(browser: Browser, pages: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "AWAY_MS", 50)
+    monkeypatch.setattr(EventReader, "outage_s", 0.0)
+    with live_api(monkeypatch, Settings(cors_origins=pages.url)) as live:
+        job_id = live.submit()["id"]
+        page, asked = browser.new_page(), 0
+
+        def counted(request: Request) -> None:
+            nonlocal asked
+            asked += "/events" in request.url
+
+        page.on("request", counted)
+        page.goto(pages.serve("/", LISTENING.replace("API", str(live.http.base_url).rstrip("/")).replace("ID", job_id)))
+        page.wait_for_function("told.length == 1", timeout=PATIENCE_MS)
+        live.redis.connected = False
+        while asked < 4:
+            page.wait_for_event("request", timeout=PATIENCE_MS)
+        assert page.evaluate("source.readyState") != 2, "it is not closed"
+        live.redis.connected = True
+        live.worker.run_all()
+        page.wait_for_function("window.ended", timeout=PATIENCE_MS)
+        told = page.evaluate("told")
+        assert told == [event_id for event_id, kind, _ in sse(live.http.get(f"/v1/jobs/{job_id}/events").text) if kind != "end"]
+        page.close()
 
 
 def polled(page: Page, api: str, key: str) -> Any:

@@ -3,7 +3,7 @@ import { store } from "./store.js";
 
 const MOST = 50; // jobs on one stream; the rest follow when some of these have ended
 const SETTLE_MS = 150; // submissions that come close together open one stream
-const AGAIN_MS = 3000; // after an answer that was no stream, such as 503
+const AGAIN_MS = 3000; // after an answer that was no stream, such as 429
 
 let source = null;
 let following = "";
