@@ -1,8 +1,8 @@
 """``python -m benchmarks.polls``: what one poll of a job costs the API, in CPU time and in round trips to the broker.
 
-The API runs in a process of its own on a real Valkey, with and without keys, side by side. One client on one kept connection polls a
-queued job, and an ended one with eight pictures; each answered whole (200) and as unchanged (304). CPU time is that of the API's
-process alone; commands are counted by the broker.
+The API runs in a process of its own on a real Valkey, without keys, with keys, and with traces (of which polls have none), side by
+side. One client on one kept connection polls a queued job, and an ended one with eight pictures; each answered whole (200) and as
+unchanged (304). CPU time is that of the API's process alone; commands are counted by the broker.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,20 @@ WARM_UP = 200
 IMAGES = 8
 
 
+# What each API process is given; nobody listens at the endpoint, since nothing is sent.
+VARIANTS = {
+    "none": {"LATENTLINE_AUTH": "none"},
+    "keys": {"LATENTLINE_AUTH": "keys"},
+    "traces": {"LATENTLINE_AUTH": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"},
+}
+
+
 @contextmanager
-def api(url: str, auth: str, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+def api(url: str, variant: str, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """An API process on a free port: its URL and the process."""
-    env = clean_env(**without_store(url), LATENTLINE_AUTH=auth)
+    env = clean_env(**without_store(url), **VARIANTS[variant])
     env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
-    log = folder / f"api-{auth}.log"
+    log = folder / f"api-{variant}.log"
     with log.open("w") as out:
         child = subprocess.Popen([sys.executable, "-m", "latentline.cli", "api", "--port", "0"], env=env, stdout=out, stderr=out)
     try:
@@ -106,19 +114,20 @@ def run(rounds: int, polls: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name, Broker(Path(name) / "broker", "secret") as broker, closing(connect(broker.url)) as client:
         ids = jobs(client)
         key, _ = records.run(client, records.create_key(NewKey.parse(tenant="default", scopes=("read",), limits={})))
-        with api(broker.url, "none", Path(name)) as without, api(broker.url, "keys", Path(name)) as with_keys:
+        with ExitStack() as stack:
+            running = {variant: stack.enter_context(api(broker.url, variant, Path(name))) for variant in VARIANTS}
             for _ in range(rounds):
-                for auth, (url, process) in (("none", without), ("keys", with_keys)):
-                    headers = {"Authorization": f"Bearer {key}"} if auth == "keys" else {}
+                for variant, (url, process) in running.items():
+                    headers = {"Authorization": f"Bearer {key}"} if variant == "keys" else {}
                     with httpx.Client(base_url=url, headers=headers, trust_env=False) as http:
                         for job, job_id in ids.items():
                             path = f"/v1/jobs/{job_id}"
                             for etag in (None, http.get(path).headers["etag"]):
-                                case = (auth, job, 304 if etag else 200)
+                                case = (variant, job, 304 if etag else 200)
                                 found.setdefault(case, []).append(measure(http, process, client, path, etag, polls))
     return [
-        {"auth": auth, "job": job, "status": status, **{name: _spread([one[name] for one in runs]) for name in runs[0]}}
-        for (auth, job, status), runs in found.items()
+        {"variant": variant, "job": job, "status": status, **{name: _spread([one[name] for one in runs]) for name in runs[0]}}
+        for (variant, job, status), runs in found.items()
     ]
 
 
@@ -138,8 +147,10 @@ def main() -> None:
     for row in rows:
         cpu, trips, latency = (row[name] for name in ("cpu_ms", "round_trips", "latency_ms"))
         spread = f"{cpu['median']:.2f} ms ({cpu['least']:.2f} to {cpu['most']:.2f})"
-        case = f"auth={row['auth']:<5} {row['job']:<17} {row['status']}"
+        case = f"{row['variant']:<6} {row['job']:<17} {row['status']}"
         print(f"{case}  CPU {spread}, {trips['median']:.2f} round trips, {latency['median']:.2f} ms")
+    plain, traced = (sum(row["cpu_ms"]["median"] for row in rows if row["variant"] == variant) for variant in ("none", "traces"))
+    print(f"with traces, all cases together: {traced / plain:.3f} times the CPU time")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     model_aliases: str = ""  # what clients of other services may call a model: gpt-image-2=latentline-emoji,sdxl=base/sdxl
     metrics_port: Annotated[int, Field(ge=0, le=65000)] = 0  # for Prometheus; 0: no metrics are served
     metrics_host: str = "127.0.0.1"
+    log_format: Literal["text", "json"] = "text"  # of API, workers and deliverers, on stderr
     # whsec_..., or several separated by commas during a rotation: each callback is signed with all of them. Needed for callbacks.
     callback_secret: SecretStr | None = None
     # Callbacks go to global addresses only, and to these networks: 10.1.0.0/16,192.168.7.5

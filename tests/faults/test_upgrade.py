@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from support.cluster import ROLE_PASSWORD, THIS_CODE, Cluster, Code
+from support.collector import Collector
 from support.receiver import Receiver
 
 from latentline import routing
@@ -120,7 +121,9 @@ def fleet(cluster: Cluster, receiver: Receiver, full: bool) -> Iterator[Fleet]:
 
 
 @pytest.mark.parametrize("first", ["API first", "workers first"])
-def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: bool, figure: Figure, first: str) -> None:
+def test_upgrading_one_process_at_a_time(
+    fleet: Fleet, collector: Collector, old_code: Code, full: bool, figure: Figure, first: str
+) -> None:
     cluster, count, kills = fleet.cluster, 6 if full else 1, 4 if full else 1
     fleet.allow(old_code)
     worker = fleet.start_worker(old_code, wait=False)  # loads its model meanwhile
@@ -158,6 +161,8 @@ def test_upgrading_one_process_at_a_time(fleet: Fleet, old_code: Code, full: boo
     ended = cluster.check_invariants()
     served_by = {str(record.worker) for record in done}
     assert len(served_by) > 1, "only one version has run jobs: the test shows nothing"
+    # What the old worker lost is told by the new one, in traces that the old processes have left alone.
+    cluster.until(lambda: any(span.attributes.get("latentline.outcome") == "lost" for span in collector.spans))
     figure(
         f"an upgrade one process at a time, {first}",
         jobs=len(cluster.accepted),

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import httpx
@@ -31,14 +32,26 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
-    running = Stack(tmp_path_factory.mktemp("stack"))
+def stack_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the stack keeps its data and logs."""
+    return tmp_path_factory.mktemp("stack")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, stack_folder: Path, collector: Collector) -> Iterator[Stack]:
+    """It logs everything, as JSON, and sends its spans to the collector."""
+    running = Stack(stack_folder)
+    loud = tmp_path_factory.mktemp("loud")
+    (loud / "sitecustomize.py").write_text("import latentline.logs\nlatentline.logs.LEVEL = 10\n")
+    path = os.pathsep.join(filter(None, (str(loud), os.environ.get("PYTHONPATH"))))
+    logs = {"LATENTLINE_LOG_FORMAT": "json", "PYTHONPATH": path}
     adapters = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two")):
         save_file(bundled_updates(seed), adapters / f"{name}.safetensors")
     try:
         aliases = {"LATENTLINE_MODEL_ALIASES": "gpt-image-2=latentline-emoji"}
-        with mock.patch.dict(os.environ, {"LATENTLINE_LORA_DIR": str(adapters), **aliases, **CALLBACKS, **collector.environment}):
+        given = {"LATENTLINE_LORA_DIR": str(adapters), **aliases, **CALLBACKS, **logs, **collector.environment}
+        with mock.patch.dict(os.environ, given):
             running.start()
     except MissingExtra as error:
         if os.environ.get("CI"):

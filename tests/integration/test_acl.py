@@ -256,6 +256,8 @@ def test_a_worker_may_take_every_transition_of_a_record(broker: Guarded) -> None
     assert claim is not None
     assert store.settle(job, claim.token, Status.FAILED, error=failure).error == failure
     assert records.run(client, records.get(job)).status is Status.FAILED
+    told = [one.outcome for one in store.attempts(records.run(client, records.get(job)))]
+    assert told == ["handed_over", "error", "error", "lost", "failed"]
 
     (cancelled,) = submit(producer)
     claim = store.claim(cancelled, "six", 30)

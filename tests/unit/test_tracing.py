@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fakeredis
+import httpx
 import pytest
 from fastapi import FastAPI
 from opentelemetry import trace
@@ -31,7 +33,8 @@ from latentline import Settings, records
 from latentline.addresses import CallbackRule, parse_networks, parse_ports
 from latentline.api.app import create_app
 from latentline.api.telemetry import TRACED, untraced
-from latentline.jobs import JobRequest, resolve
+from latentline.errors import BrokerUnavailable
+from latentline.jobs import JobRecord, JobRequest, resolve
 from latentline.records import Records
 from latentline.testing import FakeImages, FakeWorker
 from latentline.timeline import Account
@@ -143,6 +146,44 @@ def test_what_only_reads_has_no_span(api: Live, memory: InMemorySpanExporter) ->
     assert memory.get_finished_spans() == ()
 
 
+def calls_of_a_poll(monkeypatch: pytest.MonkeyPatch, traces: Traces | None) -> int:
+    """Functions that one poll calls in the API, in the client and in what stands for the broker; the least of several polls."""
+    redis = fakeredis.FakeServer()
+    monkeypatch.setattr("latentline.operations.Images", lambda settings: FakeImages())
+    monkeypatch.setattr("latentline.async_client.connect_async", lambda url: fakeredis.FakeAsyncRedis(server=redis, decode_responses=True))
+    blocking = fakeredis.FakeRedis(server=redis, decode_responses=True)
+    (record,) = records.run(blocking, records.submit([resolve(JobRequest.parse({"prompt": PROMPT}))], 600))
+    app = create_app(Settings(auth="none"), traces=traces)
+
+    async def polls() -> int:
+        found = []
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http,
+        ):
+            for _ in range(6):
+                calls = 0
+
+                def count(frame: Any, event: str, argument: Any) -> None:
+                    nonlocal calls
+                    calls += event in ("call", "c_call")
+
+                sys.setprofile(count)
+                answer = await http.get(f"/v1/jobs/{record.id}")
+                sys.setprofile(None)
+                assert answer.status_code == 200
+                found.append(calls)
+        return min(found)
+
+    return asyncio.run(polls())
+
+
+def test_a_poll_costs_with_traces_what_it_costs_without(monkeypatch: pytest.MonkeyPatch, traces: Traces) -> None:
+    without, with_traces = (calls_of_a_poll(monkeypatch, one) for one in (None, traces))
+    print(f"a poll: {without} function calls, with traces {with_traces - without} more")
+    assert with_traces - without <= 40
+
+
 def posts(app: FastAPI, prefix: str = "") -> Iterator[str]:
     """Paths that take a POST, also those of the dialects."""
     yield from (prefix + path for path, methods in app.openapi()["paths"].items() if "post" in methods)
@@ -151,8 +192,8 @@ def posts(app: FastAPI, prefix: str = "") -> Iterator[str]:
             yield from posts(route.app, prefix + route.path)
 
 
-def test_every_route_that_makes_or_cancels_a_job_is_traced() -> None:
-    found = {path: re.sub(r"{\w+_id}", JOB, path) for path in posts(create_app(Settings(auth="none")))}
+def test_every_route_that_makes_or_cancels_a_job_is_traced(api: Live) -> None:
+    found = {path: re.sub(r"{\w+_id}", JOB, path) for path in posts(api.app)}
     plain = {path for path, example in found.items() if not TRACED.fullmatch(example)}
     assert len(found) - len(plain) == 10
     made = {"txt2img", "interrupt", "predictions", "generations", "cancel", "batch", "jobs", "replay"}
@@ -232,10 +273,27 @@ def test_an_attempt_links_to_the_one_that_its_worker_told_of(bench: RunnerBench,
     assert [f"{link.context.span_id:x}" for link in attempt.links] == ["7" * 16]
 
 
-def test_an_error_in_the_telling_of_spans_ends_no_job(
-    bench: RunnerBench, memory: InMemorySpanExporter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_an_attempt_is_told_also_where_the_broker_does_not_tell_of_those_before_it(
+    bench: RunnerBench, memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AttemptSpans, "_tell", lambda *_: 1 / 0)
+    job_id = submit(bench)
+    claim = bench.records.claim(job_id, "other@test", 30)
+    assert claim is not None and bench.records.release(job_id, claim.token)
+
+    def refused(record: JobRecord) -> None:
+        raise BrokerUnavailable("the broker does not let the user do this")
+
+    monkeypatch.setattr(bench.records, "attempts", refused)
+    bench.runner.run(job_id)
+    (attempt,) = (span for span in memory.get_finished_spans() if span.name == "attempt")
+    assert attempt.links == () and (attempt.attributes or {})["latentline.attempt"] == 2
+
+
+@pytest.mark.parametrize("broken", ["_start", "attributes_of", "AttemptSpans._describe"])
+def test_an_error_in_the_making_of_spans_ends_no_job(
+    bench: RunnerBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(f"latentline_worker.generate.spans.{broken}", lambda *_: 1 / 0)
     job_id = submit(bench)
     bench.runner.run(job_id)
     assert records.run(bench.records._client, records.get(job_id)).status == "succeeded"

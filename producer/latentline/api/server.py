@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from latentline.logs import set_up_logs
 from latentline.settings import Settings
 from latentline.tracing import open_traces
 
@@ -28,11 +29,15 @@ def serve(settings: Settings, host: str, port: int, fd: int | None, shutdown_s: 
     Raises:
         ConfigurationError: it would serve without keys elsewhere than on loopback, or the port for metrics is taken.
     """
+    name = f"api@{socket.gethostname()}:{os.getpid()}"
+    set_up_logs(settings.log_format, name)
     listener = None if fd is None else socket.socket(fileno=fd)
     check_exposure(settings, host, listener)
-    options: dict[str, Any] = {"access_log": False, "timeout_graceful_shutdown": shutdown_s, "http": PatientProtocol, "ws": "none"}
+    # Its logs are those of this process: log_config would give them handlers of their own.
+    options: dict[str, Any] = {"access_log": False, "log_config": None, "timeout_graceful_shutdown": shutdown_s}
+    options |= {"http": PatientProtocol, "ws": "none"}
     metrics = serve_api_metrics(settings) if settings.metrics_port else None
-    traces = open_traces("api", f"api@{socket.gethostname()}:{os.getpid()}")
+    traces = open_traces("api", name)
     application = create_app(settings, metrics=metrics, traces=traces)
     server = uvicorn.Server(uvicorn.Config(application, host=host, port=port, **options))
     # uvicorn takes every inherited descriptor for a Unix socket, and asyncio then leaves TCP_NODELAY out, which costs 40 ms an

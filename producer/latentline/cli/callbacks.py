@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import click
@@ -27,7 +26,6 @@ def serve_callbacks() -> None:
     """Deliver callbacks until told to stop."""
     module = load("latentline_worker.callbacks.worker", "latentline callbacks serve", "callbacks")
     check_settings()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     sys.exit(module.serve(module.ProcessSettings()))
 
 

@@ -23,6 +23,7 @@ import httpx
 
 from latentline.addresses import CallbackRule
 from latentline.errors import ConfigurationError
+from latentline.logs import about_job
 from latentline.records import Records
 from latentline.tracing import current_traceparent
 from latentline.webhooks import sign
@@ -95,6 +96,10 @@ class Deliverer:
         taken = self._records.take_callback(callback_id, self._timeout_s + LOCK_MARGIN_S)
         if taken is None:
             return
+        with about_job(taken["job_id"], taken["record"].traceparent if taken["record"] else ""):
+            self._deliver(taken)
+
+    def _deliver(self, taken: dict[str, Any]) -> None:
         if taken["record"] is None:
             self._settle(taken, "failed", "the record is of a version that this deliverer cannot read")
             return
@@ -116,7 +121,7 @@ class Deliverer:
             self._settle(taken, "failed", f"{type(error).__name__}: {error}")
             return
         if not self._enter(host):
-            self._records.put_back_callback(callback_id, taken["tries"], random.uniform(0.5, 1.5))
+            self._records.put_back_callback(taken["id"], taken["tries"], random.uniform(0.5, 1.5))
             return
         try:
             with self._metrics.seconds.time(), try_span(self._tracer, taken):

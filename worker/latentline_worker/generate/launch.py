@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from latentline.errors import LatentlineError
+from latentline.logs import name_process, set_up_logs
 from latentline_worker.embedded.orphans import die_with_parent
 from latentline_worker.settings import WorkerSettings
 
@@ -37,10 +38,10 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--concurrency", type=int, help="jobs in flight per process")
     parser.add_argument("--device", help=argparse.SUPPRESS)  # given to children: the index of their one device
     options = parser.parse_args(args)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     given = {"model": options.model, "models": options.models, "concurrency": options.concurrency}
     try:
         settings = WorkerSettings(**{key: value for key, value in given.items() if value is not None})
+        set_up_logs(settings.log_format)
         devices = visible_devices()
         if options.device is None and len(devices) > 1:
             return supervise(_start_children(devices, args))
@@ -109,6 +110,9 @@ def _next_signal() -> int | None:
 def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     """Load the models onto one device and run their worker until SIGTERM."""
     os.environ["CUDA_VISIBLE_DEVICES"] = device_index or ""  # before torch is imported
+    name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
+    name_process(name)
+    libraries_log_here()
 
     from latentline.connection import connect
     from latentline.records import Records
@@ -120,7 +124,6 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     from .worker import GenerateWorker
 
     LivenessFile(settings.ready_file).remove()  # a container that was restarted still has its old file
-    name = f"{'cpu' if device_index is None else f'gpu{device_index}'}@{socket.gethostname()}:{os.getpid()}"
     roster, engine, loader = loading.start(settings)
     store = ImageStore(settings)
     store.ensure_bucket()
@@ -130,6 +133,17 @@ def _serve(settings: WorkerSettings, device_index: str | None) -> int:
     offset = int(device_index) if device_index and device_index.isdigit() else 0
     traces = open_traces("worker", name)
     return GenerateWorker(name, settings, roster, engine, records, store, loader, offset, traces).run()
+
+
+def libraries_log_here() -> None:
+    """Let the libraries of models log as the rest of the process does, instead of through handlers of their own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_default_handler()
+        library.enable_propagation()
+        library.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from latentline.errors import BrokerUnavailable, InvalidRequest, JobNotFound, LatentlineError, StaleToken
 from latentline.jobs import Claim, ImageRef, JobError, JobRecord, Status
+from latentline.logs import about_job
 from latentline.records import Backoff, Records
 from latentline_worker.engine.checkpoint import Checkpoint
 from latentline_worker.engine.engine import Engine
@@ -94,9 +95,9 @@ class JobRunner:
             claim = self._claim(job_id, alone)
             if claim is None:
                 return
-            log.info("job %s: started, attempt %d", job_id, claim.record.attempt)
             timings: Timings = {}
-            with self._leases.hold(claim) as job:
+            with about_job(job_id, claim.record.traceparent), self._leases.hold(claim) as job:
+                log.info("job %s: started, attempt %d", job_id, claim.record.attempt)
                 job.claim_began = claim_began
                 self._conclude(job, self._attempt(job, timings), timings)
 

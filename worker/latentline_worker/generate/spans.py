@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from latentline.errors import LatentlineError
 from latentline.jobs import JobRecord
 from latentline.records import AttemptStory, Records
 from latentline.timeline import Account, Attempt
@@ -56,40 +57,61 @@ class AttemptSpans:
     @contextmanager
     def ending(self, job: LeasedJob) -> Iterator[Ending]:
         """Around the call that ends an attempt. Its spans are made if that call was this worker's to make; they never fail the job."""
-        if self._tracer is None:
+        span, began = self._begin(job), time.monotonic()
+        if span is None:
             yield Ending(account_of(job))
             return
-        record = job.claim.record
-        began_s, claim_s = _after(job, time.monotonic()), _after(job, job.claim_began)
-        span = _start(self._tracer, "attempt", context_of(record.traceparent), record, claim_s)
-        ending = Ending(account_of(job, traceparent_of(span.get_span_context()) if span.is_recording() else ""))
+        ending = Ending(account_of(job, traceparent_of(span.get_span_context())))
         yield ending
-        if span.is_recording() and ending.outcome:
+        if ending.outcome:
+            calls = (("claim", job.claim_began, job.claimed_at), ("settle", began, time.monotonic()))
             try:
-                self._tell(job, span, ending, ((claim_s, _after(job, job.claimed_at)), (began_s, _after(job, time.monotonic()))))
+                self._tell(job, span, ending, [(name, _after(job, start), _after(job, end)) for name, start, end in calls])
             except Exception:
-                log.exception("job %s: no spans of this attempt", record.id)
+                log.exception("job %s: no spans of this attempt", job.claim.record.id)
 
-    def _tell(self, job: LeasedJob, span: Span, ending: Ending, own: tuple[tuple[float, float], tuple[float, float]]) -> None:
+    def _begin(self, job: LeasedJob) -> Span | None:
+        """The span of an attempt, from its claim on; None where its trace is not kept."""
+        if self._tracer is None:
+            return None
+        record = job.claim.record
+        try:
+            span = _start(self._tracer, context_of(record.traceparent), record, _after(job, job.claim_began))
+        except Exception:
+            log.exception("job %s: no spans of this attempt", record.id)
+            return None
+        return span if span.is_recording() else None
+
+    def _tell(self, job: LeasedJob, span: Span, ending: Ending, calls: Sequence[tuple[str, float, float]]) -> None:
+        """Make the spans of earlier attempts that nobody told of, then those of this one; ``calls`` to the broker are among them."""
         assert self._tracer is not None
         record = job.claim.record
-        stories = self._records.attempts(record) if record.attempt > 1 else []
+        stories = self._stories(record)
         earlier = [story for story in stories if story.number < record.attempt]
         untold = list(takewhile(lambda story: story.account is None, reversed(earlier)))[::-1]
         rest = earlier[: len(earlier) - len(untold)]
         link = rest[-1].account.span if rest and rest[-1].account else ""
         for story in untold:
-            lost = _start(self._tracer, "attempt", context_of(record.traceparent), record, story.claimed_s, link)
+            lost = _start(self._tracer, context_of(record.traceparent), record, story.claimed_s, link)
             self._describe(lost, record, story.as_answer(story.ended_s or story.claimed_s), ())
             link = traceparent_of(lost.get_span_context())
         for one in link_to(link):
             span.add_link(one.context)
         queued_s = next((story.queued_s for story in stories if story.number == record.attempt), 0.0)
-        story = AttemptStory(record.attempt, 0, record.worker, queued_s, _after(job, job.claimed_at), 0, own[1][1], ending.outcome)
+        ended_s = calls[-1][2]
+        story = AttemptStory(record.attempt, 0, record.worker, queued_s, _after(job, job.claimed_at), 0, ended_s, ending.outcome)
         story.account = Account.read(ending.account)
         if ending.error:
             span.set_attribute("error.type", ending.error)
-        self._describe(span, record, story.as_answer(own[1][1]), (("claim", *own[0]), ("settle", *own[1])))
+        self._describe(span, record, story.as_answer(ended_s), calls)
+
+    def _stories(self, record: JobRecord) -> list[AttemptStory]:
+        """Of all attempts, where there were others; none where the broker does not tell, for one since its users' rules are old."""
+        try:
+            return self._records.attempts(record) if record.attempt > 1 else []
+        except LatentlineError as error:
+            log.warning("job %s: the spans of its earlier attempts are missing: %s", record.id, error.message)
+            return []
 
     def _describe(self, span: Span, record: JobRecord, attempt: Attempt, more: Sequence[tuple[str, float, float]]) -> None:
         """Fill an attempt's span, give it its children and end it. Times are seconds after the submission."""
@@ -116,12 +138,12 @@ class AttemptSpans:
         span.end(_ns(record, attempt.claimed_s if attempt.ended_s is None else attempt.ended_s))
 
 
-def _start(tracer: Tracer, name: str, parent: Context | None, record: JobRecord, start_s: float, link: str = "") -> Span:
+def _start(tracer: Tracer, parent: Context | None, record: JobRecord, start_s: float, link: str = "") -> Span:
     from opentelemetry.context import Context
     from opentelemetry.trace import SpanKind
 
     return tracer.start_span(
-        name,
+        "attempt",
         Context() if parent is None else parent,  # without a parent it begins a trace
         SpanKind.CONSUMER,
         attributes=attributes_of(record),

@@ -24,7 +24,7 @@ from latentline_worker.maintenance.liveness import LivenessFile
 from latentline_worker.maintenance.reaper import Reaper
 from latentline_worker.maintenance.upkeep import Upkeep
 from latentline_worker.settings import WorkerSettings
-from latentline_worker.transport.app import NO_GOSSIP, create_app
+from latentline_worker.transport.app import LOGS, NO_GOSSIP, create_app
 
 from .announcer import Announcer
 from .leases import Leases
@@ -200,7 +200,7 @@ class GenerateWorker:
             # One shard, so one tenant, gets half of the threads at most: another tenant's jobs need not wait for it.
             concurrency=2 * self._settings.concurrency,
             queues=self._queues(),
-            loglevel="INFO",
+            **LOGS,
             **NO_GOSSIP,
         )
 

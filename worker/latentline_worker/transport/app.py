@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import celery.apps.worker
 from celery import Celery
 from celery.signals import task_postrun, task_received
 from kombu import Queue
 
+from latentline import logs
 from latentline.records import Records
 from latentline.routing import GENERATE_UNACKED, PRIORITY_SEPARATOR, PRIORITY_STEPS
 from latentline.settings import Settings
@@ -25,6 +27,8 @@ from .fairness import HeldMessages, LeastServedFirst
 
 # kombu's options for the keys of unacknowledged messages; each value is appended to the role's key.
 UNACKED = {"unacked_key": "", "unacked_index_key": ":index", "unacked_mutex_key": ":mutex"}
+# Celery's own set-up leaves the handlers alone and takes the level; its banner would be lines between records.
+LOGS: dict[str, Any] = {"loglevel": logs.LEVEL, "quiet": True}
 # Workers do not talk to each other through Celery: the records tell who is alive.
 NO_GOSSIP: dict[str, Any] = {"without_heartbeat": True, "without_gossip": True, "without_mingle": True}
 
@@ -44,6 +48,7 @@ def create_app(
         unacked: the key under which the role keeps its unacknowledged messages.
         attention: at which of the queues to wait; by default at all of them.
     """
+    celery.apps.worker.safe_say = lambda *_: None  # "Warm shutdown", written to stderr past all handlers
     held = attention.held if attention else HeldMessages()
     app = Celery("latentline", broker=settings.redis_url.get_secret_value(), set_as_current=False)
     app.conf.update(
