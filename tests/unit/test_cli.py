@@ -330,14 +330,14 @@ def test_the_api_command_ends_open_streams_when_it_is_stopped(valkey_url: str) -
         process.communicate()
 
 
-def test_a_setting_that_is_wrong_is_named() -> None:
+@pytest.mark.parametrize("command", [["api", "--port", "0"], ["up", "--port", "0"], ["demo"]], ids=lambda command: command[0])
+def test_a_setting_that_is_wrong_is_named_before_anything_starts(command: list[str], tmp_path: Path) -> None:
     env = {**os.environ, "LATENTLINE_PRESIGN_TTL_S": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "latentline.cli", "api", "--port", "0"], env=env, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
+    run = [sys.executable, "-m", "latentline.cli", *command]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     (line,) = done.stderr.splitlines()
-    assert "presign_ttl_s" in line.lower()
+    assert line.startswith("latentline: LATENTLINE_PRESIGN_TTL_S: ")
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -63,6 +63,7 @@ def up(data_dir: Path | None, port: int, model: str | None, as_json: bool) -> No
 @json_option
 def demo(prompts: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Make pictures on embedded services, from nothing to files in a folder."""
+    check_settings()
     sys.exit(_stack_module("latentline demo", "latentline_worker.embedded.demo").run(list(prompts) or None, out, as_json))
 
 
