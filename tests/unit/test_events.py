@@ -18,6 +18,7 @@ from latentline.api import events as api_events
 from latentline.api import streams as api_streams
 from latentline.api import tokens
 from latentline.api.cursors import MAX_JOBS, Cursor, GroupCursor
+from latentline.api.estimates import Estimates
 from latentline.api.groups import Groups
 from latentline.api.places import Places
 from latentline.api.streams import Streams
@@ -258,6 +259,7 @@ def test_the_number_of_streams_is_bounded(live: Live, monkeypatch: pytest.Monkey
 
 def test_a_stream_tells_places_in_the_queue_and_estimates(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Places, "look_s", 0.01)
+    monkeypatch.setattr(Estimates, "life_s", 0.01)
     first, second, third = (live.submit(num_inference_steps=20)["id"] for _ in range(3))
     live.worker.records.heartbeat(live.worker.name, Working(costs={MODEL.id: StepCost(rows=8, step_s=0.4, pixels=64 * 64)}))
     while live.http.get(f"/v1/jobs/{third}").json()["eta_s"] is None:
@@ -386,9 +388,12 @@ def test_streams_of_a_key_and_by_metadata_outlive_an_outage(guarded: Live, monke
 
 
 @pytest.mark.usefixtures("outage")
-@pytest.mark.parametrize("auth", ["none", "keys"])
-def test_an_eventsource_comes_back_until_the_broker_does(live: Live, guarded: Live, monkeypatch: pytest.MonkeyPatch, auth: str) -> None:
-    api, headers = (live, {}) if auth == "none" else (guarded, {"Authorization": f"Bearer {new_key(guarded, tenant='default')}"})
+@pytest.mark.parametrize("name", ["live", "guarded"])
+def test_an_eventsource_comes_back_until_the_broker_does(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    api: Live = request.getfixturevalue(name)
+    headers = {"Authorization": f"Bearer {new_key(api, tenant='default')}"} if name == "guarded" else {}
     monkeypatch.setattr(type(api.client.event_reader), "outage_s", 0.1)
     job_id = str(api.http.post("/v1/jobs", json={"prompt": "a cat"}, headers=headers).json()["id"])
     with api.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as answer:
