@@ -22,7 +22,7 @@ from .tracing import current_traceparent, trace_id_of
 log = logging.getLogger(__name__)
 
 LEVEL = logging.INFO
-# These log whole requests and answers below INFO, among them pictures, whose files hold their prompts.
+# These log requests with their headers, signatures and signed URLs below INFO.
 TALKATIVE = ("botocore", "boto3", "s3transfer", "httpcore", "httpx")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

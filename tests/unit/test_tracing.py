@@ -106,6 +106,16 @@ def test_the_head_of_a_trace_decides_whether_it_is_kept(api: Live, memory: InMem
     assert records.run(api.worker.redis, records.get(job["id"])).traceparent.endswith("-00"), "workers hear of it"
 
 
+def test_a_sampler_of_the_environment_decides_where_no_client_has(monkeypatch: pytest.MonkeyPatch, memory: InMemorySpanExporter) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    traces = Traces("latentline-test", "one", memory)
+    with traces.tracer.start_as_current_span("a root") as span:
+        assert not span.is_recording() and int(current_traceparent()[-2:], 16) & 1 == 0
+    assert traces.tracer.start_span("of a client", context_of(TRACEPARENT)).is_recording()
+    traces.close()
+
+
 def test_a_cancel_and_a_repeated_submission_link_to_the_trace_of_the_job(api: Live, memory: InMemorySpanExporter) -> None:
     body = {"prompt": PROMPT, "idempotency_key": "once"}
     job = api.http.post("/v1/jobs", json=body, headers={"traceparent": TRACEPARENT}).json()
