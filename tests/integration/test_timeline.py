@@ -45,7 +45,8 @@ def test_jobs_that_ran_together_tell_every_step_and_how_many_shared_it(stack: St
         assert edges == sorted(edges)
         assert attempt.made is not None and attempt.made.device == "cpu" and len(attempt.made.weights) == 64
     assert max(run.jobs for run in found[short[0]].attempts[0].steps) >= 2
-    assert long in (found[short[0]].attempts[0].shared_with or [])  # without keys whoever asks is an admin
+    shared = set(found[short[0]].attempts[0].shared_with or [])  # without keys whoever asks is an admin
+    assert shared and shared <= {long, short[1]}  # the long one may be done before these begin
     cut = found[short[0]].attempts[0].made
     assert cut is not None and cut.prompt_tokens > cut.prompt_tokens_read > 0
 
