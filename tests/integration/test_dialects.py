@@ -373,6 +373,8 @@ def test_a_failure_of_the_server_is_told_without_its_text(bench: Bench, speaker:
     answer = bench.post(speaker)
     problem(speaker, answer, 500, "internal_error")
     assert "secret" not in answer.text
+    if speaker.name != "mcp":  # whose answer is a tool's
+        assert answer.headers["connection"] == "close"
 
 
 # What only dialects that wait for a job have.

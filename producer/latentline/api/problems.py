@@ -59,7 +59,8 @@ def problem_of(request: Request, error: Exception) -> Problem:
     if isinstance(error, HTTPException):
         return _http_problem(request, error)
     log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)  # quoted: a path may hold line ends
-    return Problem(500, "internal_error", "the server failed on this request; its log has the details")
+    # uvicorn closes the connection after an error that the application let through: a client that did not know would use it again.
+    return Problem(500, "internal_error", "the server failed on this request; its log has the details", {"Connection": "close"})
 
 
 def _domain_problem(error: LatentlineError) -> Problem:
