@@ -122,7 +122,9 @@ class Tools:
     async def _answer(self, ctx: Caller, remote: Remote, job: dict[str, Any]) -> CallToolResult:
         """A job once it has ended, or as it is when the call has waited for long enough; its steps are told as progress."""
         if job["status"] not in ENDED:
-            job = await remote.follow(job["id"], self.wait_s, _Progress(ctx, job).show)
+            progress = _Progress(ctx, job)
+            job = await remote.follow(job["id"], self.wait_s, progress.show)
+            await progress.show(job)  # its last steps may have been told together with its end
         return await job_result(remote, job, self.max_bytes)
 
 
@@ -136,5 +138,5 @@ class _Progress:
         step = event.get("step") if isinstance(event.get("step"), int) else 0
         if step is not None and step > self._told:
             self._told = step
-            message = f"job {self._job['id']}: {event.get('phase') or self._job['status']}"
+            message = f"job {self._job['id']}: {event.get('phase') or event.get('status') or self._job['status']}"
             await self._ctx.report_progress(step, self._job["num_steps"], message)
