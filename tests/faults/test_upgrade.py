@@ -148,10 +148,10 @@ def test_upgrading_one_process_at_a_time(
     fleet.submit(count)
     fleet.look()
 
-    for kill in range(kills):  # old and new workers in turn take over what the other had
+    for kill in range(kills):  # old and new workers in turn take over what the other had; the last that is killed is an old one
         while len(cluster.client.list(Status.QUEUED, limit=200)[0]) < 4:
             fleet.submit(1)
-        code, victim = (old_code, worker) if kill % 2 == 0 else (THIS_CODE, new_worker)
+        code, victim = (old_code, worker) if (kills - kill) % 2 else (THIS_CODE, new_worker)
         fleet.kill_while_it_works(victim)
         if kill < kills - 1:
             worker, new_worker = (fleet.start_worker(code), new_worker) if code is old_code else (worker, fleet.start_worker(code))
