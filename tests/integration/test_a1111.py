@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import webuiapi
+from support.jobs import PATIENCE_S, until
 
 from latentline_worker.embedded.stack import Stack
-
-PATIENCE_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +19,6 @@ def api(stack: Stack) -> Iterator[webuiapi.WebUIApi]:
     made = webuiapi.WebUIApi(port=urlsplit(stack.url).port, sampler="DPM++ 2M", steps=4)
     yield made
     made.session.close()
-
-
-def until(true: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := true()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
 
 
 def test_txt2img_as_the_client_sends_it(api: webuiapi.WebUIApi, http: httpx.Client) -> None:

@@ -16,6 +16,7 @@ import pytest
 import redis
 from support import dialects
 from support.dialects import A1111, NATIVE_WORDS, Ask, OpenAI, Speaker
+from support.jobs import PATIENCE_S, until
 from support.live_api import serving
 from support.mcp_dialect import MCP
 from support.proxy import Proxy
@@ -31,7 +32,6 @@ from latentline.mcp.server import create_server
 from latentline.records import Beat
 from latentline.testing import MODEL, TINY_PNG, FakeImages, FakeWorker
 
-PATIENCE_S = 60
 OVER_MCP = MCP()
 SPEAKERS = (*dialects.SPEAKERS, OVER_MCP)
 WAITING = [speaker for speaker in SPEAKERS if speaker.waits]
@@ -93,14 +93,6 @@ class Bench:
         assert claim is not None
         self.claims.append(claim)
         return claim
-
-
-def until(true: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := true()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return value
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import asyncio
 import base64
 import io
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,11 +15,11 @@ import replicate
 from PIL import Image
 from replicate.prediction import Prediction
 from replicate.webhook import InvalidSignatureError, Webhooks
+from support.jobs import PATIENCE_S, until
 from support.receiver import Receiver
 
 from latentline_worker.embedded.stack import Stack
 
-PATIENCE_S = 60
 MODEL = "latentline/latentline-emoji"
 
 
@@ -30,14 +29,6 @@ def client(stack: Stack) -> Iterator[replicate.Client]:
     made.poll_interval = 0.05
     yield made
     made._client.close()
-
-
-def until(true: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := true()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
 
 
 def pictures(output: Any) -> list[Image.Image]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import redis
@@ -48,3 +49,12 @@ def celery_app(url: str, queues: list[str], unacked: str = GENERATE_UNACKED, max
 def run_worker(app: Celery, pool: str = "threads", concurrency: int = 1, **options: Any) -> Any:
     # No ping task: it would need a result backend, which this application has not.
     return start_worker(app, pool=pool, concurrency=concurrency, perform_ping_check=False, shutdown_timeout=PATIENCE_S, **options)
+
+
+def until(true: Callable[[], Any]) -> Any:
+    """What ``true`` gives, as soon as that is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := true()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
