@@ -61,8 +61,8 @@ def traceparent_of(context: Any) -> str:
 
 def current_traceparent() -> str:
     """The ``traceparent`` of the span in which the caller runs, be it ours or an application's own; empty without one."""
-    api: Any = sys.modules.get("opentelemetry.trace")
-    return traceparent_of(api.get_current_span().get_span_context()) if api else ""
+    span = _current_span()
+    return traceparent_of(span.get_span_context()) if span else ""
 
 
 def trace_id_of(traceparent: str) -> str:
@@ -125,5 +125,5 @@ def note_batch(num_jobs: int) -> None:
 
 
 def _current_span() -> Any:
-    api: Any = sys.modules.get("opentelemetry.trace")  # whoever has a span has imported it
+    api: Any = sys.modules.get("opentelemetry.trace")  # where it was not imported, there is no span
     return api.get_current_span() if api else None
