@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from . import state as states
 from .errors import TrainingError
 from .optimisers import Optimisers, rate_share
+from .precision import autocast, prepare
 from .processes import any_of, average_gradients, num_processes
 from .recipe import Schedule
 
@@ -66,6 +67,7 @@ class Training:
         self.schedule: Schedule = task.recipe.schedule
         self.optimisers = Optimisers(task.model, self.schedule)
         self.device: torch.device = next(task.model.parameters()).device
+        prepare(task.model, self.schedule.precision)
         self.ema = EMAModel(task.model.parameters(), decay=self.schedule.ema_decay) if self.schedule.ema_decay else None
         self.step = 0
         self.start = 0  # where the optimisers were fresh
@@ -164,7 +166,7 @@ class Training:
     def one_step(self) -> float:
         """One step of the schedule, which the caller counts; its loss."""
         self.task.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bf16"):
+        with autocast(self.device, self.schedule.precision):
             loss = self.task.loss(self.step, self.rank)
         value = float(loss.detach())
         if any_of(not math.isfinite(value)):
