@@ -19,12 +19,13 @@ from latentline_worker.training.seeds import python_random, torch_random
 # Muon
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.05), (torch.bfloat16, 0.12)])
 @pytest.mark.parametrize("shape", [(24, 48), (48, 24), (32, 32)])
-def test_muon_takes_the_steps_of_torch(shape: tuple[int, int]) -> None:
-    """torch's iterates in bf16 (8 bits), so the two agree to about a hundredth of an update."""
+def test_muon_takes_the_steps_of_torch(shape: tuple[int, int], dtype: torch.dtype, share: float) -> None:
+    """torch's iterates in bf16 (8 bits), so the two agree to a few hundredths of an update after five; twice that where both round."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.full(shape, 0.1)) for _ in range(2))
-    a = Muon([ours], lr=0.01, weight_decay=0.1)
+    a = Muon([ours], lr=0.01, weight_decay=0.1, dtype=dtype)
     b = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, momentum=0.95, nesterov=True)
     for _ in range(5):
         ours.grad = torch.randn(shape)
@@ -33,7 +34,7 @@ def test_muon_takes_the_steps_of_torch(shape: tuple[int, int]) -> None:
         a.step()
         b.step()
     update = (ours - before).norm().item()
-    assert (ours - theirs).norm().item() < 0.05 * update
+    assert (ours - theirs).norm().item() < share * update
 
 
 def test_muon_flattens_convolutions() -> None:

@@ -16,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from latentline_worker.models import bundled_model
+from latentline_worker.models.sd import is_distilled
 from latentline_worker.samplers import CompileError, make_scheduler, sampler_table
 
 from .errors import EvaluationError
@@ -61,8 +62,7 @@ class Model:
         self.pipeline = _load(source).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.config = dict(self.pipeline.scheduler.config)
-        # `latentline train distill` writes a scheduler of the first order; guidance is part of such a model.
-        self.distilled = self.config.get("prediction_type") == "flow_prediction" and self.config.get("solver_order") == 1
+        self.distilled = is_distilled(self.config)
         self.size_px = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self._claim(_fingerprint(self.pipeline, key))
 

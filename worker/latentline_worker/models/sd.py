@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 
 from latentline.errors import ModelError
 from latentline.jobs import MAX_SIZE_PX, MIN_SIZE_PX, ModelInfo, ResolvedRequest
@@ -27,6 +27,11 @@ PARTS = ("vae", "unet", "text_encoder")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
 
+def is_distilled(scheduler_config: Mapping[str, Any]) -> bool:
+    """Whether a model takes few Euler steps and has its guidance within: ``latentline train distill`` writes such a configuration."""
+    return scheduler_config.get("prediction_type") == "flow_prediction" and scheduler_config.get("solver_order") == 1
+
+
 class StableDiffusion:
     """The :class:`~latentline_worker.models.base.Family` of SD 1.x and 2.x."""
 
@@ -34,7 +39,7 @@ class StableDiffusion:
         self,
         model_id: str,
         *,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         unet: UNet2DConditionModel,
         text_encoder: torch.nn.Module,
         tokenizer: Any,
@@ -56,6 +61,10 @@ class StableDiffusion:
         self.device, self.dtype = device, dtype
         self._guidance_is_input = unet.config.time_cond_proj_dim is not None  # a latent consistency model
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent along a side
+        if self._guidance_is_input:
+            steps, guidance_scale, scheduler = 4, 8.0, "lcm"
+        else:
+            steps, guidance_scale, scheduler = (4, 0.0, "euler") if is_distilled(scheduler_config) else (20, 5.0, "dpmpp_2m")
         # The U-Net halves its input at each block except the last; SD's own pipelines require multiples of 8.
         side = max(MIN_SIZE_PX, unet.config.sample_size * self.vae_scale_factor)
         self.info = ModelInfo(
@@ -66,9 +75,9 @@ class StableDiffusion:
             size_multiple=max(8, self.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)),
             max_pixels=min(MAX_SIZE_PX**2, (2 * side) ** 2),
             schedulers=names_for(scheduler_config),
-            default_num_inference_steps=4 if self._guidance_is_input else 20,
-            default_guidance_scale=8.0 if self._guidance_is_input else 5.0,
-            default_scheduler="lcm" if self._guidance_is_input else "dpmpp_2m",
+            default_num_inference_steps=steps,
+            default_guidance_scale=guidance_scale,
+            default_scheduler=scheduler,
             rows_unguided=1,
             # Classifier-free guidance: one with the prompt, one with the negative prompt.
             rows_guided=1 if self._guidance_is_input else 2,

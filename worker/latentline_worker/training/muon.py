@@ -1,8 +1,8 @@
-"""Muon in fp32: momentum whose matrices are orthogonalised before they are applied.
+"""Muon: momentum whose matrices are orthogonalised before they are applied.
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). ``torch.optim.Muon`` takes matrices only and
-iterates in bf16, which is slow on a CPU; this one flattens convolutions to (out, in * height * width) and iterates
-in fp32. A test holds it equal to torch's.
+iterates in bf16, which is slow on CPUs without instructions for it; this one flattens convolutions to (out, in * height * width)
+and iterates in the format that it is given. A test holds it equal to torch's.
 """
 
 from __future__ import annotations
@@ -34,9 +34,18 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         lr: step size; an update has a spectral norm of about ``lr * sqrt(max(1, rows / columns))``.
+        dtype: of the iteration; momentum and weights keep their own.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.01,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -53,7 +62,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(m, group["momentum"]).flatten(1)
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * scale)
+                p.add_(orthogonalise(update.to(self.dtype)).to(p.dtype).view_as(p), alpha=-group["lr"] * scale)
 
 
 def suits_muon(p: Tensor) -> bool:

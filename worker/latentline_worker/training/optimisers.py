@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .muon import Muon, suits_muon
+from .precision import dtype_of
 from .recipe import Schedule
 
 FINAL_SHARE = 0.02  # of the peak learning rate, at the last step
@@ -43,7 +44,8 @@ class Optimisers:
             adamw = torch.optim.AdamW(rest, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=decay)
             self.parts["adamw"] = (adamw, schedule.learning_rate)
         if matrices:
-            self.parts["muon"] = (Muon(matrices, lr=schedule.muon_learning_rate, weight_decay=decay), schedule.muon_learning_rate)
+            muon = Muon(matrices, lr=schedule.muon_learning_rate, weight_decay=decay, dtype=dtype_of(schedule.precision))
+            self.parts["muon"] = (muon, schedule.muon_learning_rate)
 
     def step(self, share: float) -> float:
         """Clip the gradients, update every weight at ``share`` of the peak rates; the gradients' norm before."""

@@ -27,7 +27,7 @@ class Schedule:
         learning_rate: peak, after ``warmup_steps`` of linear rise; a half cosine then ends at 2% of it.
         muon_learning_rate: peak for the weights that Muon takes; 0 leaves all of them to AdamW.
         ema_decay: of the averaged weights, which are the ones written at the end; 0 averages nothing.
-        precision: bf16 runs the forward pass in autocast; twice as fast on CPUs that have instructions for it.
+        precision: bf16 runs the forward pass in autocast; faster where the device has instructions for it.
         sample_every_steps: a sheet of samples and a held-out measurement.
     """
 
