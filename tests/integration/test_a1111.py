@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import webuiapi
-from support.jobs import PATIENCE_S, until
+from support.jobs import PATIENCE_S, SIDE, until
 
 from latentline_worker.embedded.stack import Stack
 
@@ -24,10 +24,11 @@ def api(stack: Stack) -> Iterator[webuiapi.WebUIApi]:
 def test_txt2img_as_the_client_sends_it(api: webuiapi.WebUIApi, http: httpx.Client) -> None:
     """It asks for 512 by 512 pixels where its caller names no size; this model cannot, and makes its own."""
     answer = api.txt2img(prompt="a red apple <lora:one:0.5>", negative_prompt="blue", seed=7, cfg_scale=3, batch_size=2, n_iter=2)
-    assert [image.size for image in answer.images] == [(64, 64)] * 4
+    assert [image.size for image in answer.images] == [(SIDE, SIDE)] * 4
     info = answer.info
     assert (info["all_seeds"], info["sampler_name"], info["steps"], info["cfg_scale"]) == ([7, 8, 9, 10], "DPM++ 2M", 4, 3.0)
-    assert (info["width"], info["height"], info["ignored"]) == (64, 64, ["height", "width"]) and answer.parameters["prompt"].endswith(">")
+    assert (info["width"], info["height"], info["ignored"]) == (SIDE, SIDE, ["height", "width"])
+    assert answer.parameters["prompt"].endswith(">")
     assert info["infotexts"][1] == answer.images[1].text["parameters"]
     job = http.get(f"/v1/jobs/{info['job_id']}").json()["request"]
     assert (job["prompt"], job["loras"], job["num_images"]) == ("a red apple", [{"name": "one", "scale": 0.5}], 4)
@@ -35,11 +36,11 @@ def test_txt2img_as_the_client_sends_it(api: webuiapi.WebUIApi, http: httpx.Clie
 
 def test_what_has_no_meaning_is_ignored_and_listed(api: webuiapi.WebUIApi) -> None:
     answer = api.txt2img(
-        prompt="a key", steps=1, width=64, height=96, enable_hr=True, restore_faces=True, styles=["warm"], send_images=False,
+        prompt="a key", steps=1, width=SIDE, height=96, enable_hr=True, restore_faces=True, styles=["warm"], send_images=False,
         override_settings={"sd_model_checkpoint": "gpt-image-2 [0a1b]", "CLIP_stop_at_last_layers": 2},
         alwayson_scripts={"an extension": {"args": []}},
     )  # fmt: skip
-    assert answer.images == [] and (answer.info["width"], answer.info["height"]) == (64, 96) and answer.info["seed"] >= 0
+    assert answer.images == [] and (answer.info["width"], answer.info["height"]) == (SIDE, 96) and answer.info["seed"] >= 0
     assert answer.info["ignored"] == [
         "alwayson_scripts",
         "enable_hr",

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.jobs import SIDE
 from support.receiver import Receiver
 
 from latentline import Client, records
@@ -63,7 +64,7 @@ def test_fifty_concurrent_jobs_over_http(http: httpx.Client) -> None:
         answer = httpx.get(image["url"])
         assert answer.status_code == 200 and answer.headers["content-type"] == image["content_type"]
         assert hashlib.sha256(answer.content).hexdigest() == image["sha256"]
-        assert Image.open(io.BytesIO(answer.content)).size == (64, 64) == (image["width"], image["height"])
+        assert Image.open(io.BytesIO(answer.content)).size == (SIDE, SIDE) == (image["width"], image["height"])
         assert image["seed"] == i and job["step"] == job["num_steps"] == 3 + i % 9
     url = jobs[0]["images"][0]["url"]
     tampered = [url.replace("X-Amz-Expires=3600", "X-Amz-Expires=36000"), url[:-4] + "0000", url.replace(jobs[0]["id"], jobs[1]["id"])]
@@ -125,12 +126,12 @@ def test_the_picture_is_the_one_that_diffusers_makes(http: httpx.Client) -> None
         "seed": 5,
         "num_images": 2,
     }
-    job = finished(http, http.post("/v1/jobs", json=body | {"scheduler": "euler_ancestral"}).json()["id"])
+    job = finished(http, http.post("/v1/jobs", json=body | {"scheduler": "sa_solver"}).json()["id"])
     finished(http, other["id"])
     assert job["timings"]["shared_steps"] > 0
     pipeline = bundled_model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler("euler_ancestral", pipeline.scheduler.config)
+    pipeline.scheduler = make_scheduler("sa_solver", pipeline.scheduler.config)
     expected = pipeline(
         ["a smiling cat"] * 2,
         negative_prompt=["blue"] * 2,
@@ -147,7 +148,7 @@ def test_the_picture_is_the_one_that_diffusers_makes(http: httpx.Client) -> None
 def test_parameters_travel_in_the_picture(http: httpx.Client) -> None:
     job = finished(http, http.post("/v1/jobs", json={"prompt": "a key", "num_inference_steps": 2, "seed": 3}).json()["id"])
     picture = Image.open(io.BytesIO(httpx.get(job["images"][0]["url"]).content))
-    assert picture.text["parameters"].startswith("a key\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 5, Seed: 3, Size: 64x64")  # type: ignore[attr-defined]
+    assert picture.text["parameters"].startswith(f"a key\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 5, Seed: 3, Size: {SIDE}x{SIDE}")  # type: ignore[attr-defined]
     assert json.loads(picture.text["latentline"])["job_id"] == job["id"]  # type: ignore[attr-defined]
 
 
@@ -194,10 +195,10 @@ def test_a_size_that_the_model_cannot_do(http: httpx.Client) -> None:
 def test_unlike_shapes_run_side_by_side(http: httpx.Client) -> None:
     ids = [
         http.post("/v1/jobs", json={"prompt": "a cat", "width": w, "height": h, "num_inference_steps": 3}).json()["id"]
-        for w, h in ((64, 64), (96, 64), (64, 96))
+        for w, h in ((SIDE, SIDE), (96, SIDE), (SIDE, 96))
     ]
     sizes = [(job["images"][0]["width"], job["images"][0]["height"]) for job in (finished(http, job_id) for job_id in ids)]
-    assert sizes == [(64, 64), (96, 64), (64, 96)]
+    assert sizes == [(SIDE, SIDE), (96, SIDE), (SIDE, 96)]
 
 
 def test_python_client(stack: Stack) -> None:

@@ -14,6 +14,7 @@ import pytest
 from mcp import Client, MCPError
 from mcp_types import ImageContent, ResourceLink
 from PIL import Image
+from support.jobs import SIDE
 from support.mcp_processes import over_http, stdio, using
 
 from latentline_worker.embedded.stack import Stack
@@ -51,7 +52,7 @@ async def pictures_with_progress(client: Client) -> None:
     arguments = {"prompt": "a red apple", "num_inference_steps": 20, "num_images": 2, "seed": 3, "loras": [{"name": "one"}]}
     result = await client.call_tool("generate_image", arguments, progress_callback=progress)
     small = [one for one in result.content if isinstance(one, ImageContent)]
-    assert len(small) == 2 and {Image.open(io.BytesIO(base64.b64decode(one.data))).size for one in small} == {(64, 64)}
+    assert len(small) == 2 and {Image.open(io.BytesIO(base64.b64decode(one.data))).size for one in small} == {(SIDE, SIDE)}
     assert len(told) >= 3 and told == sorted(set(told)) and told[-1] == 20
     links = [one for one in result.content if isinstance(one, ResourceLink)]
     for link, picture in zip(links, result.structured_content["pictures"], strict=True):

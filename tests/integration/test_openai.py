@@ -16,11 +16,13 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from support.jobs import SIDE
 from support.proxy import Filter, Proxy
 
 from latentline_worker.embedded.stack import Stack
 
 PATIENCE_S = 60
+SIZE = f"{SIDE}x{SIDE}"
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +48,17 @@ def jobs_of(http: httpx.Client, user: str) -> list[dict[str, Any]]:
 
 def test_three_pictures(client: OpenAI, http: httpx.Client, user: str) -> None:
     answer = client.images.generate(
-        prompt="a red apple", n=3, size="64x64", user=user, extra_body={"seed": 7, "steps": 3, "guidance": 2.5, "scheduler": "unipc"}
+        prompt="a red apple",
+        n=3,
+        size=f"{SIDE}x{SIDE}",
+        user=user,
+        extra_body={"seed": 7, "steps": 3, "guidance": 2.5, "scheduler": "unipc"},
     )
-    assert [picture(one.b64_json).size for one in answer.data or []] == [(64, 64)] * 3
+    assert [picture(one.b64_json).size for one in answer.data or []] == [(SIDE, SIDE)] * 3
     assert len({one.b64_json for one in answer.data or []}) == 3
-    assert (answer.size, answer.output_format, answer.background) == ("64x64", "png", "opaque") and abs(answer.created - time.time()) < 600
+    assert (answer.size, answer.output_format, answer.background) == (f"{SIDE}x{SIDE}", "png", "opaque") and abs(
+        answer.created - time.time()
+    ) < 600
     (job,) = jobs_of(http, user)
     asked = {name: job["request"][name] for name in ("seed", "num_images", "num_inference_steps", "guidance_scale", "scheduler")}
     assert asked == {"seed": 7, "num_images": 3, "num_inference_steps": 3, "guidance_scale": 2.5, "scheduler": "unipc"}
@@ -114,7 +122,11 @@ def test_a_stream_with_partial_images(client: OpenAI) -> None:
     assert events == partial + completed and 1 <= len(partial) <= 6 and len(completed) == 2
     assert [event.partial_image_index for event in partial] == [i // 2 for i in range(len(partial))]
     for event in events:
-        assert picture(event.b64_json).format == event.output_format.upper() and event.size == "64x64" and event.background == "opaque"
+        assert (
+            picture(event.b64_json).format == event.output_format.upper()
+            and event.size == f"{SIDE}x{SIDE}"
+            and event.background == "opaque"
+        )
     assert completed[0].output_format == "webp" and completed[0].usage.total_tokens == 0
     assert completed[0].to_dict()["warnings"] == ["quality was ignored: steps decides"]
 
@@ -127,7 +139,7 @@ def test_asyncio(stack: Stack) -> None:
             return [(await whole).data, [event.type async for event in stream]]
 
     (one,), events = asyncio.run(both())
-    assert picture(one.b64_json).size == (64, 64) and events == ["image_generation.completed"]
+    assert picture(one.b64_json).size == (SIDE, SIDE) and events == ["image_generation.completed"]
 
 
 def test_models(client: OpenAI) -> None:
@@ -201,7 +213,7 @@ def test_an_answer_that_is_lost_is_not_paid_for_twice(proxy: Proxy, http: httpx.
         answer = client.images.generate(prompt="a rocket", user=user, extra_body={"steps": 60 if moment == "while_it_runs" else 4})
     assert cutter.cuts == 1
     (job,) = jobs_of(http, user)
-    assert [picture(one.b64_json).size for one in answer.data or []] == [(64, 64)] and answer.to_dict()["id"] == job["id"]
+    assert [picture(one.b64_json).size for one in answer.data or []] == [(SIDE, SIDE)] and answer.to_dict()["id"] == job["id"]
 
 
 def cut_when(proxy: Proxy, now: Callable[[], bool], cutter: Moment) -> None:

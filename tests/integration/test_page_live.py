@@ -15,6 +15,7 @@ from axe_playwright_python.base import AXE_SCRIPT
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 from support.browser import Watched, chromium, watched
+from support.jobs import SIDE
 from support.live_api import serving
 
 from latentline import Settings, records
@@ -92,7 +93,7 @@ def test_a_job_from_prompt_to_picture(stack: Stack, open_page: Callable[..., Wat
     mine.click()
     dialog = page.get_by_role("dialog")
     expect(dialog.locator(".state")).to_contain_text("Done")
-    assert dialog.locator(".stage img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+    assert dialog.locator(".stage img").evaluate("image => image.decode().then(() => image.naturalWidth)") == SIDE
     expect(dialog.get_by_text("Timeline")).to_be_visible()
     code = {}
     for name in ("curl", "Python", "openai"):
@@ -157,16 +158,16 @@ def vary(page: Page, prompt: str, values: str, second_values: str) -> None:
 def test_a_grid_of_two_settings_on_one_labelled_sheet(stack: Stack, http: httpx.Client, open_page: Callable[..., Watched]) -> None:
     page = open_page(stack.url, viewport={"width": 1280, "height": 900}, bypass_csp=True).page
     page.locator("[name=seed]").fill("7")
-    vary(page, "a yellow star for the grid", "3, 6", "ddim, dpmpp_2m, euler_ancestral")
+    vary(page, "a yellow star for the grid", "3, 6", "euler, dpmpp_2m, unipc")
     sheet = page.get_by_role("region", name="Grid")
     expect(sheet.locator("a.frame")).to_have_count(6)
-    assert sheet.locator("th").all_inner_texts() == ["Steps 3", "Steps 6", "Sampler ddim", "Sampler dpmpp_2m", "Sampler euler_ancestral"]
+    assert sheet.locator("th").all_inner_texts() == ["Steps 3", "Steps 6", "Sampler euler", "Sampler dpmpp_2m", "Sampler unipc"]
     save = page.get_by_role("button", name="Save the sheet")
     expect(save).to_be_enabled(timeout=PATIENCE_MS)
     jobs = http.get("/v1/jobs", params={"metadata": f"grid:{page.url.rsplit('/', 1)[1]}"}).json()["jobs"]
     requests = [job["request"] for job in jobs]
     combinations = {(request["num_inference_steps"], request["scheduler"]) for request in requests}
-    assert combinations == set(itertools.product((3, 6), ("ddim", "dpmpp_2m", "euler_ancestral")))
+    assert combinations == set(itertools.product((3, 6), ("euler", "dpmpp_2m", "unipc")))
     assert {request["seed"] for request in requests} == {7}
     page.reload()  # its address is enough
     expect(sheet.locator("a.frame img")).to_have_count(6)
@@ -174,11 +175,11 @@ def test_a_grid_of_two_settings_on_one_labelled_sheet(stack: Stack, http: httpx.
         save.click()
     drawn = Image.open(started.value.path()).convert("RGB")
     right, bottom = drawn.width - 16, drawn.height - 16  # without the margin
-    side, pitch = 192, 200  # 64 px three times enlarged, and a gap
+    side, pitch = SIDE * 3, SIDE * 3 + 8  # three times enlarged, and a gap
     places = itertools.product((right - side - pitch, right - side), (bottom - side - 2 * pitch, bottom - side - pitch, bottom - side))
     cells = [drawn.crop((x, y, x + side, y + side)) for x, y in places]
     assert len({cell.tobytes() for cell in cells}) == 6, "each cell has a picture of its own"
-    small = [cell.resize((64, 64), Image.Resampling.NEAREST) for cell in cells]
+    small = [cell.resize((SIDE, SIDE), Image.Resampling.NEAREST) for cell in cells]
     assert [cell.tobytes() for cell in cells] == [one.resize((side, side), Image.Resampling.NEAREST).tobytes() for one in small]
     assert violations(page) == []
     sheet.locator("a.frame").first.click()
@@ -191,8 +192,8 @@ def test_what_no_grid_can_be_is_said_and_nothing_is_made(stack: Stack, http: htt
     page = open_page(stack.url).page
     many = ", ".join(map(str, range(1, 34)))
     for values, second, words in (
-        ("1, many", "ddim", "Steps: many is no number"), ("1, 1", "ddim", "stands twice"), ("1", "", "Write the values"),
-        (many, "ddim, euler", "at most 64 pictures"), ("1, 2", "ddim, nothing", "Sampler: allowed is one of: ddim"),
+        ("1, many", "euler", "Steps: many is no number"), ("1, 1", "euler", "stands twice"), ("1", "", "Write the values"),
+        (many, "euler, unipc", "at most 64 pictures"), ("1, 2", "euler, nothing", "Sampler: allowed is one of: ddim"),
     ):  # fmt: skip
         vary(page, "a grid that is none", values, second)
         expect(page.get_by_role("alert")).to_contain_text(words)

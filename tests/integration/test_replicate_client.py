@@ -15,7 +15,7 @@ import replicate
 from PIL import Image
 from replicate.prediction import Prediction
 from replicate.webhook import InvalidSignatureError, Webhooks
-from support.jobs import PATIENCE_S, until
+from support.jobs import PATIENCE_S, SIDE, until
 from support.receiver import Receiver
 
 from latentline_worker.embedded.stack import Stack
@@ -38,7 +38,7 @@ def pictures(output: Any) -> list[Image.Image]:
 def test_run(client: replicate.Client, http: httpx.Client) -> None:
     asked = {"prompt": "a red apple", "num_outputs": 2, "num_inference_steps": 3, "seed": 7, "scheduler": "K_EULER"}
     found = pictures(client.run(MODEL, input=asked))
-    assert [(one.size, one.format) for one in found] == [((64, 64), "PNG")] * 2 and found[0].tobytes() != found[1].tobytes()
+    assert [(one.size, one.format) for one in found] == [((SIDE, SIDE), "PNG")] * 2 and found[0].tobytes() != found[1].tobytes()
     newest = http.get("/v1/jobs", params={"limit": 1}).json()["jobs"][0]["request"]
     assert (newest["seed"], newest["num_images"], newest["scheduler"]) == (7, 2, "euler")
 
@@ -52,7 +52,7 @@ def test_run_by_an_alias_and_in_asyncio(stack: Stack) -> None:
         return files
 
     (data,) = asyncio.run(run())
-    assert Image.open(io.BytesIO(data)).size == (64, 64)
+    assert Image.open(io.BytesIO(data)).size == (SIDE, SIDE)
 
 
 def test_create_and_wait(client: replicate.Client) -> None:
@@ -84,7 +84,7 @@ def test_stream(client: replicate.Client) -> None:
     kinds = [event.event.value for event in events]
     assert kinds[-3:] == ["output", "output", "done"] and set(kinds[:-3]) == {"logs"} and len(kinds) > 4
     assert "/12\n" in f"{events[-4].data}\n", "the bar of a step"
-    assert [one.size for one in pictures(event.data for event in events[-3:-1])] == [(64, 64)] * 2
+    assert [one.size for one in pictures(event.data for event in events[-3:-1])] == [(SIDE, SIDE)] * 2
 
 
 def test_webhooks(client: replicate.Client) -> None:

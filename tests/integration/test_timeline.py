@@ -26,7 +26,7 @@ def timeline(http: httpx.Client, job_id: str) -> Timeline:
 
 def test_jobs_that_ran_together_tell_every_step_and_how_many_shared_it(stack: Stack, http: httpx.Client) -> None:
     long = submit(http, num_inference_steps=100, scheduler="euler")
-    short = [submit(http, prompt=" ".join(["a green cup"] * 20), num_inference_steps=6, scheduler="ddim", seed=i) for i in range(2)]
+    short = [submit(http, prompt=" ".join(["a green cup"] * 20), num_inference_steps=6, scheduler="unipc", seed=i) for i in range(2)]
     for job_id in (long, *short):
         job = http.get(f"/v1/jobs/{job_id}", params={"wait": PATIENCE_S}).raise_for_status().json()
         assert job["status"] == "succeeded", job

@@ -50,7 +50,7 @@ def with_facts(data: bytes, **changed: Any) -> bytes:
 
 
 def test_a_picture_reproduces_also_when_others_run_beside_it(http: httpx.Client, verify: Verify) -> None:
-    fields = {"scheduler": "euler_ancestral", "loras": [{"name": "one", "scale": 0.5}], "negative_prompt": "blurry"}
+    fields = {"scheduler": "sa_solver", "loras": [{"name": "one", "scale": 0.5}], "negative_prompt": "blurry"}
     _, (first, second) = make(http, num_images=2, **fields)
     http.post("/v1/jobs", json={"prompt": "a green cup", "num_inference_steps": 40, "num_images": 3}).raise_for_status()
     for data in (first, second):

@@ -21,6 +21,7 @@ from latentline.settings import Settings
 from latentline_worker.transport.app import create_app
 
 PATIENCE_S = 60  # how long a test waits for a signal before it fails; no test measures time
+SIDE = 64  # px, the bundled model's own size
 
 
 def accepted(outcomes: Sequence[JobRecord | LatentlineError]) -> list[JobRecord]:
