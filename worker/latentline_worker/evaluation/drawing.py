@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentline_worker.models import bundled_model
 from latentline_worker.models.sd import is_distilled
-from latentline_worker.samplers import CompileError, make_scheduler, sampler_table
+from latentline_worker.samplers import CompileError, is_flow, make_scheduler, sampler_table
 
 from .errors import EvaluationError
 from .foreground import Pixels
@@ -71,9 +71,8 @@ class Model:
         """Those that can draw with this model, its own kind of prediction and a usual number of steps."""
         if self.distilled:
             return DISTILLED_SAMPLERS
-        flow = self.config.get("prediction_type") == "flow_prediction"
         usable = []
-        for name in FLOW_SAMPLERS if flow else OTHER_SAMPLERS:
+        for name in FLOW_SAMPLERS if is_flow(self.config) else OTHER_SAMPLERS:
             try:
                 sampler_table(name, self.config, 8)
             except CompileError as error:

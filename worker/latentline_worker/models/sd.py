@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, U
 
 from latentline.errors import ModelError
 from latentline.jobs import MAX_SIZE_PX, MIN_SIZE_PX, ModelInfo, ResolvedRequest
-from latentline_worker.samplers import SamplerTable, names_for, sampler_table
+from latentline_worker.samplers import SamplerTable, is_flow, names_for, sampler_table
 
 from . import checksums
 from .base import Encoded, Row, Text
@@ -29,7 +29,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
 def is_distilled(scheduler_config: Mapping[str, Any]) -> bool:
     """Whether a model takes few Euler steps and has its guidance within: ``latentline train distill`` writes such a configuration."""
-    return scheduler_config.get("prediction_type") == "flow_prediction" and scheduler_config.get("solver_order") == 1
+    return is_flow(scheduler_config) and scheduler_config.get("solver_order") == 1
 
 
 class StableDiffusion:

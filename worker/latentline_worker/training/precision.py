@@ -1,8 +1,8 @@
 """Number formats of training.
 
-bf16 makes a step faster on CPUs that have instructions for it (``avx512_bf16`` in ``/proc/cpuinfo``), but for one operation:
-the gradient of torch's fused attention is so slow in bf16 that it eats up what the rest gains (torch 2.13 on a CPU). There
-attention is therefore computed from matrix products and a softmax.
+bf16 makes a step faster on CPUs that have instructions for it (``avx512_bf16`` in ``/proc/cpuinfo``), with one
+exception: the gradient of torch's fused attention is so slow in bf16 that nothing is gained in all (torch 2.13 on a CPU). In bf16 on
+a CPU, attention is therefore computed from matrix products and a softmax.
 """
 
 from __future__ import annotations
